@@ -1,0 +1,16 @@
+"""hf-topk: converted causal language models whose output head reads only a few experts of the vocabulary.
+
+Importing this package registers the converted models with Transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError, TopKExpertsError
+from .head import TopKExpertsHead
+from .modeling_topk_experts import TopKExpertsForCausalLM
+
+__all__ = ["InputError", "TopKExpertsConfig", "TopKExpertsError", "TopKExpertsForCausalLM", "TopKExpertsHead"]
+
+AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
+AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

@@ -1,0 +1,97 @@
+"""Configuration of a converted model: the dense model's own configuration plus what its head was split into."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import InputError
+
+RouterType = Literal["centroid", "linear", "low_rank", "mlp", "attention"]
+TailType = Literal["low_rank", "prior", "none"]
+CombineType = Literal["exact", "router", "learned"]
+HeadMode = Literal["auto", "sparse", "dense"]
+
+
+@strict
+class TopKExpertsConfig(PreTrainedConfig):
+    r"""Configuration of a [`TopKExpertsForCausalLM`].
+
+    Args:
+        text_config: configuration of the dense model, or a dictionary of it with its `model_type`.
+        num_experts: M, the number of experts that share out the routed vocabulary.
+        expert_size: S, the number of token ids in each expert.
+        num_experts_per_tok: k, the number of experts scored for a position, from 1 to M.
+        num_always_on: A, the number of token ids scored at every position.
+        router_type: how an expert's score is computed from the hidden state; see [`routers`].
+        router_rank: rank of a `low_rank` router, hidden width of an `mlp` one, keys an expert of an `attention` one;
+            of no meaning to the others.
+        tail: the estimate given to tokens that were not scored: `low_rank`, `prior`, or `none` for minus infinity.
+        tail_rank: rank of a `low_rank` tail.
+        combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
+            place of the expert's own mass, `learned` goes as far between the two as distillation found best.
+        head_mode: `sparse`, `dense`, or `auto`: sparse up to `sparse_max_positions` positions a call, dense beyond and
+            whenever gradients are on.
+        sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse.
+
+    Raises:
+        ValueError: when a value is out of range.
+        InputError: when loaded from a folder whose `model_type` is another one.
+    """
+
+    model_type = "topk_experts"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - a class attribute of PreTrainedConfig, never mutated
+
+    text_config: PreTrainedConfig | dict[str, Any] | None = None
+    num_experts: int = 8
+    expert_size: int = 128
+    num_experts_per_tok: int = 2
+    num_always_on: int = 0
+    router_type: RouterType = "low_rank"
+    router_rank: int = 32
+    tail: TailType = "low_rank"
+    tail_rank: int = 32
+    combine: CombineType = "exact"
+    head_mode: HeadMode = "auto"
+    sparse_max_positions: int = 16
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Build the dense model's configuration from its dictionary."""
+        if self.text_config is None:
+            self.text_config = AutoConfig.for_model("llama")
+        elif isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        super().__post_init__(**kwargs)
+
+    def validate_head(self) -> None:
+        """Check the sizes against one another.
+
+        Raises:
+            ValueError: when a size is out of range.
+        """
+        for name in ("num_experts", "expert_size", "router_rank", "tail_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
+                f"got {self.num_experts_per_tok}"
+            )
+        if self.num_always_on < 0 or self.sparse_max_positions < 0:
+            raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a folder's or repository's configuration, as [`PreTrainedConfig.get_config_dict`] does.
+
+        Raises:
+            InputError: when it is another model type's, such as a dense model's.
+        """
+        config_dict, unused = super().get_config_dict(*args, **kwargs)
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise InputError(
+                f"{args[0]} is a dense checkpoint (model type '{found}'), not a converted model: "
+                "convert it with `hf-topk convert MODEL OUT`, or load it with AutoModelForCausalLM"
+            )
+        return config_dict, unused

@@ -1,0 +1,218 @@
+"""The output head of a converted model: route, gather, tail, scatter."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .kernels import gather_dot
+from .routers import ROUTERS
+from .tails import TAILS
+
+HEAD_MODES = ("auto", "sparse", "dense")
+
+
+class TopKExpertsHead(nn.Linear):
+    """A dense head that reads only the rows of the experts its router picks.
+
+    It *is* the dense linear layer, weight and bias as they were, so that ties, dense decoding and training work on
+    the original tensors; the experts are lists of token ids and rows are gathered where they lie.
+
+    Attributes:
+        weight: W, [V, d]; `bias`: [V] or None: the dense head's own.
+        always_on_ids: token ids scored at every position, [A] int64.
+        expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id at its end.
+        router: hidden states [N, d] to scores, fp32 [N, M].
+        tail: the estimate for unscored tokens, or None for minus infinity.
+        head_mode: "auto", "sparse" or "dense".
+        num_experts_per_tok: k.
+    """
+
+    def __init__(self, dense: nn.Linear, config: TopKExpertsConfig) -> None:
+        """Take over a dense head.
+
+        Args:
+            dense: the dense head; its weight and bias are shared, not copied.
+            config: the converted model's configuration.
+        """
+        vocab_size, hidden_size = dense.weight.shape
+        super().__init__(hidden_size, vocab_size, bias=False, device="meta")
+        self.weight, self.bias = dense.weight, dense.bias
+        self.head_mode = config.head_mode
+        self.combine = config.combine
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.sparse_max_positions = config.sparse_max_positions
+        num_experts, expert_size = config.num_experts, config.expert_size
+        self.register_buffer("always_on_ids", torch.arange(config.num_always_on))
+        routed = torch.arange(num_experts * expert_size).clamp_max(vocab_size - 1 - config.num_always_on)
+        self.register_buffer("expert_ids", (routed + config.num_always_on).view(num_experts, expert_size))
+        self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
+        self.tail = None
+        if config.tail != "none":
+            self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
+        if config.combine == "learned":
+            self.combiner = LearnedCombiner(num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """M."""
+        return self.expert_ids.shape[0]
+
+    @property
+    def expert_size(self) -> int:
+        """S."""
+        return self.expert_ids.shape[1]
+
+    @property
+    def num_always_on(self) -> int:
+        """A."""
+        return self.always_on_ids.shape[0]
+
+    def runs_sparse(self, num_positions: int) -> bool:
+        """Whether a call on so many positions takes the sparse path under the present head mode."""
+        if self.head_mode == "auto":
+            return num_positions <= self.sparse_max_positions and not torch.is_grad_enabled()
+        return self.head_mode == "sparse"
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of every token: hidden [..., d] to [..., V], in the type of `hidden`."""
+        flat = hidden.reshape(-1, self.in_features)
+        if not self.runs_sparse(flat.shape[0]):
+            return super().forward(hidden)
+        return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
+
+    def sparse_logits(self, hidden: Tensor) -> Tensor:
+        """Exact logits for the tokens that are scored, the tail for all others.
+
+        Args:
+            hidden: hidden states, [N, d].
+
+        Returns:
+            Logits, [N, V], in the type of `hidden`.
+        """
+        scores = self.router(hidden)  # (N, M)
+        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)  # (N, k)
+        rows = self.scored_ids(top)
+        exact = gather_dot(hidden, self.weight, self.bias, rows)  # (N, A + k S)
+        if self.tail is None and self.combine == "exact":
+            unscored = exact.new_full((exact.shape[0], self.out_features), -torch.inf)
+            return unscored.scatter_(1, rows, exact)
+        always, routed = exact.split([self.num_always_on, exact.shape[1] - self.num_always_on], dim=-1)
+        routed = routed.unflatten(-1, top.shape[1:] + (self.expert_size,))  # (N, k, S)
+        mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
+        shifts, tail_scores = self._combine(scores, top, top_scores, mass)
+        if shifts is not None:
+            exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
+        return self._tail_logits(hidden, tail_scores).to(exact.dtype).scatter_(1, rows, exact)
+
+    def scored_ids(self, experts: Tensor) -> Tensor:
+        """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
+        always = self.always_on_ids.expand(experts.shape[0], -1)
+        return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
+
+    def _combine(
+        self, scores: Tensor, top: Tensor, top_scores: Tensor, mass: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """What to add to the exact logits of each picked expert, [N, k], and the scores that the tail uses, [N, M]."""
+        if self.combine == "router":
+            return top_scores - mass, scores
+        # The offset aligns the router with what was computed.
+        offset = mass.logsumexp(dim=-1, keepdim=True) - top_scores.logsumexp(dim=-1, keepdim=True)
+        if self.combine == "exact":
+            return None, scores + offset
+        return self.combiner(scores + offset, top, top_scores + offset - mass)
+
+    def _tail_logits(self, hidden: Tensor, scores: Tensor) -> Tensor:
+        """The tail of every routed token: score_e + log p(v | e, h), fp32 [N, V]; minus infinity elsewhere."""
+        logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf)
+        if self.tail is None:
+            return logits
+        within = self.tail(hidden)  # (N, M, S)
+        log_mass = self._mask_padding(within, self.expert_ids).logsumexp(dim=-1)
+        within = within + (scores - log_mass).unsqueeze(-1)
+        return logits.scatter_(1, self.expert_ids.flatten().expand(hidden.shape[0], -1), within.flatten(1))
+
+    def _mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Give the repeated ids of short experts no mass: values and ids [..., S]."""
+        if self.num_experts * self.expert_size == self.out_features - self.num_always_on:
+            return values  # no expert is short
+        repeats = ids == ids[..., :1]
+        repeats = torch.cat([torch.zeros_like(repeats[..., :1]), repeats[..., 1:]], dim=-1)
+        return values.masked_fill(repeats, -torch.inf)
+
+    @torch.no_grad()
+    def take_over(self, resized: nn.Linear) -> None:
+        """Take the weight and bias of a head with more or fewer rows.
+
+        Tokens that are new become always-on; the places of tokens that are gone repeat an id that is still there.
+
+        Args:
+            resized: a linear layer of the same hidden size.
+        """
+        vocab_size = resized.weight.shape[0]
+        added = torch.arange(self.out_features, vocab_size, device=self.always_on_ids.device)
+        kept = self.always_on_ids[self.always_on_ids < vocab_size]
+        self.always_on_ids = torch.cat([kept, added])
+        self.expert_ids = _drop_ids(self.expert_ids, vocab_size)
+        self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
+
+    def bytes_read(self) -> int:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode."""
+        row = self.weight[:1].nbytes + (0 if self.bias is None else self.bias[:1].nbytes)
+        scored = self.num_always_on + self.num_experts_per_tok * self.expert_size
+        return scored * row + _nbytes(self.router) + (0 if self.tail is None else _nbytes(self.tail))
+
+    def dense_bytes(self) -> int:
+        """Bytes of the dense head, weight and bias."""
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def added_bytes(self) -> int:
+        """Bytes of all that conversion added to the dense head, in memory."""
+        added = self.state_dict()
+        return sum(tensor.nbytes for name, tensor in added.items() if name not in ("weight", "bias"))
+
+
+class LearnedCombiner(nn.Module):
+    """A gate and two shifts an expert, distilled: how far a scored logit goes from exact to the router's estimate."""
+
+    def __init__(self, num_experts: int) -> None:
+        """Make a combiner that changes nothing yet.
+
+        Args:
+            num_experts: M.
+        """
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(num_experts))
+        self.shift = nn.Parameter(torch.zeros(num_experts))
+        self.tail_shift = nn.Parameter(torch.zeros(num_experts))
+
+    def forward(self, scores: Tensor, top: Tensor, disagreement: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine aligned scores with what was computed.
+
+        Args:
+            scores: the router's scores, aligned with the exact masses, fp32 [N, M].
+            top: the picked experts, [N, k].
+            disagreement: aligned score less exact mass of the picked experts, fp32 [N, k].
+
+        Returns:
+            What to add to the exact logits of each picked expert, [N, k], and the scores for the tail, [N, M].
+        """
+        shifts = self.gate.float()[top] * disagreement + self.shift.float()[top]
+        return shifts, scores + self.tail_shift.float()
+
+
+def _drop_ids(expert_ids: Tensor, vocab_size: int) -> Tensor:
+    """Replace ids of `vocab_size` and above by one that is left, put first: of the same expert where there is one."""
+    gone = expert_ids >= vocab_size
+    if not gone.any():
+        return expert_ids
+    order = gone.int().argsort(dim=-1, stable=True)  # ids that are left come first
+    ids, gone = expert_ids.gather(1, order), gone.gather(1, order)
+    first = torch.where(gone[:, :1], ids[~gone].min(), ids[:, :1])
+    return torch.where(gone, first, ids)
+
+
+def _nbytes(module: nn.Module) -> int:
+    state: dict[str, Any] = module.state_dict()
+    return sum(tensor.nbytes for tensor in state.values())

@@ -1,0 +1,298 @@
+"""The converted model: the dense model with its head swapped."""
+
+import copy
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_topk_experts import HeadMode, TopKExpertsConfig
+from .errors import InputError
+from .head import HEAD_MODES, TopKExpertsHead
+
+# What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
+ANSWERED_AS_THE_DENSE_CLASS = (
+    "_can_compile_fullgraph",
+    "_can_record_outputs",
+    "_compatible_flash_implementations",
+    "_is_stateful",
+    "_supports_attention_backend",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_sdpa",
+    "main_input_name",
+    "supports_gradient_checkpointing",
+)
+
+
+class TopKExpertsPreTrainedModel(PreTrainedModel):
+    """Loading and initialisation of converted models; see [`TopKExpertsForCausalLM`]."""
+
+    config_class = TopKExpertsConfig
+    base_model_prefix = "base"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+
+class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
+    """A dense causal language model whose output head reads only the experts its router picks.
+
+    The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
+    soft-capping, logit scales, losses and caches are the dense model's own. Its tensors keep their dense names on disk.
+
+    Attributes:
+        base: the dense model.
+        head: the [`TopKExpertsHead`] in it.
+
+    Example:
+        >>> import hf_topk
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("out")  # doctest: +SKIP
+    """
+
+    config: TopKExpertsConfig
+
+    def __init__(self, config: TopKExpertsConfig) -> None:
+        """Build the model with the dense weights and the head's additions not yet set.
+
+        Args:
+            config: the converted model's configuration.
+
+        Raises:
+            InputError: when `config` is a dense model's, or the dense model has no single linear vocabulary head.
+        """
+        if not isinstance(config, TopKExpertsConfig):
+            raise InputError(
+                f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
+                "convert the model first with `hf-topk convert MODEL OUT`"
+            )
+        dense_class = _dense_class(config)
+        for name in ANSWERED_AS_THE_DENSE_CLASS:
+            setattr(self, name, getattr(dense_class, name, None))
+        super().__init__(config)
+        self._adopt(AutoModelForCausalLM.from_config(config.text_config))
+        self.post_init()
+
+    def _adopt(self, dense: PreTrainedModel) -> None:
+        self.base = dense
+        self.config.text_config = dense.config
+        # Not registered as a module of its own: it is already one of the dense model's.
+        self.head_name = name_of_head(dense)
+        head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
+        dense.set_submodule(self.head_name, head)
+        self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedModel, config: TopKExpertsConfig) -> "TopKExpertsForCausalLM":
+        """Wrap a dense model in memory; its tensors are shared, and the model itself is not changed.
+
+        Args:
+            dense: the dense model.
+            config: the converted model's configuration; its `text_config` is replaced by the dense model's.
+
+        Returns:
+            A model whose router and tail are not yet set, in evaluation mode.
+
+        Raises:
+            InputError: when the dense model has no single linear vocabulary head.
+        """
+        shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+        twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
+        config.text_config = twin.config
+        config.dtype = dense.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(dense.dtype)
+        try:
+            model._adopt(twin)
+        finally:
+            torch.set_default_dtype(default_dtype)
+        model.tie_weights()
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        return model.eval()
+
+    @property
+    def head(self) -> TopKExpertsHead:
+        """The output head."""
+        return cast(TopKExpertsHead, self.base.get_submodule(self.head_name))
+
+    @property
+    def head_mode(self) -> HeadMode:
+        """How the head runs: "auto", "sparse" or "dense"."""
+        return self.head.head_mode
+
+    @head_mode.setter
+    def head_mode(self, mode: HeadMode) -> None:
+        if mode not in HEAD_MODES:
+            raise InputError(f"unknown head mode '{mode}': choose one of {', '.join(HEAD_MODES)}")
+        self.head.head_mode = self.config.head_mode = mode
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the dense model with the swapped head; arguments and outputs are the dense model's own.
+
+        Args:
+            input_ids: token ids, [B, T].
+            attention_mask: 1 for tokens to attend to, [B, T].
+            position_ids: positions of the tokens, [B, T].
+            past_key_values: the cache of earlier tokens.
+            inputs_embeds: embeddings in place of `input_ids`, [B, T, d].
+            labels: token ids to compute the loss on, -100 where there is none, [B, T].
+            use_cache: whether to return the cache.
+            logits_to_keep: for how many last positions logits are computed; 0 for all.
+            **kwargs: further arguments of the dense model.
+
+        Returns:
+            The dense model's output, with logits [B, T or `logits_to_keep`, V].
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+        }
+        accepted = self._accepted_by_dense
+        if "kwargs" not in accepted:
+            given = {name: value for name, value in given.items() if name in accepted}
+        given = {name: value for name, value in given.items() if value is not None}
+        if "logits_to_keep" in accepted:
+            given["logits_to_keep"] = logits_to_keep
+        return self.base(**given, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a generation step as the dense model does."""
+        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
+        self.base._prepare_cache_for_generation(*args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
+        # Some dense checkpoints (GPT-2, BLOOM) name their tensors as the model without a head does.
+        dense = model.base
+        if dense.base_model is not dense:
+            children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)
+            bare_names = NamesUnder(dense.base_model_prefix, parent=model.base_model_prefix, but_not=children)
+            load_config.weight_mapping.append(bare_names)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The dense model's input embeddings."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the dense model's input embeddings."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> TopKExpertsHead:
+        """The head, weight and experts and all."""
+        return self.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the dense head's rows; ids that are new become always-on.
+
+        Args:
+            new_embeddings: a linear layer [V', d], as token embeddings are resized with.
+        """
+        self.head.take_over(new_embeddings)
+        self.config.num_always_on = self.head.num_always_on
+
+    def get_decoder(self) -> nn.Module:
+        """The dense model without its head."""
+        return self.base.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the dense model without its head."""
+        self.base.set_decoder(decoder)
+
+
+def name_of_head(dense: PreTrainedModel) -> str:
+    """Find the module that makes logits over the vocabulary.
+
+    Args:
+        dense: a dense causal language model.
+
+    Returns:
+        The module's name in `dense`.
+
+    Raises:
+        InputError: when there is no such module, or it is not linear.
+    """
+    head = dense.get_output_embeddings()
+    name = next((name for name, module in dense.named_modules() if module is head), None)
+    if head is None or name is None:
+        raise InputError(
+            f"{type(dense).__name__} has no single vocabulary head to split into experts: "
+            "choose a causal language model with an `lm_head`"
+        )
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            f"the vocabulary head of {type(dense).__name__} is a {type(head).__name__}, not a plain linear layer: "
+            "load the model unquantised, or choose another one"
+        )
+    return name
+
+
+def _dense_class(config: TopKExpertsConfig) -> type:
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+    except KeyError:
+        raise InputError(
+            f"Transformers has no causal language model for model type '{config.text_config.model_type}': "
+            "choose one that AutoModelForCausalLM can load"
+        ) from None
+
+
+class NamesUnder(WeightRenaming):
+    """Load checkpoint names under a prefix, and save them without it again.
+
+    [`PrefixChange`] would do, but Transformers leaves those out when a model made in memory is saved.
+    """
+
+    __slots__ = ("added", "parent")
+
+    def __init__(self, added: str, parent: str | None = None, but_not: tuple[str, ...] = ()) -> None:
+        """Say where names go.
+
+        Args:
+            added: the prefix to add.
+            parent: the module under which names are to have it; None for the model itself.
+            but_not: first parts of names that stay as they are, beside `added`.
+        """
+        self.added, self.parent = added, parent
+        start = "" if parent is None else rf"{parent}\."
+        stay = "|".join((added, *but_not))
+        super().__init__(rf"^{start}(?!(?:{stay})\.)(.+)$", rf"{start}{added}\.\1")
+
+    def reverse_transform(self) -> WeightRenaming:
+        """Take the prefix away."""
+        return PrefixChange(prefix_to_remove=self.added, model_prefix=self.parent)
+
+
+# Registered here, and not in the package, so that it covers copied code as well.
+register_checkpoint_conversion_mapping(
+    TopKExpertsConfig.model_type, [NamesUnder(TopKExpertsPreTrainedModel.base_model_prefix)], overwrite=True
+)

@@ -1,0 +1,62 @@
+"""Tails: how the probability of an expert that was not scored is shared out among its tokens."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kernels import int8_logits
+
+
+class PriorTail(nn.Module):
+    """A fixed prior: log p(v | e), the same at every position."""
+
+    def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
+        """Make an empty tail.
+
+        Args:
+            hidden_size: not used by this kind.
+            num_experts: M.
+            expert_size: S.
+            rank: not used by this kind.
+        """
+        super().__init__()
+        self.register_buffer("log_prior", torch.zeros(num_experts, expert_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
+        return self.log_prior.float().expand(hidden.shape[0], -1, -1)
+
+
+class LowRankTail(nn.Module):
+    """Logits within an expert from r numbers a token, kept as int8.
+
+    z_v = scale_v <f_v, B h> + bias_v, where f B is the data-weighted SVD of the rows of W less their expert's mean
+    (the low-rank logits of SVD-softmax, Shim et al. 2017, https://arxiv.org/abs/1712.05159, with the SVD taken in the
+    metric of the hidden states' covariance so that it minimises the error of the logits themselves).
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
+        """Make an empty tail.
+
+        Args:
+            hidden_size: d.
+            num_experts: M.
+            expert_size: S.
+            rank: r.
+        """
+        super().__init__()
+        self.register_buffer("basis", torch.zeros(rank, hidden_size))
+        self.register_buffer("factors", torch.zeros(num_experts, expert_size, rank, dtype=torch.int8))
+        self.register_buffer("scales", torch.zeros(num_experts, expert_size))
+        self.register_buffer("bias", torch.zeros(num_experts, expert_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
+        projected = F.linear(hidden.float(), self.basis.float())  # (N, r)
+        logits = int8_logits(projected, self.factors.flatten(0, 1), self.scales.flatten())
+        return logits.unflatten(-1, self.scales.shape) + self.bias.float()
+
+
+Tail = PriorTail | LowRankTail
+
+TAILS: dict[str, type[PriorTail] | type[LowRankTail]] = {"low_rank": LowRankTail, "prior": PriorTail}
