@@ -3,6 +3,8 @@
 Importing this package registers the converted models with Transformers' Auto classes.
 """
 
+import pkgutil
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .configuration_topk_experts import TopKExpertsConfig
@@ -11,6 +13,9 @@ from .head import TopKExpertsHead
 from .modeling_topk_experts import TopKExpertsForCausalLM
 
 __all__ = ["InputError", "TopKExpertsConfig", "TopKExpertsError", "TopKExpertsForCausalLM", "TopKExpertsHead"]
+
+# The converter lies in a folder of its own: find it also where Python runs in the root of a checkout.
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

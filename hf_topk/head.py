@@ -11,6 +11,7 @@ from .routers import ROUTERS
 from .tails import TAILS
 
 HEAD_MODES = ("auto", "sparse", "dense")
+LOGITS_AT_ONCE = 1 << 26  # elements of sparse logits made at once; beyond it positions are worked off in turns
 
 
 class TopKExpertsHead(nn.Linear):
@@ -91,6 +92,12 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits, [N, V], in the type of `hidden`.
         """
+        at_once = max(1, LOGITS_AT_ONCE // self.out_features)
+        if hidden.shape[0] <= at_once:
+            return self._sparse_logits(hidden)
+        return torch.cat([self._sparse_logits(some) for some in hidden.split(at_once)])
+
+    def _sparse_logits(self, hidden: Tensor) -> Tensor:
         scores = self.router(hidden)  # (N, M)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)  # (N, k)
         rows = self.scored_ids(top)
@@ -128,15 +135,23 @@ class TopKExpertsHead(nn.Linear):
         logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf)
         if self.tail is None:
             return logits
-        within = self.tail(hidden)  # (N, M, S)
-        log_mass = self._mask_padding(within, self.expert_ids).logsumexp(dim=-1)
-        within = within + (scores - log_mass).unsqueeze(-1)
+        within = self._normalise(self.tail(hidden)) + scores.unsqueeze(-1)  # (N, M, S)
         return logits.scatter_(1, self.expert_ids.flatten().expand(hidden.shape[0], -1), within.flatten(1))
+
+    def _normalise(self, within: Tensor) -> Tensor:
+        """Log-softmax within each expert, [N, M, S], to which repeated ids add nothing."""
+        if not self._has_short_experts:
+            return within.log_softmax(dim=-1)
+        return within - self._mask_padding(within, self.expert_ids).logsumexp(dim=-1, keepdim=True)
+
+    @property
+    def _has_short_experts(self) -> bool:
+        return self.num_experts * self.expert_size != self.out_features - self.num_always_on
 
     def _mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
         """Give the repeated ids of short experts no mass: values and ids [..., S]."""
-        if self.num_experts * self.expert_size == self.out_features - self.num_always_on:
-            return values  # no expert is short
+        if not self._has_short_experts:
+            return values
         repeats = ids == ids[..., :1]
         repeats = torch.cat([torch.zeros_like(repeats[..., :1]), repeats[..., 1:]], dim=-1)
         return values.masked_fill(repeats, -torch.inf)

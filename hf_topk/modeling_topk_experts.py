@@ -99,7 +99,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             config: the converted model's configuration; its `text_config` is replaced by the dense model's.
 
         Returns:
-            A model whose router and tail are not yet set, in evaluation mode.
+            A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
 
         Raises:
             InputError: when the dense model has no single linear vocabulary head.
@@ -110,12 +110,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         config.dtype = dense.dtype
         with torch.device("meta"):
             model = cls(config)
-        default_dtype = torch.get_default_dtype()
-        torch.set_default_dtype(dense.dtype)
-        try:
-            model._adopt(twin)
-        finally:
-            torch.set_default_dtype(default_dtype)
+        model._adopt(twin)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.eval()

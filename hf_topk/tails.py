@@ -30,7 +30,7 @@ class PriorTail(nn.Module):
 class LowRankTail(nn.Module):
     """Logits within an expert from r numbers a token, kept as int8.
 
-    z_v = scale_v <f_v, B h> + bias_v, where f B is the data-weighted SVD of the rows of W less their expert's mean
+    z_v = scale_v <f_v, B h - c> + bias_v, where f B is the data-weighted SVD of the rows of W less their expert's mean
     (the low-rank logits of SVD-softmax, Shim et al. 2017, https://arxiv.org/abs/1712.05159, with the SVD taken in the
     metric of the hidden states' covariance so that it minimises the error of the logits themselves).
     """
@@ -46,13 +46,14 @@ class LowRankTail(nn.Module):
         """
         super().__init__()
         self.register_buffer("basis", torch.zeros(rank, hidden_size))
+        self.register_buffer("center", torch.zeros(rank))
         self.register_buffer("factors", torch.zeros(num_experts, expert_size, rank, dtype=torch.int8))
         self.register_buffer("scales", torch.zeros(num_experts, expert_size))
         self.register_buffer("bias", torch.zeros(num_experts, expert_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
-        projected = F.linear(hidden.float(), self.basis.float())  # (N, r)
+        projected = F.linear(hidden.float(), self.basis.float(), -self.center.float())  # (N, r)
         logits = int8_logits(projected, self.factors.flatten(0, 1), self.scales.flatten())
         return logits.unflatten(-1, self.scales.shape) + self.bias.float()
 

@@ -1,0 +1,66 @@
+.PHONY: help demo test lint test-oldest clean FORCE
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+OLDEST := .venv-oldest
+PIP_INSTALL = bin/pip --disable-pip-version-check install
+# Strict, so that type checkers follow `convert/` to its installed name, `hf_topk.convert`.
+EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable '.[dev,datasets]'
+
+help:
+	@echo 'make demo         convert the bundled model and show what it gives'
+	@echo 'make test         run the tests; ARGS="-k head" passes options on to pytest'
+	@echo 'make lint         check style, docstrings and types'
+	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
+	@echo 'make clean        remove everything that the above made'
+
+demo: $(VENV)/installed
+	$(VENV)/bin/hf-topk demo $(ARGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find hf_topk convert tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt setuptools torch
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE)
+	touch $@
+
+# Lower bounds become pins. Not torch's, whose old builds are gigabytes; the tools stay too.
+define LOWER_BOUNDS
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+for requirement in project["dependencies"] + project["optional-dependencies"]["datasets"]:
+    if not requirement.startswith("torch"):
+        print(re.sub(r">=([\d.]+).*", r"==\1", requirement))
+endef
+export LOWER_BOUNDS
+
+$(OLDEST)/constraints.txt: pyproject.toml constraints.txt
+	mkdir -p $(OLDEST)
+	$(PYTHON) -c "$$LOWER_BOUNDS" > $@
+	grep -E '^(hypothesis|mypy|pyarrow|pytest|ruff|setuptools|torch|types-PyYAML)==' constraints.txt >> $@
+
+$(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt setuptools torch
+	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt $(EDITABLE)
+	touch $@
+
+# A strict editable install links file by file, so a file that comes or goes asks for another; an edit does not.
+%/files: FORCE
+	@mkdir -p $*
+	@find hf_topk convert -type f ! -name '*.pyc' | sort > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@

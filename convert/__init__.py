@@ -1,0 +1,7 @@
+"""Makes converted models: see [`convert`] for one in memory, [`convert_checkpoint`] for a folder."""
+
+from .pipeline import Report, convert
+from .recipe import Recipe
+from .run import convert_checkpoint
+
+__all__ = ["Recipe", "Report", "convert", "convert_checkpoint"]

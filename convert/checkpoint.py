@@ -1,0 +1,176 @@
+"""Writes a converted model's folder: whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import Advance, progress
+
+from .card import write_card
+from .pipeline import Report
+from .source import BYTES_AT_ONCE, Source
+
+COMPANION_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
+COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+WRITTEN_ANEW = ("config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME)
+RECIPE_FILE = "recipe.yaml"
+FIGURES_FILE = "figures.json"
+PROBE_LENGTH = 8  # tokens that the reloaded model is tried on
+
+
+def write_checkpoint(report: Report, source: Source, out: Path) -> None:
+    """Write a converted model beside its place, load it again to see that it is the same, and move it there.
+
+    The dense shards are copied byte for byte and get a new number only; what conversion added is a shard of its own,
+    so the folder loads as the dense model too. Copies, not links: saving over a link would change the dense checkpoint.
+
+    Args:
+        report: what was converted.
+        source: the dense checkpoint.
+        out: the folder to write; one that is there is replaced at the very end.
+
+    Raises:
+        TopKExpertsError: when the disk is full or the folder that was written does not load as the same model.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    with _whole_or_nothing(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_files(report, source, partial)
+        _verify(report, source, partial)
+        _move(partial, out)
+
+
+@contextmanager
+def _whole_or_nothing(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TopKExpertsError(
+            f"cannot write {error.filename or partial.parent}: {error.strerror}; "
+            "mend that and run the same command again with --resume"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(report: Report, source: Source, folder: Path) -> None:
+    for file in sorted(source.folder.iterdir()):
+        if _is_companion(file):
+            shutil.copyfile(file, folder / file.name)
+    names = [f"model-{number:05}-of-{len(source.shards) + 1:05}.safetensors" for number in _numbers(source)]
+    with progress("Copying the dense weights", source.nbytes(), "bytes") as advance:
+        for shard, name in zip(source.shards, names, strict=False):
+            _copy(shard, folder / name, advance)
+    additions = additions_of(report.model)
+    (folder / names[-1]).write_bytes(save(additions, metadata={"format": "pt"}))
+    renamed = {shard.name: name for shard, name in zip(source.shards, names, strict=False)}
+    weight_map = {tensor: renamed[shard] for tensor, shard in source.weight_map.items()}
+    weight_map |= dict.fromkeys(additions, names[-1])
+    total = source.nbytes() + sum(tensor.nbytes for tensor in additions.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    report.model.config.architectures = [type(report.model).__name__]
+    report.model.config.save_pretrained(folder)
+    (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
+    (folder / FIGURES_FILE).write_text(json.dumps(report.figures(), indent=2) + "\n", encoding="utf-8")
+    write_card(report, source, folder)
+
+
+def _numbers(source: Source) -> range:
+    return range(1, len(source.shards) + 2)
+
+
+def _is_companion(file: Path) -> bool:
+    """Whether a file of the dense checkpoint comes along: tokenizer, generation config, chat template, licence."""
+    if not file.is_file() or file.name in WRITTEN_ANEW or file.name.startswith("."):
+        return False
+    return file.suffix in COMPANION_ENDINGS or file.name.upper().startswith(COMPANION_STARTS)
+
+
+def _copy(file: Path, target: Path, advance: Advance) -> None:
+    with file.open("rb") as source, target.open("wb") as out:
+        while block := source.read(BYTES_AT_ONCE):
+            out.write(block)
+            advance(len(block))
+
+
+def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
+    """What conversion added, under the names that it has on disk; ids take 4 bytes there."""
+    prefix = f"{model.base_model_prefix}.{model.head_name}."
+    additions = {
+        f"{prefix}{name}": tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor
+        for name, tensor in model.head.state_dict().items()
+        if name not in ("weight", "bias")
+    }
+    return {name: tensor.detach().contiguous() for name, tensor in revert_weight_conversion(model, additions).items()}
+
+
+@torch.inference_mode()
+def _verify(report: Report, source: Source, folder: Path) -> None:
+    """Load what was written as the converted and as the dense model, and compare with the one in memory."""
+    reloaded, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    wrong = found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]
+    if wrong:
+        raise TopKExpertsError(f"the model that was written does not load whole ({sorted(wrong)[0]}): please report this")
+    token_ids = torch.arange(PROBE_LENGTH).unsqueeze(0) % reloaded.head.out_features
+    for mode in ("sparse", "dense"):
+        expected, got = (_logits(model, token_ids, mode) for model in (report.model, reloaded))
+        if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
+            raise TopKExpertsError(f"the model that was written gives other {mode} logits: please report this")
+    ties = [model.head.weight is model.get_input_embeddings().weight for model in (report.model, reloaded)]
+    if ties[0] != ties[1]:
+        raise TopKExpertsError("the model that was written ties its embeddings differently: please report this")
+
+
+def _logits(model: TopKExpertsForCausalLM, token_ids: Tensor, mode: Any) -> Tensor:
+    before, model.head_mode = model.head_mode, mode
+    try:
+        return model(input_ids=token_ids.to(model.device)).logits.float().cpu().nan_to_num()
+    finally:
+        model.head_mode = before
+
+
+def _move(partial: Path, out: Path) -> None:
+    if not out.exists():
+        os.replace(partial, out)
+        return
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(out, replaced)
+    os.replace(partial, out)
+    shutil.rmtree(replaced)
+
+
+def load_dense(source: Source) -> PreTrainedModel:
+    """Load a dense checkpoint in its own type.
+
+    Raises:
+        InputError: when a tensor is missing or of the wrong shape.
+    """
+    config = AutoConfig.from_pretrained(source.folder)
+    try:
+        dense, found = AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, dtype="auto", output_loading_info=True
+        )
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
+    if found["missing_keys"]:
+        first = sorted(found["missing_keys"])[0]
+        raise InputError(f"the weights of {source.name} are not complete: '{first}' is missing; fetch the model again")
+    return dense

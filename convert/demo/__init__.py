@@ -1,0 +1,1 @@
+"""The bundled dense model, and the main job run on it."""

@@ -1,0 +1,188 @@
+"""Distillation: the router learns the dense head's mass over experts; the tail and the combiner are fitted to it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_topk.head import TopKExpertsHead
+from hf_topk.progress import progress
+from hf_topk.routers import AttentionRouter, CentroidRouter, Router
+
+ROWS_AT_ONCE = 8192  # of the head, in fp32
+STATES_AT_ONCE = 4096
+STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
+LEVEL_WEIGHT = 0.01
+
+
+@torch.no_grad()
+def token_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Mean probability of each token over a sample of positions.
+
+    Args:
+        states: hidden states, [N, d].
+        weight: W, [V, d].
+        bias: [V] or None.
+
+    Returns:
+        Probabilities that sum to 1, fp32 [V].
+    """
+    sample = evenly_spaced(states, STATES_FOR_STATISTICS)
+    rows = range(0, weight.shape[0], ROWS_AT_ONCE)
+    total = torch.full((sample.shape[0],), -torch.inf)
+    mean = torch.empty(weight.shape[0])
+    with progress("Reading token probabilities", 2 * weight.shape[0], "tokens") as advance:
+        for start in rows:
+            logits = _logits(sample, weight, bias, slice(start, start + ROWS_AT_ONCE))
+            total = torch.logaddexp(total, logits.logsumexp(dim=-1))
+            advance(logits.shape[1])
+        for start in rows:
+            logits = _logits(sample, weight, bias, slice(start, start + ROWS_AT_ONCE))
+            mean[start : start + ROWS_AT_ONCE] = (logits - total.unsqueeze(-1)).exp_().mean(dim=0)
+            advance(logits.shape[1])
+    return mean
+
+
+@torch.no_grad()
+def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Tensor:
+    """Log-sum-exp of the dense logits of each group of tokens: what a perfect router would score.
+
+    Args:
+        states: hidden states, [N, d].
+        weight: W, [V, d].
+        bias: [V] or None.
+        groups: token ids of each group, each once.
+
+    Returns:
+        Masses, fp32 [N, number of groups].
+    """
+    masses = torch.empty(states.shape[0], len(groups))
+    with progress("Reading the experts' masses", len(groups), "experts") as advance:
+        for first, block in _blocks_of_groups(groups):
+            ids = torch.cat(block)
+            rows, row_bias = weight[ids].float(), None if bias is None else bias[ids].float()
+            sizes = [len(group) for group in block]
+            for start in range(0, states.shape[0], STATES_AT_ONCE):
+                logits = F.linear(states[start : start + STATES_AT_ONCE].float(), rows, row_bias)
+                masses[start : start + STATES_AT_ONCE, first : first + len(block)] = _segment_logsumexp(logits, sizes)
+            advance(len(block))
+    return masses
+
+
+def _segment_logsumexp(logits: Tensor, sizes: list[int]) -> Tensor:
+    if len(set(sizes)) == 1:
+        return logits.unflatten(-1, (len(sizes), sizes[0])).logsumexp(dim=-1)
+    return torch.stack([part.logsumexp(dim=-1) for part in logits.split(sizes, dim=-1)], dim=-1)
+
+
+def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Runs of groups that together have about ROWS_AT_ONCE tokens, each with the number of its first one."""
+    first, size = 0, 0
+    for number, group in enumerate(groups):
+        if size and size + len(group) > ROWS_AT_ONCE:
+            yield first, groups[first:number]
+            first, size = number, 0
+        size += len(group)
+    yield first, groups[first:]
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+    return F.linear(states.float(), weight[rows].float(), None if bias is None else bias[rows].float())
+
+
+def evenly_spaced(states: Tensor, count: int) -> Tensor:
+    """At most `count` of the states, spread over all of them: [N, d] to [at most count, d]."""
+    step = max(1, -(-states.shape[0] // count))
+    return states[::step]
+
+
+def groups_of(head: TopKExpertsHead) -> list[Tensor]:
+    """Token ids of each expert without repeats and, behind them, the always-on ids if there are any."""
+    groups = [ids[: 1 + int((ids[1:] != ids[0]).sum())] for ids in head.expert_ids]
+    return [*groups, head.always_on_ids] if head.num_always_on else groups
+
+
+@torch.no_grad()
+def start_router(head: TopKExpertsHead) -> None:
+    """Set the router to the mean row of each expert, or of each of its groups of rows, before it is trained."""
+    router = head.router
+    for expert, ids in enumerate(groups_of(head)[: head.num_experts]):
+        rows = head.weight[ids].float()
+        row_bias = torch.zeros(len(ids)) if head.bias is None else head.bias[ids].float()
+        if isinstance(router, AttentionRouter):
+            router.keys[expert], router.bias[expert] = _group_means(rows, row_bias, router.keys.shape[1])
+        else:
+            router.mean_rows[expert] = rows.mean(dim=0)
+            router.bias[expert] = row_bias.logsumexp(dim=0)
+
+
+def _group_means(rows: Tensor, row_bias: Tensor, groups: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
+    """Means of `groups` clusters of an expert's rows (Lloyd's algorithm) and their log-sum-exp of biases."""
+    means = rows[torch.linspace(0, len(rows) - 1, groups).long()]
+    for _ in range(iterations):
+        member = F.one_hot(torch.cdist(rows, means).argmin(dim=-1), groups).float()  # (S, groups)
+        counts = member.sum(dim=0)
+        means = torch.where(counts.unsqueeze(-1) > 0, member.t() @ rows / counts.clamp_min(1).unsqueeze(-1), means)
+    member = F.one_hot(torch.cdist(rows, means).argmin(dim=-1), groups).bool()
+    masses = torch.where(member, row_bias.unsqueeze(-1), -1e4).logsumexp(dim=0)  # an empty cluster says nothing
+    return means, masses
+
+
+def train_router(
+    router: Router, states: Tensor, masses: Tensor, steps: int, batch_size: int, learning_rate: float, seed: int
+) -> float:
+    """Distil the dense head's distribution over experts into the router.
+
+    The loss is the KL divergence of the router's from the dense head's distribution over experts and always-on tokens
+    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), plus a small term that keeps the scores at the level of the
+    logits, which a softmax does not see.
+
+    Args:
+        router: trained in place; a centroid router is left as it is.
+        states: hidden states, [N, d].
+        masses: what a perfect router would score, fp32 [N, M], or [N, M + 1] with the always-on tokens' mass last.
+        steps: training steps.
+        batch_size: positions in a step.
+        learning_rate: of Adam at the first step; it falls to zero along a cosine.
+        seed: of the order of positions.
+
+    Returns:
+        The mean KL divergence of the last tenth of the steps, in nats; 0 if nothing was trained.
+    """
+    if isinstance(router, CentroidRouter):
+        return 0.0
+    scale = 1.0 / float(evenly_spaced(states, STATES_FOR_STATISTICS).float().square().mean().sqrt())
+    _scale_inward(router, 1.0 / scale)  # so that one learning rate does for states of any magnitude
+    generator = torch.Generator().manual_seed(seed)
+    router.requires_grad_(False)
+    parameters = [parameter.requires_grad_() for parameter in router.trainable()]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    losses: list[float] = []
+    num_experts = router.bias.shape[0]
+    with torch.enable_grad(), progress("Distilling the router", steps, "steps") as advance:
+        for _ in range(steps):
+            chosen = torch.randint(states.shape[0], (min(batch_size, states.shape[0]),), generator=generator)
+            target = masses[chosen]
+            scores = router(states[chosen].float() * scale)
+            predicted = torch.cat([scores, target[:, num_experts:]], dim=-1)
+            loss = F.kl_div(
+                predicted.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
+            )
+            off = predicted.logsumexp(-1) - target.logsumexp(-1)
+            (loss + LEVEL_WEIGHT * off.square().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            advance()
+    _scale_inward(router, scale)
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+@torch.no_grad()
+def _scale_inward(router: Router, factor: float) -> None:
+    for parameter in router.inward():
+        parameter.mul_(factor)

@@ -1,0 +1,234 @@
+"""A conversion in memory: hidden states, partition, distillation, calibration."""
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.errors import InputError
+from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.fidelity import Fidelity
+from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
+from hf_topk.text import Window, make_windows, read_documents
+
+from .calibrate import calibrate, split_by_document
+from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from .fit_tail import fit_combiner, fit_tail
+from .hidden_states import HiddenStates, collect
+from .partition import partition
+from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
+from .self_sample import sample_from_model
+
+
+@dataclasses.dataclass
+class Report:
+    """What a conversion made and how good it is.
+
+    Attributes:
+        model: the converted model, in memory.
+        recipe: every choice, with none left open.
+        fidelity: measured at the recipe's k on held-out documents of the sample.
+        num_experts: M.
+        added_bytes: bytes that conversion adds to the model on disk.
+        distilled_positions: positions that the router was distilled on.
+        router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
+            of distillation.
+        seconds: wall time of the conversion.
+    """
+
+    model: TopKExpertsForCausalLM
+    recipe: Recipe
+    fidelity: Fidelity
+    num_experts: int
+    added_bytes: int
+    distilled_positions: int
+    router_kl: float
+    seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        return {
+            **dataclasses.asdict(self.fidelity),
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.recipe.num_experts_per_tok,
+            "added_bytes": self.added_bytes,
+            "added_bytes_share": self.added_bytes / self.model.head.dense_bytes(),
+            "distilled_positions": self.distilled_positions,
+            "router_kl": self.router_kl,
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def convert(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    *,
+    windows: list[Window] | None = None,
+    folder: Path | None = None,
+) -> Report:
+    """Convert a dense causal language model in memory.
+
+    Args:
+        model: the dense model; it is not changed, and its tensors are shared with the result.
+        tokenizer: its tokenizer; only needed to read sample text.
+        recipe: every choice.
+        windows: the sample, already read and cut; read from `recipe.text` if None.
+        folder: where hidden states are kept as they are made, and found again by a later call with the same arguments;
+            a temporary folder if None.
+
+    Returns:
+        The converted model and its figures.
+
+    Raises:
+        InputError: when model, sample and recipe do not fit one another.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        head = head_of(model)
+        recipe = recipe.resolve(head.weight.shape[0])
+        if windows is None and recipe.text == SELF:
+            windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder)
+        elif windows is None:
+            windows = sample_from_text(tokenizer, recipe)
+        check_sample(windows, recipe, head.weight.shape[0])
+        to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
+        kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
+        states = collect(model, to_distil_on, kept)
+        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
+        fidelity = calibrate(converted, held_out)
+    return Report(
+        model=converted,
+        recipe=recipe,
+        fidelity=fidelity,
+        num_experts=converted.head.num_experts,
+        added_bytes=converted.head.added_bytes(),
+        distilled_positions=states.shape[0],
+        router_kl=router_kl,
+        seconds=time.monotonic() - started,
+    )
+
+
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The dense model's head.
+
+    Raises:
+        InputError: when it has none, it is not linear, or its weight is not finite.
+    """
+    if isinstance(model, TopKExpertsForCausalLM):
+        raise InputError("this model is already converted: give the dense model it was made from")
+    head = cast(nn.Linear, model.get_submodule(name_of_head(model)))
+    if not head.weight.isfinite().all():
+        raise InputError("the head's weight holds NaN or infinite values: the checkpoint is damaged, fetch it again")
+    return head
+
+
+def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> list[Window]:
+    """Read and cut the sample text that a recipe names.
+
+    Raises:
+        InputError: when there is no tokenizer, or the text cannot be read.
+    """
+    if tokenizer is None:
+        raise InputError("sample text needs the model's tokenizer: add its files to the model, or use --text self")
+    documents = read_documents(recipe.text)
+    return make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+
+
+def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None:
+    """Refuse a sample that is too short for the number of experts, or has ids that the head does not.
+
+    Raises:
+        InputError: when it is either.
+    """
+    positions = sum(len(window.token_ids) for window in windows)
+    experts = recipe.num_experts(vocab_size)
+    if positions < POSITIONS_AN_EXPERT * experts:
+        raise InputError(
+            f"the sample has {positions} positions, too few for {experts} experts (at least "
+            f"{POSITIONS_AN_EXPERT * experts}): give more text, raise `positions`, or choose a larger expert_size"
+        )
+    largest = max(max(window.token_ids) for window in windows)
+    if largest >= vocab_size:
+        raise InputError(
+            f"the tokenizer gives token id {largest}, but the head has {vocab_size} rows: "
+            "the tokenizer is not this model's"
+        )
+
+
+def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Ids of special tokens, those that end a text first."""
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    others = [] if tokenizer is None else tokenizer.all_special_ids
+    return list(dict.fromkeys([*ends, *others]))
+
+
+def _convert_head(
+    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe
+) -> tuple[TopKExpertsForCausalLM, float]:
+    """Make the converted model; its router's KL divergence comes with it."""
+    dense = head_of(model)
+    weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
+    probabilities = token_probabilities(states, weight, bias)
+    always_on = choose_always_on(probabilities, specials, cast(int, recipe.num_always_on))
+    routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
+    expert_ids = routed[partition(weight[routed], recipe.expert_size, recipe.seed)]
+    converted = TopKExpertsForCausalLM.from_dense(model, _config(model, recipe, len(expert_ids)))
+    head = converted.head
+    head.always_on_ids.copy_(always_on)
+    head.expert_ids.copy_(expert_ids)
+    start_router(head)
+    masses = expert_masses(states, weight, bias, groups_of(head))
+    router_kl = train_router(
+        head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
+    )
+    fit_tail(head, states, probabilities)
+    fit_combiner(head, states, recipe.seed)
+    _cast_additions(head)
+    return converted.requires_grad_(True), router_kl
+
+
+def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:
+    """Ids to score at every position: special tokens, then the likeliest of the sample.
+
+    Args:
+        probabilities: mean probability of each token, [V].
+        specials: ids of special tokens, the most important first; those beyond the vocabulary are left out.
+        count: A.
+
+    Returns:
+        Ids in ascending order, int64 [A].
+    """
+    likeliest = probabilities.topk(min(len(probabilities), count + len(specials))).indices.tolist()
+    ranked = dict.fromkeys([*(token for token in specials if token < len(probabilities)), *likeliest])
+    return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
+
+
+def _config(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
+    return TopKExpertsConfig(
+        text_config=model.config,
+        num_experts=num_experts,
+        expert_size=recipe.expert_size,
+        num_experts_per_tok=recipe.num_experts_per_tok,
+        num_always_on=recipe.num_always_on,
+        router_type=recipe.router,
+        router_rank=recipe.router_rank,
+        tail=recipe.tail,
+        tail_rank=recipe.tail_rank,
+        combine=recipe.combine,
+        sparse_max_positions=recipe.sparse_max_positions,
+    )
+
+
+def _cast_additions(head: TopKExpertsHead) -> None:
+    """Bring what was fitted in fp32 to the type of the dense head."""
+    for module in head.children():
+        module.to(head.weight.dtype)

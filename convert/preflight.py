@@ -1,0 +1,204 @@
+"""All that can be refused before weights are read, and before anything is written."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.errors import InputError
+from hf_topk.modeling_topk_experts import name_of_head
+from hf_topk.text import Window, fingerprint, make_windows, read_documents
+
+from .pipeline import check_sample
+from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
+from .source import Source, find_folder, open_source, read_json
+
+SMALLEST_SHARE_OF_HEAD = 0.5  # of the head's rows that a tokenizer of the same model has tokens for
+SHARE_ADDED = 0.2  # of the head's bytes: more than any router and tail of usual sizes add
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that nothing speaks against.
+
+    Attributes:
+        source: the dense checkpoint.
+        out: the folder to write.
+        recipe: every choice, with none left open.
+        tokenizer: the model's, or None if it has none.
+        windows: the sample; None if the model is to write it itself.
+        text_fingerprint: of the sample text.
+    """
+
+    source: Source
+    out: Path
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase | None
+    windows: list[Window] | None
+    text_fingerprint: str
+
+
+def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: bool = False) -> Plan:
+    """Check a conversion.
+
+    Args:
+        model: a folder, a repository of the Hub, or None for the bundled demo model.
+        out: the folder to write.
+        recipe: every choice.
+        overwrite: whether `out` may be an earlier converted model.
+
+    Raises:
+        InputError: when anything speaks against the conversion; nothing has been written then.
+    """
+    folder = find_folder(model)
+    name = "the bundled demo model" if model is None else model
+    config = _dense_config(name, folder)
+    _check_out(Path(out), folder, overwrite)
+    vocab_size, hidden_size = _head_shape(config)
+    source = open_source(str(folder) if model is None else model, folder)
+    resolved = recipe.resolve(vocab_size)
+    tokenizer = _tokenizer(source.folder)
+    if tokenizer is not None:
+        _check_tokenizer(tokenizer, vocab_size)
+    windows, text_fingerprint = _sample(resolved, tokenizer, config, vocab_size)
+    _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
+    return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint)
+
+
+def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
+    """The configuration of a dense causal language model, or the reason why there is none."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} is not a model: there is no config.json in {folder}")
+    choices = read_json(folder / "config.json")
+    model_type = choices.get("model_type")
+    if model_type == TopKExpertsConfig.model_type:
+        raise InputError(f"{name} is already converted: give the dense model it was made from")
+    if "quantization_config" in choices:
+        raise InputError(f"{name} is quantised: give the checkpoint it was made from, in bfloat16 or another float type")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"Transformers cannot read the configuration of {name} (model type '{model_type}'): "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
+    _check_class(name, config)
+    return config
+
+
+def _check_class(name: str, config: PreTrainedConfig) -> None:
+    architectures = config.architectures or []
+    known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in _as_tuple(names)}
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    if not is_causal or (architectures and not known.intersection(architectures)):
+        kind = architectures[0] if architectures else config.model_type
+        raise InputError(
+            f"{name} is a {kind}, which has no single vocabulary head that writes text: "
+            "choose a causal language model (a ...ForCausalLM)"
+        )
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return names if isinstance(names, tuple) else (names,)
+
+
+def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """V and d, from a model without memory."""
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(config)
+    weight = dense.get_submodule(name_of_head(dense)).weight
+    return weight.shape[0], weight.shape[1]
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}): fetch the model again"
+        ) from error
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    # A few added tokens may lie beyond the head (Gemma 3's image token does), and heads are padded.
+    tokens = tokenizer.vocab_size
+    if not SMALLEST_SHARE_OF_HEAD * vocab_size <= max(tokens, len(tokenizer)) or tokens > vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokens} tokens but the head has {vocab_size} rows: they are not of one model, "
+            "put the model's own tokenizer in its folder"
+        )
+
+
+def _sample(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, vocab_size: int
+) -> tuple[list[Window] | None, str]:
+    """The windows of the sample, unless the model is to write it, and the fingerprint of its text."""
+    if recipe.text == SELF:
+        experts = recipe.num_experts(vocab_size)
+        if recipe.positions < POSITIONS_AN_EXPERT * experts:
+            raise InputError(
+                f"positions is {recipe.positions}, too few for {experts} experts (at least "
+                f"{POSITIONS_AN_EXPERT * experts}): raise it, or choose a larger expert_size"
+            )
+        return None, SELF
+    if tokenizer is None:
+        raise InputError("sample text needs a tokenizer, and the model has none: add its files, or use --text self")
+    documents = read_documents(recipe.text)
+    windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    check_sample(windows, recipe, vocab_size)
+    return windows, fingerprint(documents)
+
+
+def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
+    if out.resolve() == folder.resolve():
+        raise InputError(f"the output folder {out} is the model's own: choose another one")
+    if out.exists() or out.is_symlink():
+        _check_existing(out, overwrite)
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {parent}: choose an output folder elsewhere, or change its permissions")
+
+
+def _check_existing(out: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise InputError(f"{out} exists: choose another output folder, or give --overwrite")
+    if not out.is_dir() or out.is_symlink():
+        raise InputError(f"{out} is not a folder: choose another output folder")
+    config = out / "config.json"
+    is_ours = config.is_file() and read_json(config).get("model_type") == TopKExpertsConfig.model_type
+    if any(out.iterdir()) and not is_ours:
+        raise InputError(f"{out} holds something else than a converted model, which is not overwritten: choose another")
+
+
+def _check_disk(out: Path, source: Source, vocab_size: int, hidden_size: int, positions: int) -> None:
+    itemsize = 4  # at most
+    states = positions * hidden_size * itemsize
+    needed = source.nbytes() + int(SHARE_ADDED * vocab_size * hidden_size * itemsize) + states
+    parent = out.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"the disk of {parent} has {free / 2**20:,.0f} MiB left and the conversion needs about "
+            f"{needed / 2**20:,.0f}: make room, or choose an output folder elsewhere"
+        )

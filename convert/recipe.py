@@ -1,0 +1,212 @@
+"""The recipe: every choice of a conversion in one dataclass, readable from and writable to one YAML file."""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_topk.configuration_topk_experts import CombineType, RouterType, TailType
+from hf_topk.errors import InputError
+
+SELF = "self"
+ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256}
+ALWAYS_ON = 256
+LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held to
+POSITIONS_AN_EXPERT = 4  # fewer cannot tell the router where an expert belongs
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class Recipe:
+    """Every choice of a conversion.
+
+    Attributes:
+        text: sample text: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a `datasets` data set,
+            or "self": the model samples its own.
+        positions: positions of the sample to keep hidden states of.
+        window_length: tokens that the model reads in one pass.
+        held_out: share of the documents kept back to measure on, above 0 and below 1.
+        expert_size: S, tokens in an expert.
+        num_experts_per_tok: k, experts scored for a position; None for half the square root of their number.
+        num_always_on: A, tokens scored at every position; None for 256, less in small vocabularies.
+        router: kind of router.
+        router_rank: rank, width or keys of the router; None for the kind's own default.
+        tail: kind of tail.
+        tail_rank: rank of a low-rank tail.
+        combine: how a scored token's logit is made.
+        sparse_max_positions: most positions of a call that head mode "auto" runs sparse.
+        distill_steps: steps that the router is trained for.
+        batch_size: positions in one training step.
+        learning_rate: of the first training step; it falls to zero along a cosine.
+        seed: of all random choices.
+
+    Raises:
+        InputError: when a value is of a wrong type or out of range.
+    """
+
+    text: str = SELF
+    positions: int = 60_000
+    window_length: int = 256
+    held_out: float = 0.1
+    expert_size: int = 128
+    num_experts_per_tok: int | None = None
+    num_always_on: int | None = None
+    router: RouterType = "mlp"
+    router_rank: int | None = None
+    tail: TailType = "low_rank"
+    tail_rank: int = 32
+    combine: CombineType = "exact"
+    sparse_max_positions: int = 16
+    distill_steps: int = 2000
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def validate_ranges(self) -> None:
+        """Check each number on its own.
+
+        Raises:
+            ValueError: when one is out of range.
+        """
+        for name in ("positions", "expert_size", "tail_rank", "distill_steps", "batch_size"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("num_experts_per_tok", "router_rank"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        _at_least("window_length", self.window_length, 2)
+        _at_least("sparse_max_positions", self.sparse_max_positions, 0)
+        _at_least("num_always_on", self.num_always_on or 0, 0)
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}, must be above 0 and below 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
+
+    @classmethod
+    def from_dict(cls, choices: dict[str, Any]) -> Self:
+        """Make a recipe from its choices; those left out keep their defaults.
+
+        Args:
+            choices: values by name.
+
+        Raises:
+            InputError: when a name is unknown or a value is not allowed; names what was likely meant.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in choices:
+            if name not in names:
+                raise InputError(f"unknown recipe key '{name}'{_did_you_mean(name, names)}")
+        for name, allowed in _ALLOWED.items():
+            value = choices.get(name, allowed[0])
+            if value not in allowed:
+                raise InputError(f"unknown {name} '{value}'{_did_you_mean(str(value), allowed)}")
+        try:
+            return cls(**choices)
+        except StrictDataclassError as error:
+            reason = str(error.__cause__ or error).strip()
+            raise InputError(f"the recipe is not valid: {' '.join(reason.split())}") from error
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a recipe from a YAML file.
+
+        Raises:
+            InputError: when the file is missing, is no YAML mapping, or holds a wrong choice.
+        """
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every choice by name."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """Every choice as YAML, in the order in which they are documented."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def resolve(self, vocab_size: int) -> "Recipe":
+        """Fill in what depends on the size of the vocabulary.
+
+        Args:
+            vocab_size: V, the rows of the head.
+
+        Returns:
+            A recipe without a None in it.
+
+        Raises:
+            InputError: when the sizes do not fit the vocabulary.
+        """
+        if self.expert_size > vocab_size:
+            raise InputError(
+                f"expert_size is {self.expert_size}, more than the vocabulary of {vocab_size}: choose a smaller one"
+            )
+        always_on = self.num_always_on
+        if always_on is None:
+            always_on = _default_always_on(vocab_size, self.expert_size)
+        if always_on >= vocab_size:
+            raise InputError(
+                f"num_always_on is {always_on}, which leaves none of {vocab_size} tokens to route: choose fewer"
+            )
+        experts = math.ceil((vocab_size - always_on) / self.expert_size)
+        chosen = self.num_experts_per_tok
+        if chosen is not None and chosen > experts:
+            raise InputError(
+                f"num_experts_per_tok is {chosen}, but there are only {experts} experts of {self.expert_size}: "
+                "choose fewer, or a smaller expert_size"
+            )
+        return dataclasses.replace(
+            self,
+            num_always_on=always_on,
+            num_experts_per_tok=chosen or max(1, round(math.sqrt(experts) / 2)),
+            router_rank=self.router_rank or ROUTER_RANKS[self.router],
+        )
+
+    def num_experts(self, vocab_size: int) -> int:
+        """M for a vocabulary of V tokens, once resolved."""
+        return math.ceil((vocab_size - (self.num_always_on or 0)) / self.expert_size)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        InputError: when the file is missing or is no YAML mapping.
+    """
+    try:
+        choices = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if choices is None:
+        return {}
+    if not isinstance(choices, dict):
+        raise InputError(f"the recipe {path} is not a mapping of choices: write lines such as `expert_size: 128`")
+    return {str(name): value for name, value in choices.items()}
+
+
+def _default_always_on(vocab_size: int, expert_size: int) -> int:
+    """256 or a small share of the vocabulary, and what makes the experts come out even."""
+    wanted = min(ALWAYS_ON, int(vocab_size * LARGEST_SHARE_ALWAYS_ON))
+    over = (vocab_size - wanted) % expert_size
+    return wanted + over if wanted + over < vocab_size else wanted
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}, must be at least {least}")
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f": did you mean '{near[0]}'?" if near else f": choose one of {', '.join(known)}"
+
+
+_ALLOWED = {
+    "router": list(get_args(RouterType)),
+    "tail": list(get_args(TailType)),
+    "combine": list(get_args(CombineType)),
+}

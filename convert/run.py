@@ -1,0 +1,90 @@
+"""A conversion from folder to folder: preflight, convert, write, with what it takes to resume."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hf_topk.errors import InputError, TopKExpertsError
+
+from .checkpoint import load_dense, write_checkpoint
+from .hidden_states import read_record, write_record
+from .pipeline import Report, convert, head_of
+from .preflight import Plan, preflight
+from .recipe import Recipe
+
+FINGERPRINT_FILE = "fingerprint.json"
+
+
+def convert_checkpoint(
+    model: str | None, out: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False
+) -> Report:
+    """Convert a dense checkpoint into a folder that loads with `AutoModelForCausalLM.from_pretrained`.
+
+    Args:
+        model: a folder, a repository of the Hub, or None for the bundled demo model.
+        out: the folder to write: whole or not at all.
+        recipe: every choice.
+        overwrite: whether to replace an earlier converted model, and to throw away an interrupted conversion.
+        resume: whether to go on with an interrupted conversion of the same model, text and recipe.
+
+    Returns:
+        The converted model and its figures.
+
+    Raises:
+        InputError: when an input is refused; nothing has been written then.
+        TopKExpertsError: when writing fails; what was computed is kept for `resume`.
+    """
+    work = work_folder(Path(out))
+    if work.exists() and not (resume or overwrite):
+        raise InputError(
+            f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite"
+        )
+    plan = preflight(model, out, recipe, overwrite=overwrite)
+    fingerprint = _fingerprint(plan)
+    goes_on = resume and _can_resume(work, fingerprint)
+    dense = load_dense(plan.source)
+    head_of(dense)  # refuses what is wrong with the weights before anything is written
+    try:
+        if not goes_on:
+            _start_anew(work, fingerprint)
+        report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work)
+    except InputError:
+        shutil.rmtree(work)  # the same input would be refused again
+        raise
+    except OSError as error:
+        raise TopKExpertsError(
+            f"cannot write to {work}: {error.strerror}; mend that and run the same command with --resume"
+        ) from error
+    write_checkpoint(report, plan.source, plan.out)
+    shutil.rmtree(work)
+    return report
+
+
+def work_folder(out: Path) -> Path:
+    """Where a conversion keeps what it needs to be resumed: beside its output folder."""
+    return out.with_name(f".{out.name}.work")
+
+
+def _fingerprint(plan: Plan) -> dict[str, Any]:
+    return {"model": plan.source.fingerprint(), "text": plan.text_fingerprint, "recipe": plan.recipe.to_dict()}
+
+
+def _can_resume(work: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether there is an interrupted conversion; refuses one of something else."""
+    record = read_record(work / FINGERPRINT_FILE)
+    if not record:
+        return False
+    changed = [name for name in ("model", "text") if record[name] != fingerprint[name]]
+    changed += [name for name, value in fingerprint["recipe"].items() if record["recipe"].get(name) != value]
+    if changed:
+        raise InputError(
+            f"cannot resume, since this has changed: {', '.join(dict.fromkeys(changed))}; "
+            "use what the interrupted conversion was started with, or start anew with --overwrite"
+        )
+    return True
+
+
+def _start_anew(work: Path, fingerprint: dict[str, Any]) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_record(work / FINGERPRINT_FILE, fingerprint)

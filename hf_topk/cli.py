@@ -1,0 +1,249 @@
+"""The command line: `hf-topk`. Each command imports its code when it runs."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError, TopKExpertsError
+
+app = typer.Typer(
+    name="hf-topk",
+    help="Make the output head of a language model cheap to run: its vocabulary is split into experts, and a small "
+    "router picks the few that each position needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
+
+
+@app.command()
+def convert(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] OUT",
+            help="The dense model (a folder or a Hub repository; the bundled demo model if left out) and the folder "
+            "to write.",
+        ),
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Sample text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
+            "`datasets` data set, or 'self': the model writes its own. [default: self]"
+        ),
+    ] = None,
+    positions: Annotated[int | None, typer.Option(help="How many tokens of the sample to use. [default: 60000]")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Tokens in an expert. [default: 128]")] = None,
+    num_experts_per_tok: Annotated[
+        int | None,
+        typer.Option(
+            "--num-experts-per-tok", "-k", help="Experts scored for a position: more agree better, fewer are faster."
+        ),
+    ] = None,
+    num_always_on: Annotated[
+        int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
+    ] = None,
+    router: Annotated[
+        str | None, typer.Option(help="centroid, linear, low_rank, mlp or attention. [default: mlp]")
+    ] = None,
+    router_rank: Annotated[int | None, typer.Option(help="Rank, hidden width or keys of the router.")] = None,
+    tail: Annotated[
+        str | None,
+        typer.Option(help="What unscored tokens get: low_rank, prior, or none (no probability). [default: low_rank]"),
+    ] = None,
+    tail_rank: Annotated[int | None, typer.Option(help="Rank of a low_rank tail. [default: 32]")] = None,
+    combine: Annotated[
+        str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [default: 0]")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML file of choices; options on the command line win over it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a dense language model; the result loads with AutoModelForCausalLM."""
+    given = {
+        "text": text,
+        "positions": positions,
+        "expert_size": expert_size,
+        "num_experts_per_tok": num_experts_per_tok,
+        "num_always_on": num_always_on,
+        "router": router,
+        "router_rank": router_rank,
+        "tail": tail,
+        "tail_rank": tail_rank,
+        "combine": combine,
+        "seed": seed,
+    }
+    if len(paths) > 2:
+        raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
+    from .convert.recipe import Recipe, read_yaml
+
+    choices = read_yaml(recipe) if recipe else {}
+    choices |= {name: value for name, value in given.items() if value is not None}
+    chosen = Recipe.from_dict(choices)
+    from .convert import convert_checkpoint
+
+    _quiet()
+    out = paths[-1]
+    report = convert_checkpoint(paths[0] if len(paths) == 2 else None, out, chosen, overwrite=overwrite, resume=resume)
+    if as_json:
+        _print_json({"out": out, **report.figures(), "recipe": report.recipe.to_dict()})
+        return
+    figures = report.figures()
+    _print_table(
+        f"Wrote {out}",
+        {
+            "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
+            f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} tokens always on",
+            "agreement": f"{figures['agreement']:.2%} on {figures['positions']:,} held-out positions of the sample",
+            "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
+            "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
+            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {figures['added_bytes_share']:.1%} of the head",
+            "time": f"{figures['seconds']:.0f} s",
+        },
+    )
+
+
+@app.command()
+def evaluate(
+    directory: Directory,
+    text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or a data set.")],
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option("--num-experts-per-tok", "-k", help="Experts scored, in place of the model's own.")
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Measure on a sample of so many tokens. [default: all of the text]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how faithful the sparse head is to the dense one on your own text."""
+    import dataclasses
+
+    from .loading import load_converted
+    from .measure.fidelity import WINDOW_LENGTH, measure_fidelity
+    from .text import make_windows, read_documents
+
+    _quiet()
+    documents = read_documents(text)
+    model, tokenizer = load_converted(directory, num_experts_per_tok)
+    windows = make_windows(documents, tokenizer, WINDOW_LENGTH, positions, seed=0)
+    fidelity = measure_fidelity(model, windows)
+    if as_json:
+        _print_json(dataclasses.asdict(fidelity))
+        return
+    _print_table(
+        f"{directory} on {fidelity.positions:,} positions of {text}",
+        {
+            "agreement": f"{fidelity.agreement:.2%} (same likeliest token as the dense head)",
+            "top-5": f"{fidelity.top5_containment:.2%} (dense argmax among the five likeliest)",
+            "KL divergence": f"{fidelity.kl:.4f} nats",
+            "perplexity": f"{fidelity.perplexity_dense:.2f} dense, {fidelity.perplexity_sparse:.2f} sparse",
+            "bytes read": f"{fidelity.bytes_read:.1%} of the dense head",
+        },
+    )
+
+
+@app.command()
+def inspect(directory: Directory) -> None:
+    """Show the experts with some of their tokens, the recipe, and the figures of the conversion."""
+    from .inspection import describe
+
+    _quiet()
+    for line in describe(directory):
+        print(line)
+
+
+@app.command()
+def generate(
+    directory: Directory,
+    prompt: Annotated[str, typer.Argument(help="What the model is to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more is bolder.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
+) -> None:
+    """Write text with a converted model, word by word."""
+    import torch
+    from transformers import TextStreamer
+
+    from .loading import load_converted
+
+    _quiet()
+    model, tokenizer = load_converted(directory)
+    model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise InputError("the prompt is empty: write a word or two for the model to go on from")
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    model.generate(
+        **inputs.to(model.device),
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+@app.command()
+def demo() -> None:
+    """Convert the bundled model, measure it, and write the same text with the dense and the sparse head."""
+    from .convert.demo.run import run_demo
+
+    _quiet()
+    run_demo()
+
+
+def main() -> None:
+    """Run the command line: exit code 0 for done, 1 for failed, 2 for refused input."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except TopKExpertsError as error:
+        print(f"hf-topk: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("hf-topk: interrupted; an interrupted conversion goes on with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet() -> None:
+    """Keep Transformers' own bars and notes off the screen."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """Print JSON, in which there is no infinity."""
+    finite = {
+        name: None if isinstance(item, float) and not math.isfinite(item) else item for name, item in value.items()
+    }
+    print(json.dumps(finite, indent=2))
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not sys.stdout.isatty():
+        print(title)
+        print("\n".join(f"{name}: {value}" for name, value in rows.items()))
+        return
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)

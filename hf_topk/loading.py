@@ -1,0 +1,56 @@
+"""Loads a converted model and its tokenizer for the commands, with errors that say what to do."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
+from .modeling_topk_experts import TopKExpertsForCausalLM
+
+
+def load_converted(
+    name: str, num_experts_per_tok: int | None = None
+) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
+    """Load a converted model and its tokenizer.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        num_experts_per_tok: k in place of the model's own.
+
+    Raises:
+        InputError: when there is no converted model of that name, its files are damaged, or k is out of range.
+    """
+    config = _config(name)
+    if num_experts_per_tok is not None:
+        if not 1 <= num_experts_per_tok <= config.num_experts:
+            raise InputError(
+                f"num_experts_per_tok is {num_experts_per_tok}, must be from 1 to the {config.num_experts} experts"
+            )
+        config.num_experts_per_tok = num_experts_per_tok
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{name} does not load ({_one_line(error)}): convert or fetch it again") from error
+    return model, tokenizer
+
+
+def _config(name: str) -> TopKExpertsConfig:
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name} is not a model: there is no config.json in it")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no such model: {name} ({_one_line(error)})") from error
+    if not isinstance(config, TopKExpertsConfig):
+        raise InputError(
+            f"{name} is a dense model ('{config.model_type}'), not a converted one: "
+            "convert it first with `hf-topk convert MODEL OUT`"
+        )
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,1 @@
+"""Measurements of converted models: fidelity to the dense head, and speed."""
