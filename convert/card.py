@@ -1,5 +1,6 @@
 """The model card of a converted model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         folder: where the card goes.
     """
     base = _base_metadata(source.folder)
-    name = _base_name(source)
-    title = f"{name.rpartition('/')[2]}-topk"
+    name, repository = _names(source)
+    title = f"{name}-topk"
     data = ModelCardData(
-        base_model=name,
+        base_model=repository,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf-topk", "topk_experts"],
@@ -36,7 +37,7 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
     text = _template().render(
         title=title,
         base_name=name,
-        base_url=f"https://huggingface.co/{name}",
+        repository=repository,
         vocab_size=report.model.head.out_features,
         num_experts=report.num_experts,
         recipe=report.recipe,
@@ -69,21 +70,28 @@ def _base_metadata(folder: Path) -> dict[str, Any]:
     return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
 
 
-def _base_name(source: Source) -> str:
+def _names(source: Source) -> tuple[str, str | None]:
+    """The base model's short name and, if it is on the Hub, its repository."""
     if source.folder == DEMO:
-        return DEMO_NAME
+        return DEMO_NAME, None
     path = Path(source.name).expanduser()
-    return path.resolve().name if path.is_dir() else source.name
+    return (path.resolve().name, None) if path.is_dir() else (source.name.rpartition("/")[2], source.name)
 
 
 def _sample(text: str) -> str:
-    return "text that the model wrote itself" if text == SELF else f"`{Path(text).name}`"
+    return "text that the model wrote itself" if text == SELF else Path(text).name
 
 
 def _results(report: Report) -> list[EvalResult]:
-    dataset = {"dataset_type": "text", "dataset_name": f"held-out part of {_sample(report.recipe.text).strip('`')}"}
     figures = {"agreement": report.fidelity.agreement, "perplexity": report.fidelity.perplexity_sparse}
     return [
-        EvalResult(task_type="text-generation", metric_type=name, metric_value=round(value, 4), **dataset)
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=f"held-out part of {_sample(report.recipe.text)}",
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
         for name, value in figures.items()
+        if math.isfinite(value)
     ]

@@ -1,7 +1,6 @@
 """Writes a converted model's folder: whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,10 +122,11 @@ def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
 @torch.inference_mode()
 def _verify(report: Report, source: Source, folder: Path) -> None:
     """Load what was written as the converted and as the dense model, and compare with the one in memory."""
-    reloaded, found = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    reloaded, found = loaded
     wrong = found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]
     if wrong:
-        raise TopKExpertsError(f"the model that was written does not load whole ({sorted(wrong)[0]}): please report this")
+        raise TopKExpertsError(f"the model that was written does not load whole ({min(wrong)}): please report this")
     token_ids = torch.arange(PROBE_LENGTH).unsqueeze(0) % reloaded.head.out_features
     for mode in ("sparse", "dense"):
         expected, got = (_logits(model, token_ids, mode) for model in (report.model, reloaded))
@@ -147,12 +147,12 @@ def _logits(model: TopKExpertsForCausalLM, token_ids: Tensor, mode: Any) -> Tens
 
 def _move(partial: Path, out: Path) -> None:
     if not out.exists():
-        os.replace(partial, out)
+        partial.replace(out)
         return
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    os.replace(out, replaced)
-    os.replace(partial, out)
+    out.replace(replaced)
+    partial.replace(out)
     shutil.rmtree(replaced)
 
 
@@ -164,13 +164,14 @@ def load_dense(source: Source) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(source.folder)
     try:
-        dense, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, config=config, dtype="auto", output_loading_info=True
         )
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
+    dense, found = loaded
     if found["missing_keys"]:
-        first = sorted(found["missing_keys"])[0]
+        first = min(found["missing_keys"])
         raise InputError(f"the weights of {source.name} are not complete: '{first}' is missing; fetch the model again")
     return dense

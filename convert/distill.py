@@ -167,9 +167,7 @@ def train_router(
             target = masses[chosen]
             scores = router(states[chosen].float() * scale)
             predicted = torch.cat([scores, target[:, num_experts:]], dim=-1)
-            loss = F.kl_div(
-                predicted.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
+            loss = F.kl_div(predicted.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
             off = predicted.logsumexp(-1) - target.logsumexp(-1)
             (loss + LEVEL_WEIGHT * off.square().mean()).backward()
             optimizer.step()

@@ -1,7 +1,6 @@
 """Hidden states of the dense model on sample text, kept on disk as they are made, so that they can be resumed."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +124,9 @@ def _states_of_batches(
             dense(input_ids=token_ids, use_cache=False)
         states = tap.states[real]
         if not states.isfinite().all():
-            raise InputError("the dense model's hidden states are not finite: check its weights, or load it in bfloat16")
+            raise InputError(
+                "the dense model's hidden states are not finite: check its weights, or load it in bfloat16"
+            )
         yield len(batch), states
         advance(states.shape[0])
 
@@ -196,4 +197,4 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a small JSON file whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -19,14 +19,14 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from hf_topk.errors import InputError
-from hf_topk.progress import Advance, progress
+from hf_topk.progress import progress
 
-NEAREST_EXPERTS = 32
+NEAREST_EXPERTS = 64
 BLOCK_ELEMENTS = 2**24
 BATCH_TOKENS = 4096
 TOKENS_A_ROUND = 2**16
 
-KMEANS_FLOPS = 1.5e12
+KMEANS_FLOPS = 4e11
 KMEANS_EPOCHS = 2
 ALTERNATION_FLOPS = 3e12
 MAX_ALTERNATIONS = 8
@@ -149,9 +149,13 @@ def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int)
 def _stages(rows, num_experts, expert_size, seed):
     if SAMPLE:
         slots = max(2, expert_size // SAMPLE)
-        yield rows.sample(num_experts * slots, seed), slots, SAMPLE_ALT, 1/16
+        yield rows.sample(num_experts * slots, seed), slots, SAMPLE_ALT, 1 / 16
     yield rows, expert_size, FULL_ALT, FINEST_BID
-SAMPLE=8; SAMPLE_ALT=6; FULL_ALT=3
+
+
+SAMPLE = 8
+SAMPLE_ALT = 6
+FULL_ALT = 3
 
 
 def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
@@ -164,9 +168,7 @@ def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
     batches = int(min(KMEANS_EPOCHS * math.ceil(len(rows) / batch_size), max(4, KMEANS_FLOPS // batch_flops)))
     generator = torch.Generator().manual_seed(seed)
     start = rows.take(torch.randperm(len(rows), generator=generator)[:num_experts])
-    kmeans = MiniBatchKMeans(
-        num_experts, init=start.numpy(), n_init=1, reassignment_ratio=0.0, random_state=seed % 2**32
-    )
+    kmeans = MiniBatchKMeans(num_experts, init=start.numpy(), n_init=1, random_state=seed % 2**32)
     with progress("finding the centroids", batches * batch_size, "tokens") as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for _ in range(batches):

@@ -213,18 +213,14 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
 
 
 def _config(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
+    copied = ("expert_size", "num_experts_per_tok", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
+    choices = recipe.to_dict()
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=num_experts,
-        expert_size=recipe.expert_size,
-        num_experts_per_tok=recipe.num_experts_per_tok,
-        num_always_on=recipe.num_always_on,
         router_type=recipe.router,
-        router_rank=recipe.router_rank,
-        tail=recipe.tail,
-        tail_rank=recipe.tail_rank,
-        combine=recipe.combine,
         sparse_max_positions=recipe.sparse_max_positions,
+        **{name: choices[name] for name in copied},
     )
 
 

@@ -89,7 +89,9 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
     if model_type == TopKExpertsConfig.model_type:
         raise InputError(f"{name} is already converted: give the dense model it was made from")
     if "quantization_config" in choices:
-        raise InputError(f"{name} is quantised: give the checkpoint it was made from, in bfloat16 or another float type")
+        raise InputError(
+            f"{name} is quantised: give the checkpoint it was made from, in bfloat16 or another float type"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -36,9 +36,7 @@ def convert_checkpoint(
     """
     work = work_folder(Path(out))
     if work.exists() and not (resume or overwrite):
-        raise InputError(
-            f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite"
-        )
+        raise InputError(f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite")
     plan = preflight(model, out, recipe, overwrite=overwrite)
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _write_documents(dense: PreTrainedModel, window_length: int, seed: int) -> l
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
         )
-        written = dense.generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+        written = cast(Any, dense).generate(start, attention_mask=torch.ones_like(start), generation_config=config)
     return [_until_end(row, ends) for row in written.tolist()]
 
 
@@ -84,7 +85,8 @@ def _start_tokens(dense: PreTrainedModel) -> Tensor:
     start = start[0] if isinstance(start, list) else start
     shape = (DOCUMENTS_AT_ONCE, 1)
     if start is None:
-        return torch.randint(dense.get_input_embeddings().weight.shape[0], shape, device=dense.device)
+        vocab_size = cast(Tensor, dense.get_input_embeddings().weight).shape[0]
+        return torch.randint(vocab_size, shape, device=dense.device)
     return torch.full(shape, start, device=dense.device)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -41,7 +41,9 @@ def convert(
             "`datasets` data set, or 'self': the model writes its own. [default: self]"
         ),
     ] = None,
-    positions: Annotated[int | None, typer.Option(help="How many tokens of the sample to use. [default: 60000]")] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="How many tokens of the sample to use. [default: 60000]")
+    ] = None,
     expert_size: Annotated[int | None, typer.Option(help="Tokens in an expert. [default: 128]")] = None,
     num_experts_per_tok: Annotated[
         int | None,
@@ -106,11 +108,11 @@ def convert(
         f"Wrote {out}",
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} tokens always on",
+            f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} always on",
             "agreement": f"{figures['agreement']:.2%} on {figures['positions']:,} held-out positions of the sample",
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {figures['added_bytes_share']:.1%} of the head",
+            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {figures['added_bytes_share']:.1%} of it",
             "time": f"{figures['seconds']:.0f} s",
         },
     )
@@ -188,7 +190,7 @@ def generate(
         raise InputError("the prompt is empty: write a word or two for the model to go on from")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(
+    cast(Any, model).generate(
         **inputs.to(model.device),
         **sampling,
         max_new_tokens=max_new_tokens,

@@ -1,6 +1,6 @@
 """Configuration of a converted model: the dense model's own configuration plus what its head was split into."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -62,6 +62,11 @@ class TopKExpertsConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
         super().__post_init__(**kwargs)
+
+    @property
+    def dense_config(self) -> PreTrainedConfig:
+        """`text_config`, which is a configuration once this one is made."""
+        return cast(PreTrainedConfig, self.text_config)
 
     def validate_head(self) -> None:
         """Check the sizes against one another.

@@ -30,6 +30,9 @@ class TopKExpertsHead(nn.Linear):
         num_experts_per_tok: k.
     """
 
+    always_on_ids: Tensor
+    expert_ids: Tensor
+
     def __init__(self, dense: nn.Linear, config: TopKExpertsConfig) -> None:
         """Take over a dense head.
 
@@ -106,7 +109,7 @@ class TopKExpertsHead(nn.Linear):
             unscored = exact.new_full((exact.shape[0], self.out_features), -torch.inf)
             return unscored.scatter_(1, rows, exact)
         always, routed = exact.split([self.num_always_on, exact.shape[1] - self.num_always_on], dim=-1)
-        routed = routed.unflatten(-1, top.shape[1:] + (self.expert_size,))  # (N, k, S)
+        routed = routed.unflatten(-1, (*top.shape[1:], self.expert_size))  # (N, k, S)
         mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         shifts, tail_scores = self._combine(scores, top, top_scores, mass)
         if shifts is not None:
@@ -118,9 +121,7 @@ class TopKExpertsHead(nn.Linear):
         always = self.always_on_ids.expand(experts.shape[0], -1)
         return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
 
-    def _combine(
-        self, scores: Tensor, top: Tensor, top_scores: Tensor, mass: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
+    def _combine(self, scores: Tensor, top: Tensor, top_scores: Tensor, mass: Tensor) -> tuple[Tensor | None, Tensor]:
         """What to add to the exact logits of each picked expert, [N, k], and the scores that the tail uses, [N, M]."""
         if self.combine == "router":
             return top_scores - mass, scores

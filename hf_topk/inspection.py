@@ -37,7 +37,9 @@ def describe(name: str) -> Iterator[str]:
     yield ""
     yield "Figures, on held-out documents of the sample"
     figures = json.loads(_read(name, "figures.json") or "{}")
-    yield from (f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}" for key, value in figures.items())
+    yield from (
+        f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}" for key, value in figures.items()
+    )
     yield ""
     yield "Experts"
     yield f"  always on: {_shown(head.always_on_ids.tolist(), tokenizer)}"

@@ -1,6 +1,7 @@
 """Loads a converted model and its tokenizer for the commands, with errors that say what to do."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,8 +30,8 @@ def load_converted(
             )
         config.num_experts_per_tok = num_experts_per_tok
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto")
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{name} does not load ({_one_line(error)}): convert or fetch it again") from error
     return model, tokenizer

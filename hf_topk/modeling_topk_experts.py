@@ -59,6 +59,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     """
 
     config: TopKExpertsConfig
+    base: PreTrainedModel
 
     def __init__(self, config: TopKExpertsConfig) -> None:
         """Build the model with the dense weights and the head's additions not yet set.
@@ -78,7 +79,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         for name in ANSWERED_AS_THE_DENSE_CLASS:
             setattr(self, name, getattr(dense_class, name, None))
         super().__init__(config)
-        self._adopt(AutoModelForCausalLM.from_config(config.text_config))
+        self._adopt(AutoModelForCausalLM.from_config(config.dense_config))
         self.post_init()
 
     def _adopt(self, dense: PreTrainedModel) -> None:
@@ -178,11 +179,11 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a generation step as the dense model does."""
-        return self.base.prepare_inputs_for_generation(*args, **kwargs)
+        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
-        self.base._prepare_cache_for_generation(*args, **kwargs)
+        return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
@@ -251,14 +252,15 @@ def name_of_head(dense: PreTrainedModel) -> str:
     return name
 
 
-def _dense_class(config: TopKExpertsConfig) -> type:
+def _dense_class(config: TopKExpertsConfig) -> type[Any]:
     try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)]
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.dense_config)]
     except KeyError:
         raise InputError(
-            f"Transformers has no causal language model for model type '{config.text_config.model_type}': "
+            f"Transformers has no causal language model for model type '{config.dense_config.model_type}': "
             "choose one that AutoModelForCausalLM can load"
         ) from None
+    return cast(type[Any], found[0] if isinstance(found, tuple) else found)
 
 
 class NamesUnder(WeightRenaming):

@@ -10,6 +10,8 @@ from .kernels import int8_logits
 class PriorTail(nn.Module):
     """A fixed prior: log p(v | e), the same at every position."""
 
+    log_prior: Tensor
+
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
         """Make an empty tail.
 
@@ -34,6 +36,12 @@ class LowRankTail(nn.Module):
     (the low-rank logits of SVD-softmax, Shim et al. 2017, https://arxiv.org/abs/1712.05159, with the SVD taken in the
     metric of the hidden states' covariance so that it minimises the error of the logits themselves).
     """
+
+    basis: Tensor
+    center: Tensor
+    factors: Tensor
+    scales: Tensor
+    bias: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
         """Make an empty tail.

@@ -14,7 +14,8 @@ from ..modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
 from ..text import Window
 
-
+TOP = 5
+NO_TOKEN = -100
 WINDOW_LENGTH = 256  # tokens that the model reads in one pass
 
 
@@ -84,15 +85,18 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
 
 def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
     """Add the figures of one window: logits [T, V] of both heads, token ids [T]."""
-    best = dense.argmax(dim=-1)
-    sums.agreed += int((sparse.argmax(dim=-1) == best).sum())
-    sums.contained += int((sparse.topk(min(5, sparse.shape[-1])).indices == best.unsqueeze(-1)).any(dim=-1).sum())
+    followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position predicts none of ours
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
-    for some_dense, some_sparse in zip(dense.split(at_once), sparse.split(at_once), strict=True):
+    parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
+    for some_dense, some_sparse, some_followers in parts:
         log_p, log_q = some_dense.float().log_softmax(dim=-1), some_sparse.float().log_softmax(dim=-1)
+        likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
+        best = log_p.argmax(dim=-1, keepdim=True)
+        sums.agreed += int((log_q.argmax(dim=-1, keepdim=True) == best).sum())
+        sums.contained += int((likeliest == best).any(dim=-1).sum())
         sums.kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    sums.loss_dense += float(F.cross_entropy(dense[:-1].float(), token_ids[1:], reduction="sum"))
-    sums.loss_sparse += float(F.cross_entropy(sparse[:-1].float(), token_ids[1:], reduction="sum"))
+        sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
+        sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
     sums.positions += len(token_ids)
     sums.predicted += len(token_ids) - 1
 
