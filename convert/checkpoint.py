@@ -109,14 +109,14 @@ def _copy(file: Path, target: Path, advance: Advance) -> None:
 
 
 def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
-    """What conversion added, under the names that it has on disk; ids take 4 bytes there."""
+    """What conversion added, under the names that it has on disk."""
     prefix = f"{model.base_model_prefix}.{model.head_name}."
     additions = {
-        f"{prefix}{name}": tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor
-        for name, tensor in model.head.state_dict().items()
-        if name not in ("weight", "bias")
+        f"{prefix}{name}": tensor for name, tensor in model.head.state_dict().items() if name not in ("weight", "bias")
     }
-    return {name: tensor.detach().contiguous() for name, tensor in revert_weight_conversion(model, additions).items()}
+    return {
+        name: tensor.detach().cpu().contiguous() for name, tensor in revert_weight_conversion(model, additions).items()
+    }
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from hf_topk.head import TopKExpertsHead
 from hf_topk.progress import progress
 from hf_topk.routers import AttentionRouter, CentroidRouter, Router
 
-ROWS_AT_ONCE = 8192  # of the head, in fp32
+ROWS_AT_ONCE = 4096  # of the head, in fp32
 STATES_AT_ONCE = 4096
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
 LEVEL_WEIGHT = 0.01
@@ -26,12 +26,12 @@ def token_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None) -> 
         bias: [V] or None.
 
     Returns:
-        Probabilities that sum to 1, fp32 [V].
+        Probabilities that sum to 1, fp32 [V], where the weight is.
     """
-    sample = evenly_spaced(states, STATES_FOR_STATISTICS)
+    sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
     rows = range(0, weight.shape[0], ROWS_AT_ONCE)
-    total = torch.full((sample.shape[0],), -torch.inf)
-    mean = torch.empty(weight.shape[0])
+    total = torch.full((sample.shape[0],), -torch.inf, device=weight.device)
+    mean = torch.empty(weight.shape[0], device=weight.device)
     with progress("Reading token probabilities", 2 * weight.shape[0], "tokens") as advance:
         for start in rows:
             logits = _logits(sample, weight, bias, slice(start, start + ROWS_AT_ONCE))
@@ -55,7 +55,7 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
         groups: token ids of each group, each once.
 
     Returns:
-        Masses, fp32 [N, number of groups].
+        Masses, fp32 [N, number of groups], in main memory.
     """
     masses = torch.empty(states.shape[0], len(groups))
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
@@ -64,7 +64,8 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
             rows, row_bias = weight[ids].float(), None if bias is None else bias[ids].float()
             sizes = [len(group) for group in block]
             for start in range(0, states.shape[0], STATES_AT_ONCE):
-                logits = F.linear(states[start : start + STATES_AT_ONCE].float(), rows, row_bias)
+                some_states = states[start : start + STATES_AT_ONCE].to(rows)
+                logits = F.linear(some_states, rows, row_bias)
                 masses[start : start + STATES_AT_ONCE, first : first + len(block)] = _segment_logsumexp(logits, sizes)
             advance(len(block))
     return masses
@@ -109,7 +110,7 @@ def start_router(head: TopKExpertsHead) -> None:
     router = head.router
     for expert, ids in enumerate(groups_of(head)[: head.num_experts]):
         rows = head.weight[ids].float()
-        row_bias = torch.zeros(len(ids)) if head.bias is None else head.bias[ids].float()
+        row_bias = rows.new_zeros(len(ids)) if head.bias is None else head.bias[ids].float()
         if isinstance(router, AttentionRouter):
             router.keys[expert], router.bias[expert] = _group_means(rows, row_bias, router.keys.shape[1])
         else:
@@ -119,7 +120,7 @@ def start_router(head: TopKExpertsHead) -> None:
 
 def _group_means(rows: Tensor, row_bias: Tensor, groups: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
     """Means of `groups` clusters of an expert's rows (Lloyd's algorithm) and their log-sum-exp of biases."""
-    means = rows[torch.linspace(0, len(rows) - 1, groups).long()]
+    means = rows[torch.linspace(0, len(rows) - 1, groups, device=rows.device).long()]
     for _ in range(iterations):
         member = F.one_hot(torch.cdist(rows, means).argmin(dim=-1), groups).float()  # (S, groups)
         counts = member.sum(dim=0)
@@ -164,8 +165,8 @@ def train_router(
     with torch.enable_grad(), progress("Distilling the router", steps, "steps") as advance:
         for _ in range(steps):
             chosen = torch.randint(states.shape[0], (min(batch_size, states.shape[0]),), generator=generator)
-            target = masses[chosen]
-            scores = router(states[chosen].float() * scale)
+            target = masses[chosen].to(router.bias)
+            scores = router(states[chosen].to(target) * scale)
             predicted = torch.cat([scores, target[:, num_experts:]], dim=-1)
             loss = F.kl_div(predicted.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
             off = predicted.logsumexp(-1) - target.logsumexp(-1)

@@ -28,7 +28,8 @@ def fit_tail(head: TopKExpertsHead, states: Tensor, probabilities: Tensor) -> No
     if isinstance(head.tail, PriorTail):
         head.tail.log_prior.copy_(probabilities.clamp_min(SMALLEST_PROBABILITY).log()[head.expert_ids])
     elif isinstance(head.tail, LowRankTail):
-        _fit_low_rank(head, head.tail, evenly_spaced(states, STATES_FOR_STATISTICS).float())
+        sample = evenly_spaced(states, STATES_FOR_STATISTICS)
+        _fit_low_rank(head, head.tail, sample.to(head.weight.device, torch.float32))
 
 
 def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor) -> None:
@@ -88,7 +89,7 @@ def fit_combiner(head: TopKExpertsHead, states: Tensor, seed: int) -> None:
     with torch.enable_grad(), progress("Distilling the combiner", COMBINER_STEPS, "steps") as advance:
         for _ in range(COMBINER_STEPS):
             chosen = torch.randint(states.shape[0], (COMBINER_BATCH,), generator=generator)
-            hidden = states[chosen].to(head.weight.dtype)
+            hidden = states[chosen].to(head.weight)
             dense = F.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
             sparse = head.sparse_logits(hidden).float().log_softmax(-1)
             F.kl_div(sparse, dense, log_target=True, reduction="batchmean").backward()

@@ -1,9 +1,9 @@
 """Share the tokens out among experts of equal size: balanced Euclidean k-means.
 
 scikit-learn finds the centroids (mini-batch k-means), an auction gives every expert the same number of tokens at the
-least total squared distance, and the two steps alternate: every centroid moves to the mean of its expert, and the
-auction, whose prices stay, runs again. Nothing of size tokens x experts is ever held: a token knows its nearest
-experts alone, and looks again at all of them when prices have made those too dear.
+least total squared distance, and the two alternate: every centroid moves to the mean of its expert, and the auction
+runs again from the prices and the homes that it had. Nothing of size tokens x experts is ever held: a token knows its
+nearest experts alone, and looks at all of them again when prices have made those too dear.
 
 Sources: Bertsekas, "The auction algorithm: a distributed relaxation method for the assignment problem" (1988);
 Bertsekas and Castanon, "The auction algorithm for the transportation problem" (1989), for slots that are alike;
@@ -13,57 +13,56 @@ Malinen and Franti, "Balanced k-means for clustering" (2014), for the alternatio
 import math
 import warnings
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 
 from hf_topk.errors import InputError
-from hf_topk.progress import progress
+from hf_topk.progress import Advance, progress
 
-NEAREST_EXPERTS = 64
+NEAREST_EXPERTS = 64  # known to a token, 512 bytes of them
 BLOCK_ELEMENTS = 2**24
-BATCH_TOKENS = 4096
+TOKENS_A_BATCH = 4096
 TOKENS_A_ROUND = 2**16
 
-KMEANS_FLOPS = 4e11
-KMEANS_EPOCHS = 2
-ALTERNATION_FLOPS = 3e12
-MAX_ALTERNATIONS = 8
-SAMPLED_SLOTS = 4
+# Bounds on the work, in floating-point operations of the products of rows and centroids.
+KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
+ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 2.2e12, 2, 8
+SAMPLE_SHARE, MIN_SAMPLE_SLOTS = 1 / 8, 4
+ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 5000, 8
 
-ROUNDS_WHILE_ALTERNATING = 200
-ROUNDS_AT_THE_END = 5000
-COARSEST_BID, FINEST_BID = 1 / 4, 1 / 64
-SMALLEST_SPREAD = 1e-5
+# The least raise of a bid, as a share of the mean squared distance: coarse is quick, fine is exact.
+COARSE_RAISE, MEDIUM_RAISE, FINE_RAISE = 1 / 4, 1 / 16, 1 / 64
+MIN_MEAN_DISTANCE = 1e-4
 
 
 def partition(features: torch.Tensor, expert_size: int, seed: int) -> torch.Tensor:
     """Share the tokens out among experts of exactly `expert_size` slots, near ones together.
 
-    Minimises the total squared distance from a token to the mean of its expert, by balanced Euclidean k-means. The
-    same arguments give the same result on the same machine with the same number of threads.
+    Minimises the total squared distance from a token to the mean of its expert. The same arguments give the same
+    experts on the same machine with the same number of threads.
 
     Args:
         features: one row a token, of any float dtype, [n, d]; usually the rows of `lm_head`.
-        expert_size: S, the number of slots in an expert. Beyond n, the one expert is mostly padding.
+        expert_size: S, the number of slots in an expert. Beyond n, the one expert is padded to this size.
         seed: of the random choices.
 
     Returns:
-        Row numbers of `features`, int64 [M, S], M = ceil(n / S). Every row number is in exactly one expert, ascending
-        within it. The M S - n slots that are left over lie in as few experts as the distances suggest, the last ones,
-        and repeat the first row number of their expert.
+        Row numbers of `features`, int64 [M, S], M = ceil(n / S). Every row number is in exactly one expert, and they
+        ascend within it. The M S - n slots left over are gathered in the last few experts, and repeat the first row
+        number of their expert.
 
     Raises:
         InputError: `features` is not a matrix of finite floats with at least one row, or `expert_size` is below 1.
     """
     _refuse(features, expert_size)
-    num_tokens = len(features)
-    num_experts = math.ceil(num_tokens / expert_size)
+    num_experts = math.ceil(len(features) / expert_size)
     with torch.no_grad():
         rows = _Rows.normalised(features)
-        if num_experts == 1 or expert_size == 1 or rows.are_equal:
-            home = torch.arange(num_tokens) // expert_size
+        if num_experts == 1 or expert_size == 1 or rows.are_all_equal:
+            home = torch.arange(len(rows)) // expert_size
         else:
             home = _balanced_kmeans(rows, num_experts, expert_size, seed)
     return _padded(_members(home, num_experts, expert_size))
@@ -79,98 +78,84 @@ def _refuse(features: torch.Tensor, expert_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the features as fp32, centred and scaled so that their mean squared norm is 1; made when asked for."""
+    """Rows of the features in fp32, centred and scaled so that the mean squared norm is 1; made when they are taken."""
 
     features: torch.Tensor  # [all tokens, d]
-    ids: torch.Tensor  # [n], the rows in use
+    ids: torch.Tensor  # [n], which of them
     mean: torch.Tensor  # [d]
     scale: float
 
     @classmethod
     def normalised(cls, features: torch.Tensor) -> "_Rows":
-        """Measure the mean and the scale of all rows, and refuse those that are not finite."""
+        """All rows of the features; refuses those that are not finite."""
         features = features.detach().cpu()
-        ids = torch.arange(len(features))
         blocks = features.split(max(1, BLOCK_ELEMENTS // features.shape[1]))
-        total = sum(block.double().sum(0) for block in blocks)
-        mean = (torch.as_tensor(total) / len(features)).float()
-        if not mean.isfinite().all():
-            _refuse_rows(blocks)
-        centred = (block.float() - mean for block in blocks)
-        scale = math.sqrt(sum(float(block.double().square().sum()) for block in centred) / len(features))
-        return cls(features, ids, mean, scale)
+        _refuse_rows(torch.cat([block.float().isfinite().all(1) for block in blocks]))
+        mean = reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks)) / len(features)
+        mean = mean.float()
+        norms = (float((block.float() - mean).norm(dtype=torch.float64)) for block in blocks)
+        return cls(features, torch.arange(len(features)), mean, math.hypot(*norms) / math.sqrt(len(features)))
 
     @property
-    def are_equal(self) -> bool:
+    def are_all_equal(self) -> bool:
         return self.scale <= 1e-6 * float(self.mean.norm())
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The rows of `tokens` (numbers into `ids`), fp32 [len(tokens), d]."""
+        """The rows of `tokens`, numbers below n, as fp32 [len(tokens), d]."""
         return self.features[self.ids[tokens]].float().sub_(self.mean).div_(self.scale)
 
     def sample(self, count: int, seed: int) -> "_Rows":
-        """`count` of the rows, drawn at random."""
-        if count >= len(self):
-            return self
+        """Up to `count` of the rows, drawn at random."""
         drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
         return replace(self, ids=self.ids[drawn.sort().values])
 
 
-def _refuse_rows(blocks: tuple[torch.Tensor, ...]) -> None:
-    finite = torch.cat([block.isfinite().all(1) for block in blocks])
-    bad = (~finite).nonzero()[:, 0]
-    raise InputError(
-        f"{len(bad):,} rows of the features hold NaN or infinity, the first of them row {int(bad[0]):,}: "
-        "repair the dense checkpoint, or load it in a wider dtype."
-    )
+def _refuse_rows(is_finite: torch.Tensor) -> None:
+    bad = (~is_finite).nonzero()[:, 0]
+    if len(bad):
+        raise InputError(
+            f"{len(bad):,} of the {len(is_finite):,} rows of the features hold NaN, infinity or numbers beyond fp32, "
+            f"the first of them row {int(bad[0])}: repair these rows of the dense model."
+        )
 
 
 def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int) -> torch.Tensor:
-    """The expert of every token, [n]."""
-    centroids = _kmeans_centroids(rows, num_experts, seed)
-    price = torch.zeros(num_experts)
-    for part, slots, alternations, finest in _stages(rows, num_experts, expert_size, seed):
-        auction = _Auction(part, slots, centroids, price)
-        with progress(f"balancing the experts, {len(part):,} tokens", alternations, "alternations") as advance:
-            for alternation in range(alternations):
-                last = alternation == alternations - 1
-                increment = finest if last else max(finest, COARSEST_BID / 2**alternation)
-                home = auction.run(increment, ROUNDS_AT_THE_END if last else ROUNDS_WHILE_ALTERNATING)
-                centroids, price = _means(part, home, auction.centroids), auction.price
-                if not last:
-                    auction.move_centroids(centroids)
-                advance(1)
-    return home
+    """The expert of every token, int64 [n]. If the tokens are too many to alternate often, a sample goes first."""
+    centroids, price = _kmeans_centroids(rows, num_experts, seed), torch.zeros(num_experts)
+    alternations = int(ALTERNATION_FLOPS / (2.0 * len(rows) * centroids.numel()))
+    coarsest = COARSE_RAISE
+    if alternations < MAX_ALTERNATIONS:
+        slots = min(expert_size, max(MIN_SAMPLE_SLOTS, int(expert_size * SAMPLE_SHARE)))
+        sample = _Auction(rows.sample(num_experts * slots, seed), slots, centroids, price)
+        raises = _geometric(COARSE_RAISE, MEDIUM_RAISE, MAX_ALTERNATIONS)
+        _alternate("balancing the experts on a sample", sample, raises, ROUNDS_WHILE_ALTERNATING)
+        centroids, price, coarsest = sample.centroids, sample.price, MEDIUM_RAISE
+    auction = _Auction(rows, expert_size, centroids, price)
+    raises = _geometric(coarsest, FINE_RAISE, min(MAX_ALTERNATIONS, max(MIN_ALTERNATIONS, alternations)))
+    _alternate("balancing the experts", auction, raises, ROUNDS_AT_THE_END)
+    return auction.home[: len(rows)]
 
 
-def _stages(rows, num_experts, expert_size, seed):
-    if SAMPLE:
-        slots = max(2, expert_size // SAMPLE)
-        yield rows.sample(num_experts * slots, seed), slots, SAMPLE_ALT, 1 / 16
-    yield rows, expert_size, FULL_ALT, FINEST_BID
-
-
-SAMPLE = 8
-SAMPLE_ALT = 6
-FULL_ALT = 3
+def _geometric(first: float, last: float, count: int) -> list[float]:
+    return [first * (last / first) ** (step / (count - 1)) for step in range(count)]
 
 
 def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
-    """Centroids of mini-batch k-means that starts at tokens drawn at random, [M, d].
+    """Centroids of mini-batch k-means that starts at tokens drawn at random, fp32 [M, d].
 
-    Tokens drawn at random, unlike k-means++, put centroids where many tokens are, which is what equal sizes need.
+    Tokens drawn at random, unlike those of k-means++, are dense where tokens are: what equal sizes need.
     """
-    batch_size = min(len(rows), max(BATCH_TOKENS, num_experts))
+    batch_size = min(len(rows), max(TOKENS_A_BATCH, num_experts))
     batch_flops = 2.0 * batch_size * num_experts * rows.features.shape[1]
-    batches = int(min(KMEANS_EPOCHS * math.ceil(len(rows) / batch_size), max(4, KMEANS_FLOPS // batch_flops)))
+    batches = min(KMEANS_EPOCHS * math.ceil(len(rows) / batch_size), max(4, int(KMEANS_FLOPS / batch_flops)))
     generator = torch.Generator().manual_seed(seed)
-    start = rows.take(torch.randperm(len(rows), generator=generator)[:num_experts])
-    kmeans = MiniBatchKMeans(num_experts, init=start.numpy(), n_init=1, random_state=seed % 2**32)
+    start = rows.take(torch.randperm(len(rows), generator=generator)[:num_experts]).numpy()
+    kmeans = MiniBatchKMeans(num_experts, init=start, n_init=1, random_state=seed % 2**32)
     with progress("finding the centroids", batches * batch_size, "tokens") as advance, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows make centroids that are equal too
         for _ in range(batches):
             batch = torch.randperm(len(rows), generator=generator)[:batch_size]
             kmeans.partial_fit(rows.take(batch).numpy())
@@ -178,96 +163,108 @@ def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
+def _alternate(what: str, auction: "_Auction", raises: list[float], last_rounds: int) -> None:
+    """Balance, and move the centroids to the means of the experts, once for each of the least raises."""
+    with progress(what, 2 * len(auction.rows) * len(raises), "tokens") as advance:
+        for number, least_raise in enumerate(raises, start=1):
+            auction.look_around(advance)
+            auction.run(least_raise, last_rounds if number == len(raises) else ROUNDS_WHILE_ALTERNATING, advance)
+            auction.move_centroids()
+
+
 class _Auction:
     """Tokens bid for slots of experts; prices rise until every token holds the slot that it likes best, nearly.
 
-    The value of an expert to a token is minus (squared distance + price), less a constant of the token. Slots of an
-    expert are alike, so its price is the lowest bid that holds one. Spare slots are filled by spare tokens, to which
-    all experts are equally near: without them, prices left from an earlier run would not be right for an expert that
-    stays short.
+    The value of an expert to a token is minus (squared distance + price), plus a constant of the token. The slots of
+    an expert are alike, so its price is the lowest of the bids that hold them. Spare tokens, equally near to all
+    experts, fill the slots left over: without them a price could stay above zero at an expert that is short.
     """
 
     def __init__(self, rows: _Rows, expert_size: int, centroids: torch.Tensor, price: torch.Tensor) -> None:
         self.rows = rows
         self.expert_size = expert_size
-        num_experts, num_tokens = len(centroids), len(rows)
-        self.num_spare = num_experts * expert_size - num_tokens
-        num_nearest = min(NEAREST_EXPERTS, num_experts)
-        self.price = price.clone()
-        self.home = torch.full((num_tokens,), -1)
-        self.nearest = torch.empty(num_tokens, num_nearest, dtype=torch.int32)
-        self.distance = torch.empty(num_tokens, num_nearest)  # to the nearest experts, squared, less the least
-        self.elsewhere = torch.empty(num_tokens)  # no expert but the nearest has a higher value: prices only rise
-        self.spread = SMALLEST_SPREAD
-        self.move_centroids(centroids)
+        self.centroids = centroids  # [M, d]
+        self.price = price.clone()  # [M]
+        self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: nobody
+        self.bids = torch.full((len(centroids), expert_size), -torch.inf)
+        self.home = torch.full((len(centroids) * expert_size,), -1)  # expert of every token, then of the spare ones
+        num_nearest = min(NEAREST_EXPERTS, len(centroids))
+        self.nearest = torch.empty(len(rows), num_nearest, dtype=torch.int32)
+        self.distance = torch.empty(len(rows), num_nearest)  # to the nearest experts, squared, less the least
+        self.elsewhere = torch.empty(len(rows))  # the other experts' values are below this, as prices only rise
+        self.mean_distance = 0.0
 
-    def move_centroids(self, centroids: torch.Tensor) -> None:
-        """Look for the nearest experts of every token again; prices and homes stay."""
-        self.centroids = centroids
-        self.norms = centroids.square().sum(1)
-        self.price -= self.price.min().clone()
-        least = self._look(torch.arange(len(self.rows)))
-        self.spread = max(SMALLEST_SPREAD, 1 + least / len(self.rows))
+    def look_around(self, advance: Advance) -> None:
+        """Let every token look at all experts; prices and homes stay."""
+        self.price -= float(self.price.min())
+        total = 0.0
+        for tokens in torch.arange(len(self.rows)).split(max(1, BLOCK_ELEMENTS // len(self.price))):
+            total += self._look(tokens)
+            advance(len(tokens))
+        self.mean_distance = max(MIN_MEAN_DISTANCE, total / len(self.rows))
 
-    def run(self, increment: float, max_rounds: int) -> torch.Tensor:
+    def run(self, least_raise: float, max_rounds: int, advance: Advance) -> None:
         """Give every token a home, starting from the homes that are still good enough.
 
         Args:
-            increment: by how much a bid exceeds what the token would pay at the most, as a share of the mean squared
-                distance. The total ends within this share of the optimum, usually much nearer.
-            max_rounds: after so many rounds of bids, the tokens left go to the nearest experts that have room.
-
-        Returns:
-            The expert of every token, int64 [n].
+            least_raise: by how much a bid exceeds the price that makes the token's two best experts equal, as a share
+                of the mean squared distance. The total ends within this share of the optimum, usually much nearer.
+            max_rounds: of bids; the tokens left after them go to experts that have room.
+            advance: told the number of tokens, not counting the spare ones, that have a home.
         """
-        increment *= self.spread
-        self._leave_homes(increment)
-        home = torch.cat([self.home, torch.full((self.num_spare,), -1)])
-        holders = _members(self.home, len(self.price), self.expert_size)
-        bids = torch.where(holders >= 0, self.price[:, None], -torch.inf)
+        least_raise *= self.mean_distance
+        self._leave_homes(least_raise)
+        reported = 0
         for _ in range(max_rounds):
-            waiting = (home < 0).nonzero()[:, 0]
+            waiting = (self.home < 0).nonzero()[:, 0]
+            placed = max(reported, len(self.rows) - len(waiting))
+            advance(placed - reported)
+            reported = placed
             if not len(waiting):
                 break
-            tokens, experts, offers = self._bid(waiting[-TOKENS_A_ROUND:], increment)
-            self._sell(tokens, experts, offers, home, holders, bids)
-        self.home = home[: len(self.rows)]
+            self._sell(*self._bid(waiting[-TOKENS_A_ROUND:], least_raise))
         self._fill_up()
-        return self.home
+        advance(len(self.rows) - reported)
+
+    def move_centroids(self) -> None:
+        """Move every centroid to the mean of its expert; that of an expert without tokens stays."""
+        totals = torch.zeros_like(self.centroids)
+        for tokens in torch.arange(len(self.rows)).split(max(1, BLOCK_ELEMENTS // totals.shape[1])):
+            totals.index_add_(0, self.home[tokens], self.rows.take(tokens))
+        counts = self.home[: len(self.rows)].bincount(minlength=len(totals))[:, None]
+        self.centroids = torch.where(counts > 0, totals / counts.clamp(min=1), self.centroids)
 
     def _look(self, tokens: torch.Tensor) -> float:
         """Find the experts of highest value to `tokens` at the present prices; returns the sum of least distances."""
-        total = 0.0
-        for some in tokens.split(max(1, BLOCK_ELEMENTS // len(self.price))):
-            costs = torch.addmm(self.norms + self.price, self.rows.take(some), self.centroids.T, alpha=-2)
-            cost, expert = costs.topk(self.nearest.shape[1], dim=1, largest=False)
-            distance = cost - self.price[expert]
-            least = distance.min(1).values
-            self.nearest[some] = expert.int()
-            self.distance[some] = distance - least[:, None]
-            self.elsewhere[some] = least - cost[:, -1]
-            total += float(least.sum(dtype=torch.float64))
-        if self.nearest.shape[1] == len(self.price):
-            self.elsewhere[tokens] = -torch.inf
-        return total
+        rows = self.rows.take(tokens)
+        costs = torch.addmm(self.centroids.square().sum(1) + self.price, rows, self.centroids.T, alpha=-2)
+        cost, expert = costs.topk(self.nearest.shape[1], dim=1, largest=False)
+        distance = cost - self.price[expert]
+        least = distance.amin(1)
+        self.nearest[tokens] = expert.int()
+        self.distance[tokens] = distance - least[:, None]
+        self.elsewhere[tokens] = least - cost[:, -1] if expert.shape[1] < len(self.price) else -torch.inf
+        return float((least + rows.square().sum(1)).sum(dtype=torch.float64))
 
     def _values(self, tokens: torch.Tensor) -> torch.Tensor:
         return -(self.distance[tokens] + self.price[self.nearest[tokens].long()])
 
-    def _leave_homes(self, increment: float) -> None:
-        """Free the tokens to which another expert is worth more than their own by over `increment`."""
+    def _leave_homes(self, least_raise: float) -> None:
+        """Free the spare tokens, and those to which another expert is worth more by over `least_raise`."""
+        self.home[len(self.rows) :] = -1
         for tokens in torch.arange(len(self.rows)).split(TOKENS_A_ROUND):
             values = self._values(tokens)
             is_home = self.nearest[tokens] == self.home[tokens, None]
             own = torch.where(is_home, values, -torch.inf).amax(1)
             best = torch.maximum(values.amax(1), self.elsewhere[tokens])
-            self.home[tokens] = torch.where(own < best - increment, -1, self.home[tokens])
+            self.home[tokens] = torch.where(own < best - least_raise, -1, self.home[tokens])
+        self.holders = _members(self.home, len(self.price), self.expert_size)
+        self.bids = torch.where(self.holders >= 0, self.price[:, None], -torch.inf)
 
-    def _bid(self, waiting: torch.Tensor, increment: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the waiting tokens offer, and for which experts: as much as makes the second best equally good."""
-        spare = waiting[waiting >= len(self.rows)]
+    def _bid(self, waiting: torch.Tensor, least_raise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The bidders, for which experts, and what they offer: what makes their second best as good, and a raise."""
+        spare, tokens = waiting[waiting >= len(self.rows)], waiting[waiting < len(self.rows)]
         cheapest = self.price.topk(2, largest=False)
-        tokens = waiting[waiting < len(self.rows)]
         best, column = self._values(tokens).topk(2, dim=1)
         outdated = best[:, 0] < self.elsewhere[tokens]
         if outdated.any():
@@ -275,57 +272,58 @@ class _Auction:
             best[outdated], column[outdated] = self._values(tokens[outdated]).topk(2, dim=1)
         expert = self.nearest[tokens].gather(1, column[:, :1])[:, 0].long()
         second = torch.maximum(best[:, 1], self.elsewhere[tokens])
-        offer = self.price[expert] + best[:, 0] - second + increment
+        offer = self.price[expert] + (best[:, 0] - second) + least_raise
         return (
             torch.cat([spare, tokens]),
             torch.cat([cheapest.indices[0].expand(len(spare)), expert]),
-            torch.cat([(cheapest.values[1] + increment).expand(len(spare)), offer]),
+            torch.cat([(cheapest.values[1] + least_raise).expand(len(spare)), offer]),
         )
 
-    def _sell(
-        self,
-        tokens: torch.Tensor,
-        experts: torch.Tensor,
-        offers: torch.Tensor,
-        home: torch.Tensor,
-        holders: torch.Tensor,
-        bids: torch.Tensor,
-    ) -> None:
+    def _sell(self, tokens: torch.Tensor, experts: torch.Tensor, offers: torch.Tensor) -> None:
         """Every expert keeps the highest of the bids that it holds and of those offered."""
         order = offers.argsort(descending=True, stable=True)
         order = order[experts[order].argsort(stable=True)]
-        tokens, offers = tokens[order], offers[order]
         wanted, which, rank = _ranks(experts[order])
-        heard = rank < self.expert_size
-        width = int(rank[heard].max()) + 1
-        new_bids = torch.full((len(wanted), width), -torch.inf)
-        new_holders = torch.full((len(wanted), width), -1)
-        new_bids[which[heard], rank[heard]] = offers[heard]
-        new_holders[which[heard], rank[heard]] = tokens[heard]
-        old = holders[wanted]
-        home[old[old >= 0]] = -1
-        kept, column = torch.cat([bids[wanted], new_bids], 1).topk(self.expert_size, dim=1)
-        winners = torch.cat([old, new_holders], 1).gather(1, column)
+        order, which, rank = (part[rank < self.expert_size] for part in (order, which, rank))
+        shape = len(wanted), int(rank.max()) + 1
+        bids, holders = torch.full(shape, -torch.inf), torch.full(shape, -1)
+        bids[which, rank], holders[which, rank] = offers[order], tokens[order]
+        before = self.holders[wanted]
+        self.home[before[before >= 0]] = -1
+        kept, column = torch.cat([self.bids[wanted], bids], 1).topk(self.expert_size, dim=1)
+        winners = torch.cat([before, holders], 1).gather(1, column)
         is_held = winners >= 0
-        home[winners[is_held]] = wanted[:, None].expand_as(winners)[is_held]
-        bids[wanted], holders[wanted] = kept, winners
+        self.home[winners[is_held]] = wanted[:, None].expand_as(winners)[is_held]
+        self.bids[wanted], self.holders[wanted] = kept, winners
         self.price[wanted] = torch.maximum(self.price[wanted], kept[:, -1])
 
     def _fill_up(self) -> None:
-        """Send tokens without a home to the nearest expert that has room, the nearest first, until none is left."""
-        while len(left := (self.home < 0).nonzero()[:, 0]):
-            room = self.expert_size - self.home[self.home >= 0].bincount(minlength=len(self.price))
+        """Send tokens without a home to the nearest expert with room, near ones first; the last ones anywhere."""
+        home = self.home[: len(self.rows)]
+        for _ in range(ROUNDS_OF_FILLING_UP):
+            left, room = self._left_and_room()
+            if not len(left):
+                return
             free = room.nonzero()[:, 0]
-            found = []
-            for some in left.split(max(1, BLOCK_ELEMENTS // len(free))):
-                row = self.rows.take(some)
-                cost = torch.addmm(self.norms[free], row, self.centroids[free].T, alpha=-2).min(1)
-                found.append((row.square().sum(1) + cost.values, free[cost.indices]))
-            distance, expert = (torch.cat(parts) for parts in zip(*found, strict=True))
-            order = distance.argsort(stable=True)
+            cost, expert = (torch.cat(parts) for parts in zip(*self._nearest_of(free, left), strict=True))
+            order = cost.argsort(stable=True)
             order = order[expert[order].argsort(stable=True)]
-            fits = _ranks(expert[order])[2] < room[expert[order]]
-            self.home[left[order[fits]]] = expert[order[fits]]
+            order = order[_ranks(expert[order])[2] < room[expert[order]]]
+            home[left[order]] = expert[order]
+        left, room = self._left_and_room()
+        home[left] = torch.arange(len(room)).repeat_interleave(room)[: len(left)]
+
+    def _left_and_room(self) -> tuple[torch.Tensor, torch.Tensor]:
+        home = self.home[: len(self.rows)]
+        return (home < 0).nonzero()[:, 0], self.expert_size - home[home >= 0].bincount(minlength=len(self.price))
+
+    def _nearest_of(self, experts: torch.Tensor, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Squared distance to the nearest of `experts` and which that is, block by block of the tokens."""
+        found = []
+        for block in tokens.split(max(1, BLOCK_ELEMENTS // len(experts))):
+            nearest = torch.cdist(self.rows.take(block), self.centroids[experts]).min(1)
+            found.append((nearest.values.square(), experts[nearest.indices]))
+        return found
 
 
 def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -334,17 +332,8 @@ def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return distinct, which, torch.arange(len(groups)) - (counts.cumsum(0) - counts)[which]
 
 
-def _means(rows: _Rows, home: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """The mean row of every expert, [M, d]; an expert without tokens keeps its centroid."""
-    totals = torch.zeros_like(centroids)
-    for tokens in torch.arange(len(rows)).split(max(1, BLOCK_ELEMENTS // centroids.shape[1])):
-        totals.index_add_(0, home[tokens], rows.take(tokens))
-    counts = home.bincount(minlength=len(centroids))[:, None]
-    return torch.where(counts > 0, totals / counts.clamp(min=1), centroids)
-
-
 def _members(home: torch.Tensor, num_experts: int, expert_size: int) -> torch.Tensor:
-    """The tokens of every expert, ascending, then -1 where it is short: int64 [M, S]. Tokens at home -1 are left out."""
+    """The tokens of every expert, ascending, then -1 where it is short, int64 [M, S]; a token at home -1 is nowhere."""
     order = home.argsort(stable=True)
     order = order[home[order] >= 0]
     members = torch.full((num_experts, expert_size), -1)
@@ -353,6 +342,6 @@ def _members(home: torch.Tensor, num_experts: int, expert_size: int) -> torch.Te
 
 
 def _padded(members: torch.Tensor) -> torch.Tensor:
-    """Full experts first, and in the others every -1 replaced by their first token."""
+    """Full experts first, then short ones, with their first token for every -1."""
     members = members[(members < 0).sum(1).argsort(stable=True)]
     return torch.where(members < 0, members[:, :1], members)

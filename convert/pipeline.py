@@ -180,7 +180,8 @@ def _convert_head(
     probabilities = token_probabilities(states, weight, bias)
     always_on = choose_always_on(probabilities, specials, cast(int, recipe.num_always_on))
     routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
-    expert_ids = routed[partition(weight[routed], recipe.expert_size, recipe.seed)]
+    rows = weight[routed.to(weight.device)].cpu()
+    expert_ids = routed[partition(rows, recipe.expert_size, recipe.seed)]
     converted = TopKExpertsForCausalLM.from_dense(model, _config(model, recipe, len(expert_ids)))
     head = converted.head
     head.always_on_ids.copy_(always_on)

@@ -46,7 +46,8 @@ class Recipe:
         seed: of all random choices.
 
     Raises:
-        InputError: when a value is of a wrong type or out of range.
+        StrictDataclassError: when a value is of a wrong type or out of range; [`Recipe.from_dict`] says so in an
+            `InputError`.
     """
 
     text: str = SELF

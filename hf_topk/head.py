@@ -167,7 +167,7 @@ class TopKExpertsHead(nn.Linear):
             resized: a linear layer of the same hidden size.
         """
         vocab_size = resized.weight.shape[0]
-        added = torch.arange(self.out_features, vocab_size, device=self.always_on_ids.device)
+        added = torch.arange(self.out_features, max(vocab_size, self.out_features), device=self.always_on_ids.device)
         kept = self.always_on_ids[self.always_on_ids < vocab_size]
         self.always_on_ids = torch.cat([kept, added])
         self.expert_ids = _drop_ids(self.expert_ids, vocab_size)
@@ -184,7 +184,7 @@ class TopKExpertsHead(nn.Linear):
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def added_bytes(self) -> int:
-        """Bytes of all that conversion added to the dense head, in memory."""
+        """Bytes of all that conversion added to the dense head."""
         added = self.state_dict()
         return sum(tensor.nbytes for name, tensor in added.items() if name not in ("weight", "bias"))
 

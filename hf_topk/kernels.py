@@ -50,7 +50,8 @@ def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
-    if inputs.device.type != "cpu":  # the integer product has size limits on other devices
+    # The integer product has size limits on other devices, and on the CPU it is wrong at rank 1 (seen in torch 2.13).
+    if inputs.device.type != "cpu" or inputs.shape[-1] == 1:
         return int8_logits_reference(inputs, factors, scales)
     rounded, input_scales = _round_to_int8(inputs)
     products = torch._int_mm(rounded, factors.t())

@@ -112,6 +112,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         model._adopt(twin)
+        nn.Module.to(model, dense.device)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.eval()
