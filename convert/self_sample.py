@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_topk.progress import progress
 from hf_topk.text import Window
@@ -65,17 +65,34 @@ def _write_documents(dense: PreTrainedModel, window_length: int, seed: int) -> l
         torch.manual_seed(seed)
         start = _start_tokens(dense)
         config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,
             max_new_tokens=window_length - 1,
             min_new_tokens=1,
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
         )
-        written = cast(Any, dense).generate(start, attention_mask=torch.ones_like(start), generation_config=config)
+        written = cast(Any, dense).generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([DrawByInversion()]),
+        )
     return [_until_end(row, ends) for row in written.tolist()]
+
+
+class DrawByInversion(LogitsProcessor):
+    """Draws a token from the distribution and leaves no other.
+
+    One random number a row, where `do_sample` draws one a token, which takes longer than a small model's step.
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Draw for each row: scores [B, V] to zero for what was drawn and minus infinity elsewhere."""
+        cumulated = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        # Above zero and up to the last sum, whatever it rounds to: what has no chance is not drawn.
+        threshold = (1.0 - torch.rand(len(scores), 1, device=scores.device)) * cumulated[:, -1:]
+        drawn = torch.searchsorted(cumulated, threshold).clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 def _start_tokens(dense: PreTrainedModel) -> Tensor:
