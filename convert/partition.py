@@ -12,6 +12,8 @@ Malinen and Franti, "Balanced k-means for clustering" (2014), for the alternatio
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -222,7 +224,13 @@ class _Auction:
             reported = placed
             if not len(waiting):
                 break
-            self._sell(*self._bid(waiting[-TOKENS_A_ROUND:], least_raise))
+            waiting = waiting[-TOKENS_A_ROUND:]
+            with _one_thread():
+                outdated = self._outdated(waiting)
+            if len(outdated):
+                self._look(outdated)
+            with _one_thread():
+                self._sell(*self._bid(waiting, least_raise))
         self._fill_up()
         advance(len(self.rows) - reported)
 
@@ -261,15 +269,16 @@ class _Auction:
         self.holders = _members(self.home, len(self.price), self.expert_size)
         self.bids = torch.where(self.holders >= 0, self.price[:, None], -torch.inf)
 
+    def _outdated(self, waiting: torch.Tensor) -> torch.Tensor:
+        """The tokens to which an expert that they do not know may be worth more than those they know."""
+        tokens = waiting[waiting < len(self.rows)]
+        return tokens[self._values(tokens).amax(1) < self.elsewhere[tokens]]
+
     def _bid(self, waiting: torch.Tensor, least_raise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The bidders, for which experts, and what they offer: what makes their second best as good, and a raise."""
         spare, tokens = waiting[waiting >= len(self.rows)], waiting[waiting < len(self.rows)]
         cheapest = self.price.topk(2, largest=False)
         best, column = self._values(tokens).topk(2, dim=1)
-        outdated = best[:, 0] < self.elsewhere[tokens]
-        if outdated.any():
-            self._look(tokens[outdated])
-            best[outdated], column[outdated] = self._values(tokens[outdated]).topk(2, dim=1)
         expert = self.nearest[tokens].gather(1, column[:, :1])[:, 0].long()
         second = torch.maximum(best[:, 1], self.elsewhere[tokens])
         offer = self.price[expert] + (best[:, 0] - second) + least_raise
@@ -324,6 +333,17 @@ class _Auction:
             nearest = torch.cdist(self.rows.take(block), self.centroids[experts]).min(1)
             found.append((nearest.values.square(), experts[nearest.indices]))
         return found
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Work that is done too quickly to be shared: on a busy machine, threads would wait for one another instead."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

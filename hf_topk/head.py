@@ -1,11 +1,13 @@
 """The output head of a converted model: route, gather, tail, scatter."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
 from .kernels import gather_dot
 from .routers import ROUTERS
 from .tails import TAILS
@@ -39,8 +41,12 @@ class TopKExpertsHead(nn.Linear):
         Args:
             dense: the dense head; its weight and bias are shared, not copied.
             config: the converted model's configuration.
+
+        Raises:
+            InputError: when its experts and always-on tokens are not enough for the vocabulary.
         """
         vocab_size, hidden_size = dense.weight.shape
+        _check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
         self.head_mode = config.head_mode
@@ -48,15 +54,29 @@ class TopKExpertsHead(nn.Linear):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.sparse_max_positions = config.sparse_max_positions
         num_experts, expert_size = config.num_experts, config.expert_size
-        self.register_buffer("always_on_ids", torch.arange(config.num_always_on))
-        routed = torch.arange(num_experts * expert_size).clamp_max(vocab_size - 1 - config.num_always_on)
-        self.register_buffer("expert_ids", (routed + config.num_always_on).view(num_experts, expert_size))
+        self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
+        self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
         self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
         self.tail = None
         if config.tail != "none":
             self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
         if config.combine == "learned":
             self.combiner = LearnedCombiner(num_experts)
+        self._reset_ids()
+
+    def _reset_ids(self) -> None:
+        ids = torch.arange(self.out_features, device=self.expert_ids.device)
+        init.copy_(self.always_on_ids, ids[: self.num_always_on])
+        slots = ids[self.num_always_on :][: self.expert_ids.numel()]
+        first_of_last = slots[(len(slots) - 1) // self.expert_size * self.expert_size]
+        padding = first_of_last.expand(self.expert_ids.numel() - len(slots))
+        init.copy_(self.expert_ids, torch.cat([slots, padding]).view_as(self.expert_ids))
+
+    def reset_additions(self) -> None:
+        """Set what conversion adds, and was not loaded, to experts of neighbouring ids that all score alike."""
+        self._reset_ids()
+        for added in self.children():
+            cast(Any, added).reset_parameters()
 
     @property
     def num_experts(self) -> int:
@@ -189,6 +209,17 @@ class TopKExpertsHead(nn.Linear):
         return sum(tensor.nbytes for name, tensor in added.items() if name not in ("weight", "bias"))
 
 
+def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
+    if config.num_always_on >= vocab_size:
+        raise InputError(f"num_always_on is {config.num_always_on}, which leaves none of {vocab_size} tokens to route")
+    slots = config.num_experts * config.expert_size
+    if slots + config.num_always_on < vocab_size:
+        raise InputError(
+            f"{config.num_experts} experts of {config.expert_size} and {config.num_always_on} always-on tokens do not "
+            f"cover a vocabulary of {vocab_size}: raise num_experts or expert_size"
+        )
+
+
 class LearnedCombiner(nn.Module):
     """A gate and two shifts an expert, distilled: how far a scored logit goes from exact to the router's estimate."""
 
@@ -199,9 +230,15 @@ class LearnedCombiner(nn.Module):
             num_experts: M.
         """
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(num_experts))
-        self.shift = nn.Parameter(torch.zeros(num_experts))
-        self.tail_shift = nn.Parameter(torch.zeros(num_experts))
+        self.gate = nn.Parameter(torch.empty(num_experts))
+        self.shift = nn.Parameter(torch.empty(num_experts))
+        self.tail_shift = nn.Parameter(torch.empty(num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Change nothing where nothing was loaded."""
+        for parameter in self.parameters():
+            init.zeros_(parameter)
 
     def forward(self, scores: Tensor, top: Tensor, disagreement: Tensor) -> tuple[Tensor, Tensor]:
         """Combine aligned scores with what was computed.

@@ -91,6 +91,11 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         dense.set_submodule(self.head_name, head)
         self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
 
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
+        super().initialize_weights()
+        self.head.reset_additions()
+
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, config: TopKExpertsConfig) -> "TopKExpertsForCausalLM":
         """Wrap a dense model in memory; its tensors are shared, and the model itself is not changed.

@@ -7,6 +7,7 @@ expert and, but for `centroid`, learns a correction to it by distillation.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 
 class LinearRouter(nn.Module):
@@ -21,8 +22,14 @@ class LinearRouter(nn.Module):
             rank: not used by this kind.
         """
         super().__init__()
-        self.mean_rows = nn.Parameter(torch.zeros(num_experts, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_experts))
+        self.mean_rows = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts))
+        LinearRouter.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Set to scores of zero what was not loaded."""
+        init.zeros_(self.mean_rows)
+        init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
@@ -57,8 +64,15 @@ class LowRankRouter(LinearRouter):
             rank: r, the rank of U V'.
         """
         super().__init__(hidden_size, num_experts, rank)
-        self.down = nn.Parameter(torch.randn(rank, hidden_size) / hidden_size**0.5)
-        self.up = nn.Parameter(torch.zeros(num_experts, rank))
+        self.down = nn.Parameter(torch.empty(rank, hidden_size))
+        self.up = nn.Parameter(torch.empty(num_experts, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what was not loaded so that training can begin: random features, of no weight yet."""
+        super().reset_parameters()
+        init.normal_(self.down, std=self.down.shape[1] ** -0.5)
+        init.zeros_(self.up)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
@@ -86,9 +100,17 @@ class MlpRouter(LinearRouter):
             rank: width of the hidden layer.
         """
         super().__init__(hidden_size, num_experts, rank)
-        self.down = nn.Parameter(torch.randn(rank, hidden_size) / hidden_size**0.5)
-        self.down_bias = nn.Parameter(torch.zeros(rank))
-        self.up = nn.Parameter(torch.zeros(num_experts, rank))
+        self.down = nn.Parameter(torch.empty(rank, hidden_size))
+        self.down_bias = nn.Parameter(torch.empty(rank))
+        self.up = nn.Parameter(torch.empty(num_experts, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set what was not loaded so that training can begin: random features, of no weight yet."""
+        super().reset_parameters()
+        init.normal_(self.down, std=self.down.shape[1] ** -0.5)
+        init.zeros_(self.down_bias)
+        init.zeros_(self.up)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
@@ -112,8 +134,14 @@ class AttentionRouter(nn.Module):
             rank: the number of keys an expert.
         """
         super().__init__()
-        self.keys = nn.Parameter(torch.zeros(num_experts, rank, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_experts, rank))
+        self.keys = nn.Parameter(torch.empty(num_experts, rank, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_experts, rank))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set to equal scores what was not loaded."""
+        init.zeros_(self.keys)
+        init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .kernels import int8_logits
 
@@ -22,7 +23,12 @@ class PriorTail(nn.Module):
             rank: not used by this kind.
         """
         super().__init__()
-        self.register_buffer("log_prior", torch.zeros(num_experts, expert_size))
+        self.register_buffer("log_prior", torch.empty(num_experts, expert_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make all tokens of an expert alike where nothing was loaded."""
+        init.zeros_(self.log_prior)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
@@ -53,11 +59,17 @@ class LowRankTail(nn.Module):
             rank: r.
         """
         super().__init__()
-        self.register_buffer("basis", torch.zeros(rank, hidden_size))
-        self.register_buffer("center", torch.zeros(rank))
-        self.register_buffer("factors", torch.zeros(num_experts, expert_size, rank, dtype=torch.int8))
-        self.register_buffer("scales", torch.zeros(num_experts, expert_size))
-        self.register_buffer("bias", torch.zeros(num_experts, expert_size))
+        self.register_buffer("basis", torch.empty(rank, hidden_size))
+        self.register_buffer("center", torch.empty(rank))
+        self.register_buffer("factors", torch.empty(num_experts, expert_size, rank, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(num_experts, expert_size))
+        self.register_buffer("bias", torch.empty(num_experts, expert_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make all tokens of an expert alike where nothing was loaded."""
+        for buffer in (self.basis, self.center, self.factors, self.scales, self.bias):
+            init.zeros_(buffer)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
