@@ -80,7 +80,7 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     renamed = {shard.name: name for shard, name in zip(source.shards, names, strict=False)}
     weight_map = {tensor: renamed[shard] for tensor, shard in source.weight_map.items()}
     weight_map |= dict.fromkeys(additions, names[-1])
-    total = source.nbytes() + sum(tensor.nbytes for tensor in additions.values())
+    total = sum(map(_tensor_bytes, source.shards)) + sum(tensor.nbytes for tensor in additions.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     report.model.config.architectures = [type(report.model).__name__]
@@ -88,6 +88,12 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
     (folder / FIGURES_FILE).write_text(json.dumps(report.figures(), indent=2) + "\n", encoding="utf-8")
     write_card(report, source, folder)
+
+
+def _tensor_bytes(shard: Path) -> int:
+    """Bytes of a safetensors file less those of its header, the length of which stands in the first eight."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _numbers(source: Source) -> range:

@@ -5,12 +5,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.head import TopKExpertsHead
-from hf_topk.progress import progress
+from hf_topk.progress import Advance, progress
 from hf_topk.tails import LowRankTail, PriorTail
 
 from .distill import STATES_FOR_STATISTICS, evenly_spaced
 
 SMALLEST_PROBABILITY = 1e-12
+SMALLEST_SCALE = 1e-30
 COMBINER_STEPS = 200
 COMBINER_BATCH = 32
 COMBINER_LEARNING_RATE = 0.02
@@ -36,27 +37,29 @@ def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor) -> N
     """Data-weighted SVD of the rows less their expert's mean, which the router's score stands for."""
     mean = states.mean(dim=0)
     root, inverse_root = _square_roots((states - mean).t() @ (states - mean) / len(states))
-    # The right singular vectors of (rows - expert means) root, from their second moment, expert by expert.
-    moment = torch.zeros_like(root)
-    for ids in head.expert_ids:
-        rows = _centred_rows(head, ids) @ root
-        moment += rows.t() @ rows
-    rank = tail.basis.shape[0]
-    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :rank]  # (d, r)
-    if vectors.shape[1] < rank:  # a head narrower than the rank
-        vectors = F.pad(vectors, (0, rank - vectors.shape[1]))
-    tail.basis.copy_(vectors.t() @ inverse_root)
-    tail.center.copy_(tail.basis.float() @ mean)
-    with progress("Fitting the tail", head.num_experts, "experts") as advance:
+    with progress("Fitting the tail", 2 * head.num_experts, "experts") as advance:
+        vectors = _leading_directions(head, root, tail.basis.shape[0], advance)
+        tail.basis.copy_(vectors.t() @ inverse_root)
+        tail.center.copy_(tail.basis.float() @ mean)
         for expert, ids in enumerate(head.expert_ids):
             rows = _centred_rows(head, ids)
             factors = rows @ root @ vectors  # (S, r)
-            scales = factors.abs().amax(dim=-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-            tail.scales[expert] = scales
+            tail.scales[expert] = factors.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127.0
             tail.factors[expert] = (factors / tail.scales[expert].float().unsqueeze(-1)).round().clamp(-127, 127)
             bias = rows @ mean + (0.0 if head.bias is None else head.bias[ids].float())
             tail.bias[expert] = bias - bias.mean()
             advance()
+
+
+def _leading_directions(head: TopKExpertsHead, root: Tensor, rank: int, advance: Advance) -> Tensor:
+    """The first right singular vectors of (rows - expert means) root, from their second moment: [d, rank]."""
+    moment = torch.zeros_like(root)
+    for ids in head.expert_ids:
+        rows = _centred_rows(head, ids) @ root
+        moment += rows.t() @ rows
+        advance()
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :rank]
+    return F.pad(vectors, (0, rank - vectors.shape[1]))  # a head can be narrower than the rank
 
 
 def _centred_rows(head: TopKExpertsHead, ids: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def _centred_rows(head: TopKExpertsHead, ids: Tensor) -> Tensor:
 def _square_roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square root of a covariance and its inverse, [d, d] each."""
     values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(values[-1].clamp_min(torch.finfo(torch.float32).tiny) * 1e-6)  # flat directions
+    values = values.clamp_min(values[-1].clamp_min(SMALLEST_SCALE) * 1e-6)  # flat directions
     return vectors * values.sqrt() @ vectors.t(), vectors / values.sqrt() @ vectors.t()
 
 

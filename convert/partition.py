@@ -31,9 +31,10 @@ TOKENS_A_ROUND = 2**16
 
 # Bounds on the work, in floating-point operations of the products of rows and centroids.
 KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
-ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 2.2e12, 2, 8
+ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.8e12, 2, 8
 SAMPLE_SHARE, MIN_SAMPLE_SLOTS = 1 / 8, 4
-ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 5000, 8
+TOKENS_WORTH_LOOKING = 256  # fewer wait for one another, since centroids are read once for all that look
+ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 3000, 8
 
 # The least raise of a bid, as a share of the mean squared distance: coarse is quick, fine is exact.
 COARSE_RAISE, MEDIUM_RAISE, FINE_RAISE = 1 / 4, 1 / 16, 1 / 64
@@ -127,7 +128,7 @@ def _refuse_rows(is_finite: torch.Tensor) -> None:
 def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int) -> torch.Tensor:
     """The expert of every token, int64 [n]. If the tokens are too many to alternate often, a sample goes first."""
     centroids, price = _kmeans_centroids(rows, num_experts, seed), torch.zeros(num_experts)
-    alternations = int(ALTERNATION_FLOPS / (2.0 * len(rows) * centroids.numel()))
+    alternations = round(ALTERNATION_FLOPS / (2.0 * len(rows) * centroids.numel()))
     coarsest = COARSE_RAISE
     if alternations < MAX_ALTERNATIONS:
         slots = min(expert_size, max(MIN_SAMPLE_SLOTS, int(expert_size * SAMPLE_SHARE)))
@@ -186,6 +187,7 @@ class _Auction:
         self.rows = rows
         self.expert_size = expert_size
         self.centroids = centroids  # [M, d]
+        self.norms = centroids.square().sum(1)
         self.price = price.clone()  # [M]
         self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: nobody
         self.bids = torch.full((len(centroids), expert_size), -torch.inf)
@@ -217,6 +219,7 @@ class _Auction:
         least_raise *= self.mean_distance
         self._leave_homes(least_raise)
         reported = 0
+        threads = torch.get_num_threads()
         for _ in range(max_rounds):
             waiting = (self.home < 0).nonzero()[:, 0]
             placed = max(reported, len(self.rows) - len(waiting))
@@ -225,11 +228,14 @@ class _Auction:
             if not len(waiting):
                 break
             waiting = waiting[-TOKENS_A_ROUND:]
-            with _one_thread():
-                outdated = self._outdated(waiting)
-            if len(outdated):
-                self._look(outdated)
-            with _one_thread():
+            with _threads(1):
+                is_outdated = self._are_outdated(waiting)
+            if is_outdated.all() or int(is_outdated.sum()) >= TOKENS_WORTH_LOOKING:
+                with _threads(threads):
+                    self._look(waiting[is_outdated])
+            else:
+                waiting = waiting[~is_outdated]
+            with _threads(1):
                 self._sell(*self._bid(waiting, least_raise))
         self._fill_up()
         advance(len(self.rows) - reported)
@@ -241,11 +247,12 @@ class _Auction:
             totals.index_add_(0, self.home[tokens], self.rows.take(tokens))
         counts = self.home[: len(self.rows)].bincount(minlength=len(totals))[:, None]
         self.centroids = torch.where(counts > 0, totals / counts.clamp(min=1), self.centroids)
+        self.norms = self.centroids.square().sum(1)
 
     def _look(self, tokens: torch.Tensor) -> float:
         """Find the experts of highest value to `tokens` at the present prices; returns the sum of least distances."""
         rows = self.rows.take(tokens)
-        costs = torch.addmm(self.centroids.square().sum(1) + self.price, rows, self.centroids.T, alpha=-2)
+        costs = torch.addmm(self.norms + self.price, rows, self.centroids.T, alpha=-2)
         cost, expert = costs.topk(self.nearest.shape[1], dim=1, largest=False)
         distance = cost - self.price[expert]
         least = distance.amin(1)
@@ -269,10 +276,12 @@ class _Auction:
         self.holders = _members(self.home, len(self.price), self.expert_size)
         self.bids = torch.where(self.holders >= 0, self.price[:, None], -torch.inf)
 
-    def _outdated(self, waiting: torch.Tensor) -> torch.Tensor:
-        """The tokens to which an expert that they do not know may be worth more than those they know."""
-        tokens = waiting[waiting < len(self.rows)]
-        return tokens[self._values(tokens).amax(1) < self.elsewhere[tokens]]
+    def _are_outdated(self, waiting: torch.Tensor) -> torch.Tensor:
+        """Whether an expert that a token does not know may be worth more to it than all that it knows."""
+        is_outdated = waiting < len(self.rows)
+        tokens = waiting[is_outdated]
+        is_outdated[is_outdated.clone()] = self._values(tokens).amax(1) < self.elsewhere[tokens]
+        return is_outdated
 
     def _bid(self, waiting: torch.Tensor, least_raise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The bidders, for which experts, and what they offer: what makes their second best as good, and a raise."""
@@ -336,14 +345,14 @@ class _Auction:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Work that is done too quickly to be shared: on a busy machine, threads would wait for one another instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _threads(count: int) -> Iterator[None]:
+    """Share work among `count` threads: in short work, on a busy machine, threads mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

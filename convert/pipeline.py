@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity
+from hf_topk.measure.fidelity import Fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, make_windows, read_documents
 
@@ -93,7 +93,7 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
-        recipe = recipe.resolve(head.weight.shape[0])
+        recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         if windows is None and recipe.text == SELF:
             windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder)
         elif windows is None:
@@ -120,13 +120,16 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     """The dense model's head.
 
     Raises:
-        InputError: when it has none, it is not linear, or its weight is not finite.
+        InputError: when it has none, it is not linear, or its weight or bias is not finite.
     """
     if isinstance(model, TopKExpertsForCausalLM):
         raise InputError("this model is already converted: give the dense model it was made from")
     head = cast(nn.Linear, model.get_submodule(name_of_head(model)))
-    if not head.weight.isfinite().all():
-        raise InputError("the head's weight holds NaN or infinite values: the checkpoint is damaged, fetch it again")
+    for name, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise InputError(
+                f"the head's {name} holds NaN or infinite values: the checkpoint is damaged, fetch it again"
+            )
     return head
 
 
@@ -182,7 +185,9 @@ def _convert_head(
     routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
     rows = weight[routed.to(weight.device)].cpu()
     expert_ids = routed[partition(rows, recipe.expert_size, recipe.seed)]
-    converted = TopKExpertsForCausalLM.from_dense(model, _config(model, recipe, len(expert_ids)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # of what a router starts from
+        converted = TopKExpertsForCausalLM.from_dense(model, _config(model, recipe, len(expert_ids)))
     head = converted.head
     head.always_on_ids.copy_(always_on)
     head.expert_ids.copy_(expert_ids)

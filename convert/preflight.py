@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
+from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
@@ -71,7 +73,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
     _check_out(Path(out), folder, overwrite)
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
-    resolved = recipe.resolve(vocab_size)
+    resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
     tokenizer = _tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
@@ -94,7 +96,7 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise InputError(
             f"Transformers cannot read the configuration of {name} (model type '{model_type}'): "
             f"{' '.join(str(error).split())[:200]}"

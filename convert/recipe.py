@@ -65,7 +65,7 @@ class Recipe:
     sparse_max_positions: int = 16
     distill_steps: int = 2000
     batch_size: int = 512
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
     seed: int = 0
 
     def validate_ranges(self) -> None:
@@ -82,6 +82,8 @@ class Recipe:
         _at_least("window_length", self.window_length, 2)
         _at_least("sparse_max_positions", self.sparse_max_positions, 0)
         _at_least("num_always_on", self.num_always_on or 0, 0)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, must be from 0 to 2**63 - 1")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, must be above 0 and below 1")
         if not 0 < self.learning_rate < math.inf:
@@ -106,7 +108,7 @@ class Recipe:
             if value not in allowed:
                 raise InputError(f"unknown {name} '{value}'{_did_you_mean(str(value), allowed)}")
         try:
-            return cls(**choices)
+            return cls(**{name: _as_float(value) if name in _FLOATS else value for name, value in choices.items()})
         except StrictDataclassError as error:
             reason = str(error.__cause__ or error).strip()
             raise InputError(f"the recipe is not valid: {' '.join(reason.split())}") from error
@@ -128,11 +130,12 @@ class Recipe:
         """Every choice as YAML, in the order in which they are documented."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
-    def resolve(self, vocab_size: int) -> "Recipe":
-        """Fill in what depends on the size of the vocabulary.
+    def resolve(self, vocab_size: int, longest_window: int | None = None) -> "Recipe":
+        """Fill in what depends on the dense model.
 
         Args:
             vocab_size: V, the rows of the head.
+            longest_window: tokens that the model reads at most in one pass; None if there is no such limit.
 
         Returns:
             A recipe without a None in it.
@@ -160,6 +163,7 @@ class Recipe:
             )
         return dataclasses.replace(
             self,
+            window_length=min(self.window_length, longest_window or self.window_length),
             num_always_on=always_on,
             num_experts_per_tok=chosen or max(1, round(math.sqrt(experts) / 2)),
             router_rank=self.router_rank or ROUTER_RANKS[self.router],
@@ -201,11 +205,22 @@ def _at_least(name: str, value: float, least: int) -> None:
         raise ValueError(f"{name} is {value}, must be at least {least}")
 
 
+def _as_float(value: Any) -> Any:
+    """A whole number as a float, and `1e-3`, which YAML 1.1 reads as a string."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
 def _did_you_mean(word: str, known: list[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f": did you mean '{near[0]}'?" if near else f": choose one of {', '.join(known)}"
 
 
+_FLOATS = [field.name for field in dataclasses.fields(Recipe) if field.type is float]
 _ALLOWED = {
     "router": list(get_args(RouterType)),
     "tail": list(get_args(TailType)),

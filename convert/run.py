@@ -1,5 +1,6 @@
 """A conversion from folder to folder: preflight, convert, write, with what it takes to resume."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,11 @@ def convert_checkpoint(
         InputError: when an input is refused; nothing has been written then.
         TopKExpertsError: when writing fails; what was computed is kept for `resume`.
     """
-    work = work_folder(Path(out))
+    out = Path(out)
+    if not out.name or ".." in out.parts:  # '.', 'a/../b': what lies beside it needs the folder's own name
+        out = out.resolve()
+    work = work_folder(out)
+    missing = [folder for folder in work.parents if not folder.exists()]
     if work.exists() and not (resume or overwrite):
         raise InputError(f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite")
     plan = preflight(model, out, recipe, overwrite=overwrite)
@@ -48,6 +53,9 @@ def convert_checkpoint(
         report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work)
     except InputError:
         shutil.rmtree(work)  # the same input would be refused again
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for folder in missing:
+                folder.rmdir()
         raise
     except OSError as error:
         raise TopKExpertsError(
@@ -60,7 +68,7 @@ def convert_checkpoint(
 
 def work_folder(out: Path) -> Path:
     """Where a conversion keeps what it needs to be resumed: beside its output folder."""
-    return out.with_name(f".{out.name}.work")
+    return out.parent / f".{out.name}.work"
 
 
 def _fingerprint(plan: Plan) -> dict[str, Any]:

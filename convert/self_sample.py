@@ -71,12 +71,17 @@ def _write_documents(dense: PreTrainedModel, window_length: int, seed: int) -> l
             eos_token_id=sorted(ends) or None,
             pad_token_id=min(ends, default=0),
         )
-        written = cast(Any, dense).generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([DrawByInversion()]),
-        )
+        # `generate` fills what is not set from the model's own configuration: a penalty there would change the text.
+        own, dense.generation_config = dense.generation_config, config
+        try:
+            written = cast(Any, dense).generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([DrawByInversion()]),
+            )
+        finally:
+            dense.generation_config = own
     return [_until_end(row, ends) for row in written.tolist()]
 
 

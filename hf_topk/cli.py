@@ -134,13 +134,13 @@ def evaluate(
     import dataclasses
 
     from .loading import load_converted
-    from .measure.fidelity import WINDOW_LENGTH, measure_fidelity
+    from .measure.fidelity import measure_fidelity, readable_length
     from .text import make_windows, read_documents
 
     _quiet()
     documents = read_documents(text)
     model, tokenizer = load_converted(directory, num_experts_per_tok)
-    windows = make_windows(documents, tokenizer, WINDOW_LENGTH, positions, seed=0)
+    windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
     if as_json:
         _print_json(dataclasses.asdict(fidelity))
@@ -222,10 +222,11 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Keep Transformers' own bars and notes off the screen."""
+    """Keep Transformers' notes off the screen, and its bars out of files."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 

@@ -1,5 +1,6 @@
 """Configuration of a converted model: the dense model's own configuration plus what its head was split into."""
 
+import copy
 from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -61,6 +62,8 @@ class TopKExpertsConfig(PreTrainedConfig):
             self.text_config = AutoConfig.for_model("llama")
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**self.text_config)
+        else:  # a copy: what Transformers sets on a sub-configuration must not reach the dense model
+            self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
 
     @property

@@ -153,7 +153,7 @@ class TopKExpertsHead(nn.Linear):
 
     def _tail_logits(self, hidden: Tensor, scores: Tensor) -> Tensor:
         """The tail of every routed token: score_e + log p(v | e, h), fp32 [N, V]; minus infinity elsewhere."""
-        logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf)
+        logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf, dtype=torch.float32)
         if self.tail is None:
             return logits
         within = self._normalise(self.tail(hidden)) + scores.unsqueeze(-1)  # (N, M, S)
@@ -187,7 +187,9 @@ class TopKExpertsHead(nn.Linear):
             resized: a linear layer of the same hidden size.
         """
         vocab_size = resized.weight.shape[0]
-        added = torch.arange(self.out_features, max(vocab_size, self.out_features), device=self.always_on_ids.device)
+        # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
+        known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
+        added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
         kept = self.always_on_ids[self.always_on_ids < vocab_size]
         self.always_on_ids = torch.cat([kept, added])
         self.expert_ids = _drop_ids(self.expert_ids, vocab_size)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_topk_experts import TopKExpertsConfig
@@ -30,20 +32,29 @@ def load_converted(
             )
         config.num_experts_per_tok = num_experts_per_tok
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto", output_loading_info=True)
+        model, found = loaded
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name} does not load ({_one_line(error)}): convert or fetch it again") from error
+    if found["missing_keys"]:
+        first = min(found["missing_keys"])
+        raise InputError(f"{name} is not complete, '{first}' is missing: convert or fetch it again")
     return model, tokenizer
 
 
 def _config(name: str) -> TopKExpertsConfig:
     path = Path(name).expanduser()
+    if path.is_file():
+        raise InputError(f"{name} is a file, not a model: give the folder that it is in")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model: there is no config.json in it")
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if path.is_dir():
+            reason = f"the configuration of {name} cannot be read ({_one_line(error)}): convert or fetch it again"
+            raise InputError(reason) from error
         raise InputError(f"no such model: {name} ({_one_line(error)})") from error
     if not isinstance(config, TopKExpertsConfig):
         raise InputError(

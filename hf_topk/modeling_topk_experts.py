@@ -113,7 +113,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
         config.text_config = twin.config
-        config.dtype = dense.dtype
+        config.dtype = twin.config.dtype = dense.dtype
         with torch.device("meta"):
             model = cls(config)
         model._adopt(twin)

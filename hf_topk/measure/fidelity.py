@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from ..head import LOGITS_AT_ONCE, TopKExpertsHead
 from ..modeling_topk_experts import TopKExpertsForCausalLM
@@ -40,6 +41,17 @@ class Fidelity:
     perplexity_sparse: float
     bytes_read: float
     positions: int
+
+
+def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> int:
+    """How many of the wanted tokens a model can read in one pass.
+
+    Args:
+        config: of a dense or a converted model.
+        wanted: tokens in a window.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(wanted, longest) if isinstance(longest, int) and longest > 0 else wanted
 
 
 @dataclass

@@ -1,0 +1,150 @@
+"""Tiny models and checkpoints in memory, with which all tests run: no network, nothing but this repository."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
+from hf_topk.cli import main
+
+VOCAB_SIZE = 100
+PROGRESS_LINE = re.compile(r"[\w' ]+: [\d,]+ \w+ in [\d.]+ s")
+WORDS = [f"w{number}" for number in range(VOCAB_SIZE - 2)]
+
+
+def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = False, **choices: Any) -> PreTrainedModel:
+    """A random dense model of 100 tokens and 32 dimensions whose logits are far enough apart to be told from noise."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    if model_type == "gpt2":
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    config = AutoConfig.for_model(
+        model_type,
+        **sizes,
+        vocab_size=VOCAB_SIZE,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        tie_word_embeddings=tied,
+        **choices,
+    )
+    dense = AutoModelForCausalLM.from_config(config).eval()
+    head = dense.get_output_embeddings()
+    if bias:
+        head.bias = nn.Parameter(torch.randn(VOCAB_SIZE))
+    with torch.no_grad():
+        head.weight.mul_(20)
+    return dense
+
+
+def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopKExpertsForCausalLM:
+    """A converted model with random experts, router and tail: 8 always-on tokens and 6 experts of 16, unless said."""
+    dense = tiny_dense() if dense is None else dense
+    vocab_size = dense.get_output_embeddings().weight.shape[0]
+    sizes = {"num_experts": 6, "expert_size": 16, "num_always_on": 8, "num_experts_per_tok": 2, "router_rank": 4}
+    model = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(**{**sizes, "tail_rank": 4, **choices}))
+    head = model.head
+    order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        head.always_on_ids.copy_(order[: head.num_always_on].sort().values)
+        routed = order[head.num_always_on :]
+        for expert, ids in enumerate(routed.split(head.expert_size)):
+            head.expert_ids[expert] = torch.cat([ids, ids[:1].expand(head.expert_size - len(ids))])
+        for name, tensor in [*head.router.state_dict().items(), *(head.tail.state_dict().items() if head.tail else ())]:
+            del name
+            if tensor.dtype == torch.int8:
+                tensor.random_(-127, 128)
+            else:
+                tensor.normal_(std=0.3)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the tiny models' vocabulary: words `w0` to `w97`, an end-of-text and a padding token."""
+    vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{word: number + 2 for number, word in enumerate(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<pad>",
+        padding_side="left",
+    )
+
+
+def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None) -> Path:
+    """Save a tiny dense model and its tokenizer."""
+    (tiny_dense() if dense is None else dense).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# tiny\n", encoding="utf-8")
+    return folder
+
+
+def tiny_text(file: Path, documents: int = 4, words: int = 200) -> Path:
+    """Write sample text, one document a line of a .jsonl file."""
+    generator = torch.Generator().manual_seed(2)
+    lines = []
+    for _ in range(documents):
+        chosen = torch.randint(len(WORDS), (words,), generator=generator).tolist()
+        lines.append('{"text": "' + " ".join(WORDS[number] for number in chosen) + '"}')
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+QUICK = {
+    "expert_size": 16,
+    "positions": 600,
+    "window_length": 32,
+    "distill_steps": 20,
+    "router_rank": 4,
+    "tail_rank": 4,
+}
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["hf-topk", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All there is in a folder, in depth and with hidden files: the bytes of each file, None for a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def check_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object, parts: tuple[str, ...]
+) -> None:
+    """Check that a command is refused in one line that has these parts, and leaves the current folder as it was."""
+    before = contents(Path())
+    capsys.readouterr()
+    code = run_main(monkeypatch, *arguments)
+    printed = capsys.readouterr()
+    assert code == 2, printed
+    assert contents(Path()) == before
+    assert printed.out == ""
+    lines = [line for line in printed.err.splitlines() if not PROGRESS_LINE.fullmatch(line)]
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("hf-topk: ")
+    for part in parts:
+        assert part in lines[0]

@@ -1,0 +1,129 @@
+"""What a converted model's configuration holds, refuses, and leaves on disk."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from helpers import tiny_converted, tiny_dense
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
+
+from hf_topk import InputError, TopKExpertsConfig, TopKExpertsForCausalLM
+
+CHOICES = {
+    "num_experts": st.integers(8, 1000),
+    "expert_size": st.integers(1, 1000),
+    "num_experts_per_tok": st.integers(1, 8),
+    "num_always_on": st.integers(0, 1000),
+    "router_type": st.sampled_from(["centroid", "linear", "low_rank", "mlp", "attention"]),
+    "router_rank": st.integers(1, 1000),
+    "tail": st.sampled_from(["low_rank", "prior", "none"]),
+    "tail_rank": st.integers(1, 1000),
+    "combine": st.sampled_from(["exact", "router", "learned"]),
+    "head_mode": st.sampled_from(["auto", "sparse", "dense"]),
+    "sparse_max_positions": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    choices=st.fixed_dictionaries({}, optional=CHOICES),
+    dense=st.sampled_from([GPT2Config(n_embd=8), LlamaConfig(hidden_size=64), None]),
+)
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, choices: dict, dense: LlamaConfig | None) -> None:
+    folder = tmp_path_factory.mktemp("config")
+    config = TopKExpertsConfig(text_config=dense, **choices)
+    config.save_pretrained(folder)
+    for loaded in (AutoConfig.from_pretrained(folder), TopKExpertsConfig.from_pretrained(folder)):
+        assert isinstance(loaded, TopKExpertsConfig)
+        assert {name: getattr(loaded, name) for name in CHOICES} == {name: getattr(config, name) for name in CHOICES}
+        assert {name: getattr(loaded, name) for name in choices} == choices
+        assert type(loaded.text_config) is type(dense or LlamaConfig())
+        assert loaded.text_config.hidden_size == config.text_config.hidden_size
+        # What generation, caches and beam search ask for.
+        assert loaded.get_text_config() is loaded.text_config
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "topk_experts"
+
+
+def test_dense_configuration_as_a_dictionary() -> None:
+    config = TopKExpertsConfig(text_config={"model_type": "gpt2", "n_embd": 8})
+    assert isinstance(config.text_config, GPT2Config)
+    assert config.dense_config is config.text_config
+    assert config.dense_config.n_embd == 8
+
+
+@pytest.mark.parametrize(
+    ("choices", "cause"),
+    [
+        ({"num_experts": 0}, "num_experts"),
+        ({"expert_size": 0}, "expert_size"),
+        ({"router_rank": 0}, "router_rank"),
+        ({"tail_rank": -1}, "tail_rank"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"num_experts": 3, "num_experts_per_tok": 4}, "num_experts_per_tok"),
+        ({"num_always_on": -1}, "num_always_on"),
+        ({"sparse_max_positions": -1}, "sparse_max_positions"),
+        ({"router_type": "low-rank"}, "router_type"),
+        ({"tail": "flat"}, "tail"),
+        ({"combine": "both"}, "combine"),
+        ({"head_mode": "fast"}, "head_mode"),
+        ({"num_experts": "8"}, "num_experts"),
+        ({"expert_size": 1.5}, "expert_size"),
+    ],
+)
+def test_refuses_what_is_out_of_range(choices: dict, cause: str) -> None:
+    with pytest.raises((ValueError, StrictDataclassError), match=cause):
+        TopKExpertsConfig(**choices)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"num_experts": 3, "num_experts_per_tok": 3},
+        {"num_experts": 1, "num_experts_per_tok": 1},
+        {"sparse_max_positions": 0},
+    ],
+)
+def test_takes_the_ends_of_ranges(choices: dict) -> None:
+    config = TopKExpertsConfig(**choices)
+    assert {name: getattr(config, name) for name in choices} == choices
+
+
+def test_no_field_is_a_sampling_parameter() -> None:
+    """Transformers moves such fields into the generation configuration."""
+    own = {field.name for field in fields(TopKExpertsConfig)} - {field.name for field in fields(LlamaConfig)}
+    assert own >= CHOICES.keys()
+    assert not own & GenerationConfig().to_dict().keys()
+
+
+def test_generation_configuration_stays_the_dense_model_s(tmp_path: Path) -> None:
+    dense = tiny_dense()
+    dense.generation_config.update(max_new_tokens=7, temperature=0.5, do_sample=True)
+    converted = tiny_converted(dense)
+    converted.save_pretrained(tmp_path / "converted")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "converted").save_pretrained(tmp_path / "again")
+    dense.save_pretrained(tmp_path / "dense")
+    saved = [
+        json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("dense", "converted", "again")
+    ]
+    assert saved[0] == saved[1] == saved[2]
+    assert saved[0]["max_new_tokens"] == 7
+    assert "generation" not in (tmp_path / "converted" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("loader", [TopKExpertsConfig, TopKExpertsForCausalLM])
+def test_dense_folder_is_refused(loader: type, model_type: str, tmp_path: Path) -> None:
+    tiny_dense(model_type).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{model_type}.*hf-topk convert") as caught:
+        loader.from_pretrained(tmp_path)  # type: ignore[attr-defined]
+    assert str(tmp_path) in str(caught.value)
+    assert "AutoModelForCausalLM" in str(caught.value)
+
+
+def test_dense_configuration_is_refused() -> None:
+    with pytest.raises(InputError, match=r"LlamaConfig.*hf-topk convert"):
+        TopKExpertsForCausalLM(LlamaConfig())  # type: ignore[arg-type]

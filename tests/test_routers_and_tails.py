@@ -1,0 +1,234 @@
+"""Routers, tails and the inner loops they share, against values worked out by hand and plain references."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_topk import kernels
+from hf_topk.routers import ROUTERS, AttentionRouter, LinearRouter, LowRankRouter, MlpRouter
+from hf_topk.tails import TAILS, LowRankTail, PriorTail
+
+seeds = st.integers(0, 2**16)
+float_types = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+HIDDEN = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+
+
+def randomise(module: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.dtype == torch.int8:
+                tensor.random_(-127, 128, generator=generator)
+            else:
+                tensor.normal_(generator=generator)
+    return module
+
+
+def set_values(module: nn.Module, **values: list) -> nn.Module:
+    """Set every tensor of a module."""
+    assert values.keys() == module.state_dict().keys()
+    with torch.no_grad():
+        for name, value in values.items():
+            module.state_dict()[name].copy_(torch.tensor(value))
+    return module
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Routers
+
+
+@pytest.mark.parametrize("kind", ["centroid", "linear"])
+def test_linear_scores_by_hand(kind: str) -> None:
+    router = set_values(ROUTERS[kind](2, 3, 1), mean_rows=[[1, 0], [0, 1], [1, 1]], bias=[0, 0.5, -1])
+    torch.testing.assert_close(router(HIDDEN), torch.tensor([[1, 2.5, 2], [0, -0.5, -2]]))
+
+
+def test_low_rank_scores_by_hand() -> None:
+    router = set_values(
+        LowRankRouter(2, 2, 1), mean_rows=[[1, 0], [0, 1]], bias=[0, 0.5], down=[[2, 1]], up=[[1], [-3]]
+    )
+    # down h is 4 and -1.
+    torch.testing.assert_close(router(HIDDEN), torch.tensor([[1 + 4, 2.5 - 12], [0 - 1, -0.5 + 3]]))
+
+
+def test_mlp_scores_by_hand() -> None:
+    router = set_values(
+        MlpRouter(2, 2, 1), mean_rows=[[1, 0], [0, 1]], bias=[0, 0.5], down=[[1, 1]], down_bias=[-1], up=[[1], [-3]]
+    )
+
+    def gelu(x: float) -> float:
+        return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+    one, two = gelu(2), gelu(-2)
+    torch.testing.assert_close(router(HIDDEN), torch.tensor([[1 + one, 2.5 - 3 * one], [two, -0.5 - 3 * two]]))
+
+
+def test_attention_scores_by_hand() -> None:
+    router = set_values(AttentionRouter(2, 2, 2), keys=[[[1, 0], [0, 1]], [[1, 1], [0, 0]]], bias=[[0, 0.5], [-1, 3]])
+    keyed = [[(1, 2.5), (2, 3)], [(0, -0.5), (-2, 3)]]
+    expected = torch.tensor([[math.log(math.exp(a) + math.exp(b)) for a, b in row] for row in keyed])
+    torch.testing.assert_close(router(HIDDEN), expected)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, dtype=float_types, router_dtype=float_types, positions=st.integers(0, 5))
+def test_scores_are_fp32(kind: str, seed: int, dtype: torch.dtype, router_dtype: torch.dtype, positions: int) -> None:
+    router = randomise(ROUTERS[kind](8, 5, 3), seed).to(router_dtype)
+    hidden = normal(seed, positions, 8).to(dtype)
+    scores = router(hidden)
+    assert scores.shape == (positions, 5)
+    assert scores.dtype == torch.float32
+    # Whatever type it is kept in, it computes in fp32.
+    torch.testing.assert_close(scores, router.float()(hidden.float()))
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, scale=st.floats(0.01, 100))
+def test_inward_parameters_take_up_the_scale_of_hidden_states(kind: str, seed: int, scale: float) -> None:
+    router = randomise(ROUTERS[kind](8, 5, 3), seed)
+    hidden = normal(seed, 4, 8)
+    before = router(hidden)
+    with torch.no_grad():
+        for parameter in router.inward():
+            parameter.div_(scale)
+    torch.testing.assert_close(router(hidden * scale), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_untrained_router_ranks_by_mean_rows(kind: str) -> None:
+    """Its correction is nothing before it is learned."""
+    rows, hidden = normal(0, 5, 8), normal(1, 4, 8)
+    router = ROUTERS[kind](8, 5, 3)
+    with torch.no_grad():
+        if isinstance(router, LinearRouter):
+            router.mean_rows.copy_(rows)
+        else:
+            router.keys.copy_(rows.unsqueeze(1).expand(-1, 3, -1))
+    expected = hidden @ rows.T + (0.0 if isinstance(router, LinearRouter) else math.log(3))
+    torch.testing.assert_close(router(hidden), expected)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_learned_parameters_reach_the_scores(kind: str) -> None:
+    router = randomise(ROUTERS[kind](8, 5, 3), 0)
+    router(normal(1, 4, 8)).square().sum().backward()
+    learned = router.trainable()
+    assert bool(learned) == (kind != "centroid")
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned)
+    assert {id(parameter) for parameter in learned} <= {id(parameter) for parameter in router.parameters()}
+
+
+# Tails
+
+
+def test_prior_is_the_same_at_every_position() -> None:
+    tail = set_values(PriorTail(2, 2, 3, 1), log_prior=[[0, -1, -2], [3, 4, 5]])
+    expected = torch.tensor([[0.0, -1, -2], [3, 4, 5]])
+    torch.testing.assert_close(tail(HIDDEN.bfloat16()), torch.stack([expected, expected]))
+
+
+def test_low_rank_tail_by_hand() -> None:
+    tail = set_values(
+        LowRankTail(2, 1, 2, 1), basis=[[1, 1]], center=[1], factors=[[[127], [-2]]], scales=[[0.5, 2]], bias=[[0, 10]]
+    )
+    # The projection is 2 and -2, which int8 holds exactly.
+    torch.testing.assert_close(tail(HIDDEN), torch.tensor([[[127.0, 2]], [[-127, 18]]]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds, dtype=float_types, positions=st.integers(1, 5), rank=st.integers(1, 40))
+def test_low_rank_tail_is_the_product_of_its_factors(seed: int, dtype: torch.dtype, positions: int, rank: int) -> None:
+    tail = randomise(LowRankTail(8, 3, 4, rank), seed)
+    hidden = normal(seed, positions, 8).to(dtype)
+    logits = tail(hidden)
+    projected = hidden.float() @ tail.basis.T - tail.center
+    factors = tail.factors * tail.scales.unsqueeze(-1)
+    exact = torch.einsum("nr,msr->nms", projected, factors) + tail.bias
+    assert logits.dtype == torch.float32
+    # The projection is rounded to half a step, 1 / 254 of its largest number, and each factor multiplies that.
+    steps = projected.abs().amax(-1)[:, None, None] / 254 * factors.abs().sum(-1)
+    assert ((logits - exact).abs() <= 1.01 * steps + 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", TAILS)
+def test_tails_have_no_parameters_to_train(kind: str) -> None:
+    tail = TAILS[kind](8, 3, 4, 2)
+    assert not list(tail.parameters())
+    assert tail.state_dict()
+
+
+# Inner loops
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 6),
+    rank=st.integers(1, 70),
+    rows=st.integers(1, 50),
+    magnitude=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e30]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_int8_logits_equal_reference(
+    seed: int, positions: int, rank: int, rows: int, magnitude: float, dtype: torch.dtype
+) -> None:
+    inputs = (normal(seed, positions, rank) * magnitude).to(dtype)
+    factors = torch.randint(-127, 128, (rows, rank), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    scales = normal(seed + 1, rows).to(dtype)
+    fast = kernels.int8_logits(inputs, factors, scales)
+    assert fast.shape == (positions, rows)
+    assert fast.isfinite().all()
+    assert fast.equal(kernels.int8_logits_reference(inputs, factors, scales))
+
+
+def test_int8_logits_equal_reference_at_the_largest_products() -> None:
+    inputs, factors = torch.ones(2, 1040), torch.full((3, 1040), 127, dtype=torch.int8)
+    fast = kernels.int8_logits(inputs, factors, torch.ones(3))
+    assert fast.equal(kernels.int8_logits_reference(inputs, factors, torch.ones(3)))
+    torch.testing.assert_close(fast, torch.full((2, 3), 1040 * 127.0))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 9),
+    rows=st.integers(1, 60),
+    vocab_size=st.integers(1, 60),
+    biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    at_once=st.sampled_from([1, 100, 1 << 24]),
+    whole=st.sampled_from([0, 2, math.inf]),
+)
+def test_gather_dot_equals_reference(
+    seed: int,
+    positions: int,
+    rows: int,
+    vocab_size: int,
+    biased: bool,
+    dtype: torch.dtype,
+    at_once: int,
+    whole: float,
+) -> None:
+    """On all its paths: one position, many in turns, and through the whole head."""
+    hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, vocab_size, 8).to(dtype)
+    bias = normal(seed + 2, vocab_size).to(dtype) if biased else None
+    ids = torch.randint(vocab_size, (positions, rows), generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "GATHERED_ELEMENTS_AT_ONCE", at_once)
+        patch.setattr(kernels, "ROWS_GATHERED_PER_ROW_OF_HEAD", whole)
+        logits = kernels.gather_dot(hidden, weight, bias, ids)
+    expected = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double()).gather(1, ids)
+    assert logits.dtype == dtype
+    assert logits.shape == (positions, rows)
+    rounding = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(logits.double(), expected, rtol=rounding, atol=4 * rounding)
