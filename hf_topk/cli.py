@@ -11,6 +11,8 @@ import typer
 
 from .errors import InputError, TopKExpertsError
 
+INTERRUPTED = 130  # exit code, as shells have it
+
 app = typer.Typer(
     name="hf-topk",
     help="Make the output head of a language model cheap to run: its vocabulary is split into experts, and a small "
@@ -216,9 +218,11 @@ def main() -> None:
     except TopKExpertsError as error:
         print(f"hf-topk: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns the one into the other
+            raise
         print("hf-topk: interrupted; an interrupted conversion goes on with --resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _quiet() -> None:

@@ -36,7 +36,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse.
 
     Raises:
-        ValueError: when a value is out of range.
+        StrictDataclassError: when a value is of a wrong type or out of range.
         InputError: when loaded from a folder whose `model_type` is another one.
     """
 

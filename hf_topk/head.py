@@ -192,7 +192,10 @@ class TopKExpertsHead(nn.Linear):
         added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
         kept = self.always_on_ids[self.always_on_ids < vocab_size]
         self.always_on_ids = torch.cat([kept, added])
-        self.expert_ids = _drop_ids(self.expert_ids, vocab_size)
+        places = _places_left(self.expert_ids, vocab_size)
+        self.expert_ids = self.expert_ids.flatten()[places]
+        if self.tail is not None:
+            self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
 
     def bytes_read(self) -> int:
@@ -257,15 +260,17 @@ class LearnedCombiner(nn.Module):
         return shifts, scores + self.tail_shift.float()
 
 
-def _drop_ids(expert_ids: Tensor, vocab_size: int) -> Tensor:
-    """Replace ids of `vocab_size` and above by one that is left, put first: of the same expert where there is one."""
+def _places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:
+    """Where each place takes its token from once ids of `vocab_size` and above are gone, counted over all experts.
+
+    Places of tokens that are gone repeat one that is left, put first: of the same expert where there is one.
+    """
     gone = expert_ids >= vocab_size
-    if not gone.any():
-        return expert_ids
-    order = gone.int().argsort(dim=-1, stable=True)  # ids that are left come first
-    ids, gone = expert_ids.gather(1, order), gone.gather(1, order)
-    first = torch.where(gone[:, :1], ids[~gone].min(), ids[:, :1])
-    return torch.where(gone, first, ids)
+    order = gone.int().argsort(dim=-1, stable=True)  # tokens that are left come first
+    places = torch.arange(gone.numel(), device=gone.device).view_as(gone).gather(1, order)
+    gone = gone.gather(1, order)
+    first = torch.where(gone[:, :1], places[~gone][0], places[:, :1])
+    return torch.where(gone, first, places)
 
 
 def _nbytes(module: nn.Module) -> int:

@@ -30,6 +30,10 @@ class PriorTail(nn.Module):
         """Make all tokens of an expert alike where nothing was loaded."""
         init.zeros_(self.log_prior)
 
+    def take_places(self, places: Tensor) -> None:
+        """Move tokens: each place, [M, S], gets what stood at the one given, counted over all experts."""
+        self.log_prior = self.log_prior.flatten()[places]
+
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
         return self.log_prior.float().expand(hidden.shape[0], -1, -1)
@@ -70,6 +74,12 @@ class LowRankTail(nn.Module):
         """Make all tokens of an expert alike where nothing was loaded."""
         for buffer in (self.basis, self.center, self.factors, self.scales, self.bias):
             init.zeros_(buffer)
+
+    def take_places(self, places: Tensor) -> None:
+        """Move tokens: each place, [M, S], gets what stood at the one given, counted over all experts."""
+        self.factors = self.factors.flatten(0, 1)[places]
+        self.scales = self.scales.flatten()[places]
+        self.bias = self.bias.flatten()[places]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""

@@ -64,12 +64,13 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
         routed = order[head.num_always_on :]
         for expert, ids in enumerate(routed.split(head.expert_size)):
             head.expert_ids[expert] = torch.cat([ids, ids[:1].expand(head.expert_size - len(ids))])
-        for name, tensor in [*head.router.state_dict().items(), *(head.tail.state_dict().items() if head.tail else ())]:
-            del name
-            if tensor.dtype == torch.int8:
-                tensor.random_(-127, 128)
-            else:
-                tensor.normal_(std=0.3)
+        generator = torch.Generator().manual_seed(3)
+        for added in filter(None, (head.router, head.tail)):
+            for tensor in added.state_dict().values():
+                if tensor.dtype == torch.int8:
+                    tensor.random_(-127, 128, generator=generator)
+                else:
+                    tensor.normal_(std=0.3, generator=generator)
     return model
 
 
