@@ -39,9 +39,9 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256, in hexadecimal, of all that a conversion depends on: configurations, tokenizer and weights."""
         digest = hashlib.sha256()
-        for file in sorted(self.folder.iterdir()):
-            if file.suffix in (".json", ".txt", ".model") and file.is_file():
-                digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+        for companion in sorted(self.folder.iterdir()):
+            if companion.suffix in (".json", ".txt", ".model") and companion.is_file():
+                digest.update(companion.name.encode() + hashlib.sha256(companion.read_bytes()).digest())
         with progress("Reading the checkpoint", self.nbytes(), "bytes") as advance:
             for shard in self.shards:
                 with shard.open("rb") as file:

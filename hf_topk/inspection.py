@@ -3,11 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InputError
 from .loading import load_converted
 
 TOKENS_SHOWN = 12
@@ -23,6 +25,7 @@ def describe(name: str) -> Iterator[str]:
         InputError: when there is no converted model of that name.
     """
     model, tokenizer = load_converted(name)
+    figures = _figures(name)
     config, head = model.config, model.head
     yield f"{name}: {type(model.base).__name__} with {head.out_features:,} tokens of {head.in_features} numbers each"
     yield (
@@ -36,7 +39,6 @@ def describe(name: str) -> Iterator[str]:
     yield from (f"  {line}" for line in _read(name, "recipe.yaml").splitlines())
     yield ""
     yield "Figures, on held-out documents of the sample"
-    figures = json.loads(_read(name, "figures.json") or "{}")
     yield from (
         f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}" for key, value in figures.items()
     )
@@ -45,6 +47,13 @@ def describe(name: str) -> Iterator[str]:
     yield f"  always on: {_shown(head.always_on_ids.tolist(), tokenizer)}"
     for number, ids in enumerate(head.expert_ids.tolist()):
         yield f"  {number:>5}: {_shown(list(dict.fromkeys(ids)), tokenizer)}"
+
+
+def _figures(name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(_read(name, "figures.json") or "{}"))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"figures.json of {name} is damaged ({error}): remove it, or fetch the model again") from error
 
 
 def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -49,6 +49,8 @@ def _config(name: str) -> TopKExpertsConfig:
         raise InputError(f"{name} is a file, not a model: give the folder that it is in")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model: there is no config.json in it")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise InputError(f"no such model: there is no folder {name}")
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:

@@ -17,7 +17,7 @@ from hf_topk.errors import InputError
 SIZES = st.integers(1, 10**6)
 RECIPES = st.builds(
     Recipe,
-    text=st.text(st.characters(codec="utf-8", exclude_characters="\r\x85\u2028\u2029")),
+    text=st.text(st.characters(codec="utf-8")),
     positions=SIZES,
     window_length=st.integers(2, 10**6),
     held_out=st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -33,7 +33,7 @@ RECIPES = st.builds(
     distill_steps=SIZES,
     batch_size=SIZES,
     learning_rate=st.floats(1e-300, 1e300),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(0, 2**63 - 1),
 )
 
 

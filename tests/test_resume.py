@@ -135,6 +135,9 @@ def test_goes_on_with_its_own_text(here: Path, uninterrupted: Uninterrupted, mon
     with sample.open("a") as file:
         file.write("[[1, 2, 3")  # what an interruption may leave of a line
     with monkeypatch.context() as patched:
+        Batches(patched, interrupt_at=2)
+        assert run(patched, "--resume") == 130
+    with monkeypatch.context() as patched:
         rest = Batches(patched)
         assert run(patched, "--resume") == 0
     assert rest.count >= 1

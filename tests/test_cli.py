@@ -1,0 +1,295 @@
+"""The command line: a few runs in a process of its own, the rest in this one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import PROGRESS_LINE, QUICK, check_refused, contents, run_main, tiny_checkpoint, tiny_dense, tiny_text
+from safetensors.torch import load_file, save_file
+
+from hf_topk.convert import Recipe, convert_checkpoint
+
+SCRIPT = Path(sys.executable).with_name("hf-topk")
+COMMANDS = ("convert", "evaluate", "inspect", "generate", "demo")
+EVALUATE_KEYS = [
+    "agreement",
+    "top5_containment",
+    "kl",
+    "perplexity_dense",
+    "perplexity_sparse",
+    "bytes_read",
+    "positions",
+]
+NUM_EXPERTS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, a text, and converted models: `out`, `all` with k = M, `bare` without a tail."""
+    folder = tmp_path_factory.mktemp("folder")
+    tiny_checkpoint(folder / "model", tiny_dense(tied=False))
+    text = tiny_text(folder / "text.jsonl")
+    for name, choices in (("out", {}), ("all", {"num_experts_per_tok": NUM_EXPERTS}), ("bare", {"tail": "none"})):
+        recipe = Recipe.from_dict({**QUICK, "text": str(text), **choices})
+        convert_checkpoint(str(folder / "model"), folder / name, recipe)
+    (folder / "recipe.yaml").write_text(Recipe.from_dict(QUICK).to_yaml())
+    return folder
+
+
+@pytest.fixture
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of all that, as the current folder."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def printed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """Runs a command in this process, and returns what it printed on standard output and error."""
+
+    def run(*arguments: object) -> tuple[str, str]:
+        capsys.readouterr()
+        assert run_main(monkeypatch, *arguments) == 0
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return partial(check_refused, monkeypatch, capsys)
+
+
+def run_script(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "no-cache"), "OMP_NUM_THREADS": "1"}
+    command = [str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+# In a process of its own
+
+
+def test_converts_and_evaluates(here: Path) -> None:
+    done = run_script(here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["out"] == "new"
+    assert {*EVALUATE_KEYS, "num_experts", "num_experts_per_tok", "added_bytes", "added_bytes_share"} < set(report)
+    assert report["recipe"] == Recipe.from_yaml(here / "new" / "recipe.yaml").to_dict()
+    assert all(PROGRESS_LINE.fullmatch(line) for line in done.stderr.splitlines()), done.stderr
+    assert "Running the dense model" in done.stderr
+
+    done = run_script(here, "evaluate", "new", "--text", "text.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert list(figures) == EVALUATE_KEYS
+    assert figures["positions"] == 800
+    assert 0 < figures["agreement"] <= 1
+    assert all(PROGRESS_LINE.fullmatch(line) for line in done.stderr.splitlines()), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("convert", "nobody/no-such-model", "new"), ("no such model", "nobody/no-such-model", "the network")),
+        (("convert", "model", "new", "--router", "lowrank"), ("unknown router 'lowrank'", "did you mean 'low_rank'?")),
+        (("evaluate", "model", "--text", "text.jsonl"), ("model is a dense model", "hf-topk convert")),
+    ],
+)
+def test_refuses_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...], here: Path) -> None:
+    before = contents(here)
+    done = run_script(here, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("hf-topk: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+    assert {name: value for name, value in contents(here).items() if "no-cache" not in name} == before
+
+
+# Help
+
+
+def test_help_names_the_commands(printed: Callable[..., tuple[str, str]]) -> None:
+    text, _ = printed("--help")
+    for command in COMMANDS:
+        assert command in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, printed: Callable[..., tuple[str, str]]) -> None:
+    text, error = printed(command, "--help")
+    assert f"Usage: hf-topk {command}" in text
+    assert error == ""
+
+
+def test_help_names_every_option(printed: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text, _ = printed("convert", "--help")
+    for option in ("--text", "--expert-size", "--num-experts-per-tok", "--router", "--tail", "--combine", "--recipe"):
+        assert option in text
+    for option in ("--resume", "--overwrite", "--json"):
+        assert option in text
+
+
+@pytest.mark.parametrize("arguments", [("zorglub",), ("convert",), ("evaluate", "out"), ("generate", "out", "--x")])
+def test_wrong_usage_is_code_2(arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, *arguments) == 2
+
+
+# What the commands print
+
+
+def test_convert_prints_a_summary(printed: Callable[..., tuple[str, str]], here: Path) -> None:
+    text, _ = printed("convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml")
+    assert text.startswith("Wrote new\n")
+    for name in ("experts", "agreement", "perplexity", "bytes read", "added on disk"):
+        assert f"\n{name}: " in text
+    assert (here / "new" / "config.json").is_file()
+
+
+def test_options_win_over_the_recipe_file(printed: Callable[..., tuple[str, str]]) -> None:
+    options = ("--text", "text.jsonl", "--recipe", "recipe.yaml", "--expert-size", 8, "--json")
+    recipe = json.loads(printed("convert", "model", "new", *options)[0])["recipe"]
+    assert (recipe["expert_size"], recipe["tail_rank"]) == (8, QUICK["tail_rank"])
+
+
+def test_evaluate_prints_what_json_holds(printed: Callable[..., tuple[str, str]]) -> None:
+    figures = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--json")[0])
+    text, _ = printed("evaluate", "out", "--text", "text.jsonl")
+    assert f"agreement: {figures['agreement']:.2%}" in text
+    assert f"perplexity: {figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse" in text
+    assert "on 800 positions" in text
+
+
+def test_evaluate_at_other_numbers_of_experts(printed: Callable[..., tuple[str, str]]) -> None:
+    some, all_of_them = (
+        json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--json", "-k", k)[0]) for k in (1, NUM_EXPERTS)
+    )
+    assert some["agreement"] < all_of_them["agreement"] == 1
+    assert some["bytes_read"] < all_of_them["bytes_read"]
+    assert all_of_them["kl"] == pytest.approx(0, abs=1e-4)
+
+
+def test_evaluate_a_sample_of_the_text(printed: Callable[..., tuple[str, str]]) -> None:
+    figures = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--positions", 100, "--json")[0])
+    assert figures["positions"] == 100
+
+
+def test_json_has_null_for_what_is_infinite(printed: Callable[..., tuple[str, str]]) -> None:
+    text, _ = printed("evaluate", "bare", "--text", "text.jsonl", "--json")
+    figures = json.loads(text, parse_constant=pytest.fail)
+    assert figures["perplexity_sparse"] is None
+    assert figures["kl"] is None
+    assert figures["perplexity_dense"] > 1
+
+
+def test_inspect_shows_experts_recipe_and_figures(printed: Callable[..., tuple[str, str]], here: Path) -> None:
+    text, _ = printed("inspect", "out")
+    lines = text.splitlines()
+    assert "6 experts of 16, 1 scored for a position" in text
+    for line in Recipe.from_yaml(here / "out" / "recipe.yaml").to_yaml().splitlines():
+        assert f"  {line}" in lines
+    agreement = json.loads((here / "out" / "figures.json").read_text())["agreement"]
+    assert f"  agreement: {agreement:.6g}" in lines
+    experts = lines[lines.index("Experts") + 1 :]
+    assert len(experts) == 1 + NUM_EXPERTS
+    assert "'<|endoftext|>'" in experts[0]
+    assert all("'w" in line for line in experts[1:])
+
+
+def test_generate_goes_on_with_the_prompt(printed: Callable[..., tuple[str, str]]) -> None:
+    text, _ = printed("generate", "out", "w5 w17 w40", "--max-new-tokens", 5)
+    assert text.startswith("w5 w17 w40 ")
+    assert len(text.split()) == 8
+
+
+def test_all_experts_write_what_the_dense_model_does(printed: Callable[..., tuple[str, str]]) -> None:
+    texts = {
+        printed("generate", "all", "w5 w17 w40", "--max-new-tokens", 20, "--head-mode", mode)[0]
+        for mode in ("dense", "sparse", "auto")
+    }
+    assert len(texts) == 1
+
+
+def test_generate_samples_with_a_seed(printed: Callable[..., tuple[str, str]]) -> None:
+    texts = [printed("generate", "out", "w5", "--temperature", 1.5, "--seed", seed)[0] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# Converted models that are none, or not whole
+
+
+def lose_a_tensor(out: Path) -> None:
+    shard = max(out.glob("*.safetensors"))
+    tensors = load_file(shard)
+    del tensors[min(name for name in tensors if "router" in name)]
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def edit_config(out: Path, **choices: object) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **choices}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "gone": (lambda out: shutil.rmtree(out), ("no such model: there is no folder ./out",)),
+    "dense": (lambda out: shutil.copytree("model", out, dirs_exist_ok=True), ("out is a dense model", "convert it")),
+    "a file": (lambda out: [shutil.rmtree(out), out.write_text("")], ("out is a file", "give the folder")),
+    "no config": (lambda out: (out / "config.json").unlink(), ("is not a model", "no config.json")),
+    "config cut": (lambda out: (out / "config.json").write_text('{"a'), ("cannot be read", "convert or fetch it")),
+    "k above M": (lambda out: edit_config(out, num_experts_per_tok=7), ("cannot be read", "num_experts_per_tok")),
+    "M no number": (lambda out: edit_config(out, num_experts="six"), ("cannot be read", "num_experts")),
+    "other sizes": (lambda out: edit_config(out, router_rank=5), ("does not load", "convert or fetch it again")),
+    "random weights": (lambda out: max(out.glob("*.safetensors")).write_bytes(os.urandom(999)), ("does not load",)),
+    "weights cut": (lambda out: truncate(min(out.glob("*.safetensors"))), ("does not load", "convert or fetch")),
+    "lost shard": (lambda out: max(out.glob("*.safetensors")).unlink(), ("does not load", "convert or fetch")),
+    "lost tensor": (lose_a_tensor, ("is not complete", "router", "convert or fetch it again")),
+    "no tokenizer": (lambda out: [file.unlink() for file in out.glob("tokenizer*")], ("does not load",)),
+}
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_refuses_what_is_no_whole_converted_model(damage: str, here: Path, refused: Any) -> None:
+    harm, parts = DAMAGE[damage]
+    harm(here / "out")
+    refused("evaluate", "./out", "--text", "text.jsonl", parts=parts)
+    refused("inspect", "./out", parts=parts)
+    refused("generate", "./out", "w1", parts=parts)
+
+
+def test_refuses_wrong_choices(refused: Any) -> None:
+    for k in (0, 7, -1):
+        parts = (f"num_experts_per_tok is {k}", "from 1 to the 6 experts")
+        refused("evaluate", "out", "--text", "text.jsonl", "-k", k, parts=parts)
+    refused("evaluate", "out", "--text", "gone.txt", parts=("gone.txt",))
+    refused("evaluate", "out", "--text", "text.jsonl", "--positions", 1, parts=("positions is 1", "2 or more"))
+    refused("generate", "out", "w1", "--head-mode", "spars", parts=("unknown head mode 'spars'", "auto, sparse, dense"))
+    refused("generate", "out", "", parts=("the prompt is empty",))
+
+
+def test_inspect_does_without_figures_but_not_with_damaged_ones(
+    refused: Any, here: Path, printed: Callable[..., tuple[str, str]]
+) -> None:
+    for damaged in ('{"agree', "[1]"):
+        (here / "out" / "figures.json").write_text(damaged)
+        refused("inspect", "out", parts=("figures.json of out is damaged", "remove it"))
+    (here / "out" / "figures.json").unlink()
+    assert "Experts" in printed("inspect", "out")[0]
