@@ -13,7 +13,9 @@ from .routers import ROUTERS
 from .tails import TAILS
 
 HEAD_MODES = ("auto", "sparse", "dense")
-LOGITS_AT_ONCE = 1 << 26  # elements of sparse logits made at once; beyond it positions are worked off in turns
+# Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used again,
+# large ones are fetched from the system anew each time.
+LOGITS_AT_ONCE = 1 << 20
 
 
 class TopKExpertsHead(nn.Linear):
