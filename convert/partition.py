@@ -38,7 +38,7 @@ ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 3000, 8
 
 # The least raise of a bid, as a share of the mean squared distance: coarse is quick, fine is exact.
 COARSE_RAISE, MEDIUM_RAISE, FINE_RAISE = 1 / 4, 1 / 16, 1 / 64
-MIN_MEAN_DISTANCE = 1e-4
+MIN_MEAN_DISTANCE = 1e-2
 
 
 def partition(features: torch.Tensor, expert_size: int, seed: int) -> torch.Tensor:

@@ -106,6 +106,7 @@ def convert(
         _print_json({"out": out, **report.figures(), "recipe": report.recipe.to_dict()})
         return
     figures = report.figures()
+    added = figures["added_bytes_share"]
     _print_table(
         f"Wrote {out}",
         {
@@ -114,7 +115,7 @@ def convert(
             "agreement": f"{figures['agreement']:.2%} on {figures['positions']:,} held-out positions of the sample",
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {figures['added_bytes_share']:.1%} of the head",
+            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",
             "time": f"{figures['seconds']:.0f} s",
         },
     )

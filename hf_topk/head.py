@@ -13,8 +13,8 @@ from .routers import ROUTERS
 from .tails import TAILS
 
 HEAD_MODES = ("auto", "sparse", "dense")
-# Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used again,
-# large ones are fetched from the system anew each time.
+# Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
+# again, large ones are fetched from the system anew each time.
 LOGITS_AT_ONCE = 1 << 20
 
 

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,9 +30,9 @@ def check(experts: torch.Tensor, num_tokens: int, expert_size: int) -> torch.Ten
 
 
 def clusters(num_tokens: int, num_clusters: int, d: int, seed: int = 0) -> torch.Tensor:
-    """Rows around centres of very unequal shares, [n, d]."""
+    """Rows around centres of very unequal shares, which overlap as the rows of a head do, [n, d]."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 3 * torch.randn(num_clusters, d, generator=generator)
+    centres = torch.randn(num_clusters, d, generator=generator)
     shares = 1 / torch.arange(1, num_clusters + 1)
     of = torch.multinomial(shares, num_tokens, replacement=True, generator=generator)
     return centres[of] + torch.randn(num_tokens, d, generator=generator)
@@ -53,6 +52,13 @@ def greedy_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: in
         home[token] = torch.where(room > 0, row, torch.inf).argmin()
         room[home[token]] -= 1
     return home
+
+
+def exact_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
+    """The least total squared distance to given centroids, by the Hungarian method: [n]."""
+    cost = torch.cdist(features.double(), centroids.double()).square()
+    slot = linear_sum_assignment(cost.repeat_interleave(expert_size, dim=1).numpy())[1]
+    return torch.from_numpy(slot) // expert_size
 
 
 def auctioned_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int, finest: float) -> torch.Tensor:
@@ -87,11 +93,11 @@ def test_one_slot_an_expert_and_one_expert_for_all(size):
     assert check(experts, 50, size).tolist() == [token // size for token in range(50)]
 
 
-def test_short_experts_are_the_last():
+def test_spare_slots_are_in_few_experts_and_the_last():
     experts = partition(clusters(1000 - 37, 20, 8), expert_size=50, seed=0)
     check(experts, 1000 - 37, 50)
     short = torch.tensor([len(slots.unique()) < 50 for slots in experts])
-    assert 0 < short.sum() < len(short)
+    assert 1 <= short.sum() <= 8
     assert short[-int(short.sum()) :].all()
 
 
@@ -103,21 +109,32 @@ def test_tokens_that_are_known_to_belong_together_are_kept_together():
 
 
 @pytest.mark.parametrize("expert_size", [8, 40])
-def test_quality_is_clearly_better_than_greedy(expert_size):
-    features = clusters(2000, 40, 16)
-    kmeans = KMeans(math.ceil(2000 / expert_size), n_init=1, random_state=0).fit(features.numpy())
+def test_quality_is_near_plain_k_means_and_far_from_greedy(expert_size):
+    features = clusters(1200, 40, 16)
+    kmeans = KMeans(1200 // expert_size, n_init=1, random_state=0).fit(features.numpy())
     greedy = greedy_home(features, torch.from_numpy(kmeans.cluster_centers_), expert_size)
-    ours = inertia(features, check(partition(features, expert_size, seed=0), 2000, expert_size))
+    ours = inertia(features, check(partition(features, expert_size, seed=0), 1200, expert_size))
     assert ours < 0.9 * inertia(features, greedy)
+    assert ours < 1.1 * kmeans.inertia_
+
+
+def test_quality_is_that_of_exact_assignments_on_clusters_far_apart():
+    features = 3 * clusters(600, 12, 8) + torch.randn(600, 8, generator=torch.Generator().manual_seed(1))
+    ours = inertia(features, check(partition(features, 20, seed=0), 600, 20))
+    centroids = torch.from_numpy(KMeans(30, n_init=1, random_state=0).fit(features.numpy()).cluster_centers_)
+    for _ in range(8):
+        home = exact_home(features, centroids, expert_size=20)
+        centroids = torch.stack([features[home == expert].mean(0) for expert in range(30)])
+    assert ours < 1.1 * inertia(features, home)
 
 
 def test_a_sample_first_is_about_as_good(monkeypatch):
-    features = clusters(3000, 60, 16)
-    whole = inertia(features, check(partition(features, 32, seed=0), 3000, 32))
+    features = clusters(2000, 60, 16)
+    whole = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
     monkeypatch.setattr(module, "ALTERNATION_FLOPS", 1.0)
     monkeypatch.setattr(module, "KMEANS_FLOPS", 1.0)
-    sampled = inertia(features, check(partition(features, 32, seed=0), 3000, 32))
-    assert sampled < 1.15 * whole
+    sampled = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
+    assert sampled < 1.05 * whole
 
 
 @pytest.mark.parametrize("num_tokens", [60, 53])
@@ -126,21 +143,17 @@ def test_the_auction_finds_the_known_optimum(num_tokens, num_nearest, monkeypatc
     monkeypatch.setattr(module, "NEAREST_EXPERTS", num_nearest)
     features, centroids = clusters(num_tokens, 6, 5, seed=3), clusters(10, 3, 5, seed=4)
     home = auctioned_home(features, centroids, expert_size=6, finest=1e-5)
-    cost = torch.cdist(features.double(), centroids.double()).square()
-    token, slot = linear_sum_assignment(cost.repeat_interleave(6, dim=1).numpy())
-    assert home.bincount().max() == 6
-    assert home.tolist() == (slot[np.argsort(token)] // 6).tolist()
+    assert torch.equal(home, exact_home(features, centroids, expert_size=6))
 
 
 def test_a_coarse_raise_bounds_the_loss():
     features, centroids = clusters(400, 20, 8, seed=5), clusters(10, 3, 8, seed=6)
-    cost = torch.cdist(features.double(), centroids.double()).square()
-    best = float(
-        cost.repeat_interleave(40, dim=1).numpy()[linear_sum_assignment(cost.repeat_interleave(40, dim=1))].sum()
-    )
     home = auctioned_home(features, centroids, expert_size=40, finest=1e-2)
-    loss = float(cost.gather(1, home[:, None]).sum()) - best
-    assert 0 <= loss + 1e-6 <= 1e-2 * float(cost.amin(1).sum()) + 2e-6
+    cost = torch.cdist(features.double(), centroids.double()).square()
+    least = cost.gather(1, exact_home(features, centroids, expert_size=40)[:, None]).sum()
+    total = cost.gather(1, home[:, None]).sum()
+    assert least <= total + 1e-6
+    assert total <= least + 1e-2 * cost.amin(1).sum()
 
 
 def test_no_round_of_bids_at_all_still_gives_a_partition(monkeypatch):
@@ -152,11 +165,11 @@ def test_no_round_of_bids_at_all_still_gives_a_partition(monkeypatch):
 
 
 def test_hundreds_of_equal_rows_share_experts():
-    features = clusters(2000, 40, 16)
-    unused = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:500]
-    features[unused] = 0.001 * torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
-    home = check(partition(features, 20, seed=0), 2000, 20)
-    assert len(home[unused].unique()) <= 40, "25 would hold them"
+    features = clusters(1200, 40, 16)
+    unused = torch.randperm(1200, generator=torch.Generator().manual_seed(0))[:300]
+    features[unused] = 0.001 * torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    home = check(partition(features, 20, seed=0), 1200, 20)
+    assert len(home[unused].unique()) <= 24, "15 would hold them, 60 are there"
 
 
 def test_features_that_are_all_equal():
@@ -168,11 +181,11 @@ def test_shift_and_scale_do_not_matter_much():
     features = clusters(600, 12, 8)
     plain = inertia(features, check(partition(features, 20, seed=0), 600, 20))
     moved = inertia(features, check(partition(1e-12 * (features + 500).double(), 20, seed=0), 600, 20))
-    assert moved == pytest.approx(plain, rel=0.25)
+    assert moved == pytest.approx(plain, rel=0.03)
 
 
 def test_the_same_seed_gives_the_same_experts_and_leaves_the_world_alone():
-    features = clusters(1500, 30, 8)
+    features = clusters(600, 30, 8)
     before, threads, state = features.clone(), torch.get_num_threads(), torch.get_rng_state()
     first = partition(features, 16, seed=5)
     assert torch.equal(first, partition(features, 16, seed=5))
