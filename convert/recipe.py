@@ -201,6 +201,8 @@ def _default_always_on(vocab_size: int, expert_size: int) -> int:
 
 
 def _at_least(name: str, value: float, least: int) -> None:
+    if isinstance(value, bool):  # which older versions of huggingface_hub take for a whole number
+        raise ValueError(f"{name} is {value}, must be a number")
     if value < least:
         raise ValueError(f"{name} is {value}, must be at least {least}")
 
