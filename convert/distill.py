@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.head import TopKExpertsHead
-from hf_topk.progress import progress
+from hf_topk.progress import Advance, progress
 from hf_topk.routers import AttentionRouter, CentroidRouter, Router
 
 ROWS_AT_ONCE = 4096  # of the head, in fp32
@@ -29,19 +29,48 @@ def token_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None) -> 
         Probabilities that sum to 1, fp32 [V], where the weight is.
     """
     sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
-    rows = range(0, weight.shape[0], ROWS_AT_ONCE)
-    total = torch.full((sample.shape[0],), -torch.inf, device=weight.device)
     mean = torch.empty(weight.shape[0], device=weight.device)
     with progress("Reading token probabilities", 2 * weight.shape[0], "tokens") as advance:
-        for start in rows:
-            logits = _logits(sample, weight, bias, slice(start, start + ROWS_AT_ONCE))
-            total = torch.logaddexp(total, logits.logsumexp(dim=-1))
-            advance(logits.shape[1])
-        for start in rows:
-            logits = _logits(sample, weight, bias, slice(start, start + ROWS_AT_ONCE))
-            mean[start : start + ROWS_AT_ONCE] = (logits - total.unsqueeze(-1)).exp_().mean(dim=0)
-            advance(logits.shape[1])
+        for rows, log_probabilities in _log_probabilities(sample, weight, bias, advance):
+            mean[rows] = log_probabilities.exp_().mean(dim=0)
     return mean
+
+
+@torch.no_grad()
+def mean_states(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The mean hidden state in which each token is likely: sum_n p(v | h_n) h_n / sum_n p(v | h_n).
+
+    Args:
+        states: hidden states, [N, d].
+        weight: W, [V, d].
+        bias: [V] or None.
+
+    Returns:
+        Mean states, fp32 [V, d], where the weight is.
+    """
+    sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
+    means = torch.empty(weight.shape, device=weight.device)
+    with progress("Reading token contexts", 2 * weight.shape[0], "tokens") as advance:
+        for rows, log_probabilities in _log_probabilities(sample, weight, bias, advance):
+            # A softmax over the positions, so that tokens that are likely nowhere have a mean as well.
+            means[rows] = log_probabilities.softmax(dim=0).t() @ sample.float()
+    return means
+
+
+def _log_probabilities(
+    sample: Tensor, weight: Tensor, bias: Tensor | None, advance: Advance
+) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities of runs of tokens, fp32 [N, tokens of the run], in two rounds over the rows of the head."""
+    runs = [slice(start, start + ROWS_AT_ONCE) for start in range(0, weight.shape[0], ROWS_AT_ONCE)]
+    total = torch.full((sample.shape[0],), -torch.inf, device=weight.device)
+    for rows in runs:
+        logits = _logits(sample, weight, bias, rows)
+        total = torch.logaddexp(total, logits.logsumexp(dim=-1))
+        advance(logits.shape[1])
+    for rows in runs:
+        logits = _logits(sample, weight, bias, rows)
+        yield rows, logits.sub_(total.unsqueeze(-1))
+        advance(logits.shape[1])
 
 
 @torch.no_grad()
@@ -100,8 +129,13 @@ def evenly_spaced(states: Tensor, count: int) -> Tensor:
 
 def groups_of(head: TopKExpertsHead) -> list[Tensor]:
     """Token ids of each expert without repeats and, behind them, the always-on ids if there are any."""
-    groups = [ids[: 1 + int((ids[1:] != ids[0]).sum())] for ids in head.expert_ids]
+    groups = without_repeats(head.expert_ids)
     return [*groups, head.always_on_ids] if head.num_always_on else groups
+
+
+def without_repeats(expert_ids: Tensor) -> list[Tensor]:
+    """Token ids of each expert, [M, S], less those that repeat its first one to fill it up."""
+    return [ids[: 1 + int((ids[1:] != ids[0]).sum())] for ids in expert_ids]
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from hf_topk.text import Window, make_windows, read_documents
 
 from .calibrate import calibrate, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from .features import share_out
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect
-from .partition import partition
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
@@ -182,12 +182,10 @@ def _convert_head(
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     probabilities = token_probabilities(states, weight, bias)
     always_on = choose_always_on(probabilities, specials, cast(int, recipe.num_always_on))
-    routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
-    rows = weight[routed.to(weight.device)].cpu()
-    expert_ids = routed[partition(rows, recipe.expert_size, recipe.seed)]
+    expert_ids = share_out(recipe, always_on, states, weight, bias, probabilities)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
-        converted = TopKExpertsForCausalLM.from_dense(model, _config(model, recipe, len(expert_ids)))
+        converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe, len(expert_ids)))
     head = converted.head
     head.always_on_ids.copy_(always_on)
     head.expert_ids.copy_(expert_ids)
@@ -198,7 +196,7 @@ def _convert_head(
     )
     fit_tail(head, states, probabilities)
     fit_combiner(head, states, recipe.seed)
-    _cast_additions(head)
+    cast_additions(head)
     return converted.requires_grad_(True), router_kl
 
 
@@ -218,7 +216,8 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
     return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
 
 
-def _config(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
+def config_of(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
+    """The configuration that a resolved recipe gives a dense model with so many experts."""
     copied = ("expert_size", "num_experts_per_tok", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
     choices = recipe.to_dict()
     return TopKExpertsConfig(
@@ -230,7 +229,7 @@ def _config(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExp
     )
 
 
-def _cast_additions(head: TopKExpertsHead) -> None:
+def cast_additions(head: TopKExpertsHead) -> None:
     """Bring what was fitted in fp32 to the type of the dense head."""
     for module in head.children():
         module.to(head.weight.dtype)

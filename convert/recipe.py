@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -12,6 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_topk.configuration_topk_experts import CombineType, RouterType, TailType
 from hf_topk.errors import InputError
+
+PartitionType = Literal["rows", "frequency", "context"]
 
 SELF = "self"
 ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256}
@@ -34,6 +36,7 @@ class Recipe:
         expert_size: S, tokens in an expert.
         num_experts_per_tok: k, experts scored for a position; None for half the square root of their number.
         num_always_on: A, tokens scored at every position; None for 256, less in small vocabularies.
+        partition: by which feature tokens share an expert; see [`features.share_out`].
         router: kind of router.
         router_rank: rank, width or keys of the router; None for the kind's own default.
         tail: kind of tail.
@@ -57,6 +60,7 @@ class Recipe:
     expert_size: int = 128
     num_experts_per_tok: int | None = None
     num_always_on: int | None = None
+    partition: PartitionType = "rows"
     router: RouterType = "mlp"
     router_rank: int | None = None
     tail: TailType = "low_rank"
@@ -224,6 +228,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 _FLOATS = [field.name for field in dataclasses.fields(Recipe) if field.type is float]
 _ALLOWED = {
+    "partition": list(get_args(PartitionType)),
     "router": list(get_args(RouterType)),
     "tail": list(get_args(TailType)),
     "combine": list(get_args(CombineType)),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -56,6 +57,9 @@ def convert(
     num_always_on: Annotated[
         int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
     ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="What puts tokens into one expert: rows, frequency or context. [default: rows]")
+    ] = None,
     router: Annotated[
         str | None, typer.Option(help="centroid, linear, low_rank, mlp or attention. [default: mlp]")
     ] = None,
@@ -83,6 +87,7 @@ def convert(
         "expert_size": expert_size,
         "num_experts_per_tok": num_experts_per_tok,
         "num_always_on": num_always_on,
+        "partition": partition,
         "router": router,
         "router_rank": router_rank,
         "tail": tail,
@@ -211,11 +216,11 @@ def demo() -> None:
     run_demo()
 
 
-def main() -> None:
-    """Run the command line: exit code 0 for done, 1 for failed, 2 for refused input."""
+def main(command: Callable[[], Any] = app) -> None:
+    """Run a command line: exit code 0 for done, 1 for failed, 2 for refused input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        app()
+        command()
     except TopKExpertsError as error:
         print(f"hf-topk: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,0 +1,267 @@
+"""The frontier of agreement against bytes read: every partition and router beside the oracle and FlashHead's method.
+
+    python -m hf_topk.convert.frontier [MODEL] --text CALIBRATION --evaluate-on DEV
+
+Agreement is read off the experts: a position agrees if the dense argmax is scored, since its exact logit then wins. A
+tail that puts an unscored token first by chance is left out of it.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_topk.cli import main
+from hf_topk.configuration_topk_experts import RouterType
+from hf_topk.errors import InputError
+from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
+from hf_topk.progress import progress
+from hf_topk.text import make_windows, read_documents
+
+from .checkpoint import load_dense
+from .distill import expert_masses, start_router, token_probabilities, train_router, without_repeats
+from .features import share_out
+from .hidden_states import HiddenStates, collect
+from .partition import partition
+from .pipeline import cast_additions, choose_always_on, config_of, head_of, special_ids
+from .preflight import preflight
+from .recipe import ROUTER_RANKS, PartitionType, Recipe
+
+EXPERTS_SCORED = (1, 2, 4, 8, 16)
+PROBES = (64, 128, 256)
+POSITIONS_MEASURED = 20_000
+STATES_AT_ONCE = 256
+FLASHHEAD = "FlashHead"
+ORACLE = "oracle"
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting and what it reaches.
+
+    Attributes:
+        partition: the feature that experts come from; "directions" for FlashHead.
+        expert_size: S.
+        num_always_on: A.
+        router: kind of router, "oracle" for the true log-sum-exp, or "FlashHead" for unit-norm centroids.
+        num_experts_per_tok: k, experts scored, or clusters probed.
+        agreement: share of positions whose dense argmax is scored.
+        mass_covered: mean dense probability of the tokens that are scored.
+        bytes_read: share of the dense head's bytes; the oracle's are its scored rows alone.
+    """
+
+    partition: str
+    expert_size: int
+    num_always_on: int
+    router: str
+    num_experts_per_tok: int
+    agreement: float
+    mass_covered: float
+    bytes_read: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The states that are measured on, [N, d], and the dense argmax at each, int64 [N]."""
+
+    states: Tensor
+    best: Tensor
+
+    @classmethod
+    def of(cls, states: Tensor, head: nn.Linear) -> "Measured":
+        """Find the dense argmax, from logits in fp32."""
+        weight, bias = head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
+        best = []
+        with progress("Reading the dense argmax", len(states), "positions") as advance:
+            for some in states.split(STATES_AT_ONCE):
+                best.append(F.linear(some.to(weight), weight, bias).argmax(dim=-1).cpu())
+                advance(len(some))
+        return cls(states, torch.cat(best))
+
+
+@torch.no_grad()
+def measure_frontier(
+    dense: PreTrainedModel, recipe: Recipe, specials: list[int], states: Tensor, measured: Measured
+) -> Iterator[Point]:
+    """Distil every router on every partition and measure it at each k.
+
+    Args:
+        dense: the dense model.
+        recipe: resolved; its partition, router and tail are replaced by each in turn. Rows are also tried without
+            always-on tokens.
+        specials: ids of special tokens, the most important first.
+        states: hidden states to distil on, [N, d].
+        measured: what is measured on.
+
+    Yields:
+        Points, partition by partition, router by router, the oracle behind the routers; FlashHead's last.
+    """
+    head = head_of(dense)
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    probabilities = token_probabilities(states, weight, bias)
+    cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
+    for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
+        always_on = choose_always_on(probabilities, specials, case.num_always_on or 0)
+        expert_ids = share_out(case, always_on, states, weight, bias, probabilities)
+        yield from _points_of_partition(dense, case, always_on, expert_ids, states, measured)
+    yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
+
+
+def _points_of_partition(
+    dense: PreTrainedModel, case: Recipe, always_on: Tensor, expert_ids: Tensor, states: Tensor, measured: Measured
+) -> Iterator[Point]:
+    head = head_of(dense)
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    groups = [*without_repeats(expert_ids), *([always_on] if len(always_on) else [])]
+    masses = expert_masses(states, weight, bias, groups)
+    true_masses = expert_masses(measured.states, weight, bias, groups)
+    ks = [k for k in EXPERTS_SCORED if k <= len(expert_ids)]
+    setting = (case.partition, case.expert_size, len(always_on))
+    for router in get_args(RouterType):
+        one = dataclasses.replace(case, router=router, router_rank=ROUTER_RANKS[router])
+        distilled = _distilled_head(dense, one, always_on, expert_ids, states, masses)
+        scores = torch.cat([distilled.router(some.to(weight)).cpu() for some in measured.states.split(STATES_AT_ONCE)])
+        for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
+            distilled.num_experts_per_tok = k
+            yield Point(*setting, router, k, *reached, distilled.bytes_read() / distilled.dense_bytes())
+    scores = true_masses[:, : len(expert_ids)]
+    for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
+        yield Point(*setting, ORACLE, k, *reached, (len(always_on) + k * case.expert_size) / len(weight))
+
+
+def _distilled_head(
+    dense: PreTrainedModel, recipe: Recipe, always_on: Tensor, expert_ids: Tensor, states: Tensor, masses: Tensor
+) -> TopKExpertsHead:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)  # of what a router starts from
+        head = TopKExpertsHead(head_of(dense), config_of(dense, recipe, len(expert_ids)))
+    head.always_on_ids.copy_(always_on)
+    head.expert_ids.copy_(expert_ids)
+    head.to(head.weight.device)
+    start_router(head)
+    train_router(
+        head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
+    )
+    cast_additions(head)
+    return head
+
+
+def _points_of_flashhead(weight: Tensor, bias: Tensor | None, seed: int, measured: Measured) -> Iterator[Point]:
+    cluster_ids = partition(F.normalize(weight.float(), dim=-1), min(CLUSTER_SIZE, len(weight)), seed)
+    head = FlashHead(weight, bias, cluster_ids.to(weight.device))
+    groups = without_repeats(cluster_ids)
+    true_masses = expert_masses(measured.states, weight, bias, groups)
+    scores = torch.cat([head.scores(some).cpu() for some in measured.states.split(STATES_AT_ONCE)])
+    probes = sorted({head.num_probes, *(some for some in PROBES if some <= len(groups))})
+    for p, reached in zip(probes, coverage(scores, probes, true_masses, groups, measured.best), strict=True):
+        head.num_probes = p
+        dense_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        yield Point("directions", cluster_ids.shape[1], 0, FLASHHEAD, p, *reached, head.bytes_read() / dense_bytes)
+
+
+def coverage(
+    scores: Tensor, ks: list[int], masses: Tensor, groups: list[Tensor], best: Tensor
+) -> list[tuple[float, float]]:
+    """What is covered when the experts of the k highest scores are picked.
+
+    Args:
+        scores: [N, M].
+        ks: numbers of experts to pick, ascending.
+        masses: log-sum-exp of the dense logits of each group, [N, number of groups].
+        groups: token ids of each of M experts and, behind them, of the always-on tokens if there are any.
+        best: dense argmax of each position, int64 [N].
+
+    Returns:
+        For each k the share of positions whose dense argmax is scored, and the mean dense probability of what is.
+    """
+    num_experts = scores.shape[1]
+    picked = scores.topk(ks[-1], dim=-1).indices
+    home = torch.empty(sum(map(len, groups)), dtype=torch.long)
+    for number, ids in enumerate(groups):
+        home[ids.cpu()] = number
+    expert = home[best].unsqueeze(-1)
+    is_scored = (expert >= num_experts) | ((picked == expert).cumsum(dim=-1) > 0)  # (N, largest k)
+    shares = masses.softmax(dim=-1)
+    mass = shares[:, num_experts:].sum(dim=-1, keepdim=True) + shares.gather(1, picked).cumsum(dim=-1)
+    return [(float(is_scored[:, k - 1].float().mean()), float(mass[:, k - 1].mean())) for k in ks]
+
+
+def as_markdown(points: list[Point]) -> str:
+    """Points as Markdown: a table of partitions and routers by k, and one of FlashHead's probes.
+
+    Args:
+        points: in the order in which they were measured.
+    """
+    ours: dict[tuple[str, ...], dict[int, Point]] = {}
+    theirs: dict[tuple[str, ...], dict[int, Point]] = {}
+    for point in points:
+        if point.router == FLASHHEAD:
+            theirs.setdefault((), {})[point.num_experts_per_tok] = point
+        else:
+            key = (f"`{point.partition}`", str(point.num_always_on), point.router)
+            ours.setdefault(key, {})[point.num_experts_per_tok] = point
+    return "\n\n".join(
+        [
+            "Agreement / mass covered / bytes read, in %:",
+            _table(("partition", "always-on tokens", "router"), "k", ours),
+            "FlashHead's method:",
+            _table((), "clusters probed", theirs),
+        ]
+    )
+
+
+def _table(names: tuple[str, ...], counted: str, rows: dict[tuple[str, ...], dict[int, Point]]) -> str:
+    counts = sorted({count for row in rows.values() for count in row})
+    lines = [[*names, *(f"{counted} = {count}" for count in counts)], ["---"] * (len(names) + len(counts))]
+    lines += [[*key, *(_cell(row[count]) if count in row else "" for count in counts)] for key, row in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(point: Point) -> str:
+    return f"{100 * point.agreement:.2f} / {100 * point.mass_covered:.1f} / {100 * point.bytes_read:.1f}"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def frontier(
+    text: Annotated[str, typer.Option(help="Sample text to distil on: a file, a folder, or a data set.")],
+    evaluate_on: Annotated[str, typer.Option(help="Other text, to measure on.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="The dense model; the bundled one if left out.")
+    ] = None,
+    positions: Annotated[int, typer.Option(help="Tokens of the sample to distil on.")] = Recipe.positions,
+    positions_measured: Annotated[int, typer.Option(help="Tokens to measure on.")] = POSITIONS_MEASURED,
+    expert_size: Annotated[int, typer.Option(help="Tokens in an expert.")] = Recipe.expert_size,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
+) -> None:
+    """Print what every partition and router reaches at each k, beside the oracle and FlashHead's method."""
+    recipe = Recipe.from_dict({"text": text, "positions": positions, "expert_size": expert_size})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        plan = preflight(model, folder / "not-written", recipe)
+        if plan.windows is None or plan.tokenizer is None:
+            raise InputError("the frontier is measured on text: give --text a file, a folder or a data set")
+        dense = load_dense(plan.source)
+        measured_windows = make_windows(
+            read_documents(evaluate_on), plan.tokenizer, plan.recipe.window_length, positions_measured, seed=0
+        )
+        kept = [HiddenStates.open(folder / name, head_of(dense).in_features, dense.dtype) for name in ("one", "other")]
+        states = collect(dense, plan.windows, kept[0])
+        measured = Measured.of(collect(dense, measured_windows, kept[1]), head_of(dense))
+        points = list(measure_frontier(dense, plan.recipe, special_ids(dense, plan.tokenizer), states, measured))
+    print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
+
+
+if __name__ == "__main__":
+    main(app)
