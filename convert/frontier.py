@@ -27,12 +27,12 @@ from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
+from .always_on import place_tokens
 from .checkpoint import load_dense
-from .distill import expert_masses, start_router, token_probabilities, train_router, without_repeats
-from .features import share_out
+from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router, without_repeats
 from .hidden_states import HiddenStates, collect
 from .partition import partition
-from .pipeline import cast_additions, choose_always_on, config_of, head_of, special_ids
+from .pipeline import cast_additions, config_of, head_of, special_ids
 from .preflight import preflight
 from .recipe import ROUTER_RANKS, PartitionType, Recipe
 
@@ -110,43 +110,40 @@ def measure_frontier(
     probabilities = token_probabilities(states, weight, bias)
     cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
     for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
-        always_on = choose_always_on(probabilities, specials, case.num_always_on or 0)
-        expert_ids = share_out(case, always_on, states, weight, bias, probabilities)
-        yield from _points_of_partition(dense, case, always_on, expert_ids, states, measured)
+        placed = TopKExpertsHead(head, config_of(dense, case))
+        place_tokens(placed, case, specials, states, probabilities)
+        yield from _points_of_partition(dense, case, placed, states, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
 
 
 def _points_of_partition(
-    dense: PreTrainedModel, case: Recipe, always_on: Tensor, expert_ids: Tensor, states: Tensor, measured: Measured
+    dense: PreTrainedModel, case: Recipe, placed: TopKExpertsHead, states: Tensor, measured: Measured
 ) -> Iterator[Point]:
-    head = head_of(dense)
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    groups = [*without_repeats(expert_ids), *([always_on] if len(always_on) else [])]
+    weight, bias, groups = placed.weight, placed.bias, groups_of(placed)
     masses = expert_masses(states, weight, bias, groups)
     true_masses = expert_masses(measured.states, weight, bias, groups)
-    ks = [k for k in EXPERTS_SCORED if k <= len(expert_ids)]
-    setting = (case.partition, case.expert_size, len(always_on))
+    ks = [k for k in EXPERTS_SCORED if k <= placed.num_experts]
+    setting = (case.partition, case.expert_size, placed.num_always_on)
     for router in get_args(RouterType):
         one = dataclasses.replace(case, router=router, router_rank=ROUTER_RANKS[router])
-        distilled = _distilled_head(dense, one, always_on, expert_ids, states, masses)
+        distilled = _distilled_head(dense, one, placed, states, masses)
         scores = torch.cat([distilled.router(some.to(weight)).cpu() for some in measured.states.split(STATES_AT_ONCE)])
         for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
             distilled.num_experts_per_tok = k
             yield Point(*setting, router, k, *reached, distilled.bytes_read() / distilled.dense_bytes())
-    scores = true_masses[:, : len(expert_ids)]
+    scores = true_masses[:, : placed.num_experts]
     for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
-        yield Point(*setting, ORACLE, k, *reached, (len(always_on) + k * case.expert_size) / len(weight))
+        yield Point(*setting, ORACLE, k, *reached, (placed.num_always_on + k * case.expert_size) / len(weight))
 
 
 def _distilled_head(
-    dense: PreTrainedModel, recipe: Recipe, always_on: Tensor, expert_ids: Tensor, states: Tensor, masses: Tensor
+    dense: PreTrainedModel, recipe: Recipe, placed: TopKExpertsHead, states: Tensor, masses: Tensor
 ) -> TopKExpertsHead:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
-        head = TopKExpertsHead(head_of(dense), config_of(dense, recipe, len(expert_ids)))
-    head.always_on_ids.copy_(always_on)
-    head.expert_ids.copy_(expert_ids)
-    head.to(head.weight.device)
+        head = TopKExpertsHead(head_of(dense), config_of(dense, recipe))
+    head.always_on_ids.copy_(placed.always_on_ids)
+    head.expert_ids.copy_(placed.expert_ids)
     start_router(head)
     train_router(
         head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
@@ -243,10 +240,13 @@ def frontier(
     positions: Annotated[int, typer.Option(help="Tokens of the sample to distil on.")] = Recipe.positions,
     positions_measured: Annotated[int, typer.Option(help="Tokens to measure on.")] = POSITIONS_MEASURED,
     expert_size: Annotated[int, typer.Option(help="Tokens in an expert.")] = Recipe.expert_size,
+    distill_steps: Annotated[int, typer.Option(help="Training steps of each router.")] = Recipe.distill_steps,
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
     """Print what every partition and router reaches at each k, beside the oracle and FlashHead's method."""
-    recipe = Recipe.from_dict({"text": text, "positions": positions, "expert_size": expert_size})
+    recipe = Recipe.from_dict(
+        {"text": text, "positions": positions, "expert_size": expert_size, "distill_steps": distill_steps}
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         plan = preflight(model, folder / "not-written", recipe)

@@ -17,9 +17,9 @@ from hf_topk.measure.fidelity import Fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, make_windows, read_documents
 
+from .always_on import place_tokens
 from .calibrate import calibrate, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
-from .features import share_out
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
@@ -181,14 +181,11 @@ def _convert_head(
     dense = head_of(model)
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     probabilities = token_probabilities(states, weight, bias)
-    always_on = choose_always_on(probabilities, specials, cast(int, recipe.num_always_on))
-    expert_ids = share_out(recipe, always_on, states, weight, bias, probabilities)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
-        converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe, len(expert_ids)))
+        converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
-    head.always_on_ids.copy_(always_on)
-    head.expert_ids.copy_(expert_ids)
+    place_tokens(head, recipe, specials, states, probabilities)
     start_router(head)
     masses = expert_masses(states, weight, bias, groups_of(head))
     router_kl = train_router(
@@ -200,29 +197,13 @@ def _convert_head(
     return converted.requires_grad_(True), router_kl
 
 
-def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:
-    """Ids to score at every position: special tokens, then the likeliest of the sample.
-
-    Args:
-        probabilities: mean probability of each token, [V].
-        specials: ids of special tokens, the most important first; those beyond the vocabulary are left out.
-        count: A.
-
-    Returns:
-        Ids in ascending order, int64 [A].
-    """
-    likeliest = probabilities.topk(min(len(probabilities), count + len(specials))).indices.tolist()
-    ranked = dict.fromkeys([*(token for token in specials if token < len(probabilities)), *likeliest])
-    return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
-
-
-def config_of(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
-    """The configuration that a resolved recipe gives a dense model with so many experts."""
+def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
+    """The configuration that a resolved recipe gives a dense model."""
     copied = ("expert_size", "num_experts_per_tok", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
     choices = recipe.to_dict()
     return TopKExpertsConfig(
         text_config=model.config,
-        num_experts=num_experts,
+        num_experts=recipe.num_experts(head_of(model).out_features),
         router_type=recipe.router,
         sparse_max_positions=recipe.sparse_max_positions,
         **{name: choices[name] for name in copied},

@@ -307,6 +307,7 @@ CHOICES: dict[str, tuple[object, tuple[str, ...]]] = {
     "tail_rank: 0": (("--tail-rank", 0), ("tail_rank is 0", "at least 1")),
     "router_rank: 0": (("--router-rank", 0), ("router_rank is 0", "at least 1")),
     "positions: 0": (("--positions", 0), ("positions is 0", "at least 1")),
+    "partition: row": (("--partition", "row"), ("unknown partition 'row'", "did you mean 'rows'?")),
     "router: lowrank": (("--router", "lowrank"), ("unknown router 'lowrank'", "did you mean 'low_rank'?")),
     "router: zorglub": (("--router", "zorglub"), ("unknown router 'zorglub'", "choose one of", "mlp", "attention")),
     "tail: pryor": (("--tail", "pryor"), ("unknown tail 'pryor'", "did you mean 'prior'?")),

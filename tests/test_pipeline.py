@@ -17,7 +17,7 @@ from hf_topk.convert.calibrate import split_by_document
 from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_probabilities, train_router
 from hf_topk.convert.fit_tail import fit_combiner, fit_tail
 from hf_topk.convert.hidden_states import HiddenStates, batches_of, collect
-from hf_topk.convert.pipeline import choose_always_on, head_of, special_ids
+from hf_topk.convert.pipeline import head_of, special_ids
 from hf_topk.convert.self_sample import sample_from_model
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
@@ -272,15 +272,6 @@ def test_a_learned_combiner_does_not_add_divergence(tail: str) -> None:
 
 
 # Always-on tokens
-
-
-def test_special_tokens_are_always_on_before_likely_ones() -> None:
-    probabilities = torch.linspace(0.1, 1, 10)
-    assert choose_always_on(probabilities, [3, 1], 4).tolist() == [1, 3, 8, 9]
-    assert choose_always_on(probabilities, [3, 1], 1).tolist() == [3]
-    assert choose_always_on(probabilities, [12, 3], 2).tolist() == [3, 9]  # 12 is beyond the head
-    assert choose_always_on(probabilities, [9], 3).tolist() == [7, 8, 9]
-    assert choose_always_on(probabilities, [3], 0).tolist() == []
 
 
 def test_tokens_that_end_a_text_come_first() -> None:

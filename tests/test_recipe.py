@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_topk.configuration_topk_experts import CombineType, RouterType, TailType
 from hf_topk.convert import Recipe
+from hf_topk.convert.recipe import PartitionType
 from hf_topk.errors import InputError
 
 SIZES = st.integers(1, 10**6)
@@ -24,6 +25,7 @@ RECIPES = st.builds(
     expert_size=SIZES,
     num_experts_per_tok=st.none() | SIZES,
     num_always_on=st.none() | st.integers(0, 10**6),
+    partition=st.sampled_from(get_args(PartitionType)),
     router=st.sampled_from(get_args(RouterType)),
     router_rank=st.none() | SIZES,
     tail=st.sampled_from(get_args(TailType)),
