@@ -133,6 +133,7 @@ def test_refuses_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, text = tiny_checkpoint(tmp_path / "model"), tiny_text(tmp_path / "text.jsonl")
+    capsys.readouterr()  # what saving printed
     defaults = ("--positions", 300, "--expert-size", 16)
     assert run(monkeypatch, model, "--evaluate-on", text, *defaults, *options) == 2
     printed = capsys.readouterr()
