@@ -88,7 +88,7 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
     """
     masses = torch.empty(states.shape[0], len(groups))
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
-        for first, block in blocks_of_groups(groups):
+        for first, block in _blocks_of_groups(groups):
             ids = torch.cat(block)
             rows, row_bias = weight[ids].float(), None if bias is None else bias[ids].float()
             sizes = [len(group) for group in block]
@@ -106,7 +106,7 @@ def _segment_logsumexp(logits: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([part.logsumexp(dim=-1) for part in logits.split(sizes, dim=-1)], dim=-1)
 
 
-def blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
     """Runs of groups that together have about ROWS_AT_ONCE tokens, each with the number of its first one."""
     first, size = 0, 0
     for number, group in enumerate(groups):
@@ -139,14 +139,9 @@ def without_repeats(expert_ids: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def start_router(head: TopKExpertsHead, router: Router | None = None) -> None:
-    """Set a router to the mean row of each expert, or of each of its groups of rows, before it is trained.
-
-    Args:
-        head: its experts are set.
-        router: the head's own if None.
-    """
-    router = router or head.router
+def start_router(head: TopKExpertsHead) -> None:
+    """Set the router to the mean row of each expert, or of each of its groups of rows, before it is trained."""
+    router = head.router
     for expert, ids in enumerate(groups_of(head)[: head.num_experts]):
         rows = head.weight[ids].float()
         row_bias = rows.new_zeros(len(ids)) if head.bias is None else head.bias[ids].float()

@@ -1,11 +1,47 @@
-"""What decides which tokens share an expert: their rows of the head, how frequent they are, or their contexts."""
+"""Where each token goes: always on, or into an expert by its row of the head, its frequency or its contexts."""
 
 import torch
 from torch import Tensor
 
+from hf_topk.head import TopKExpertsHead
+
 from .distill import mean_states
 from .partition import partition
 from .recipe import Recipe
+
+
+def place_tokens(
+    head: TopKExpertsHead, recipe: Recipe, specials: list[int], states: Tensor, probabilities: Tensor
+) -> None:
+    """Decide which tokens are always on and which share an expert.
+
+    Args:
+        head: its token ids are set in place.
+        recipe: resolved.
+        specials: ids of special tokens, the most important first: these are always on before any other.
+        states: hidden states of the sample, [N, d].
+        probabilities: mean probability of each token over the sample, [V].
+    """
+    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    always_on = choose_always_on(probabilities, specials, head.num_always_on)
+    head.always_on_ids.copy_(always_on)
+    head.expert_ids.copy_(share_out(recipe, always_on, states, weight, bias, probabilities))
+
+
+def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:
+    """Ids to score at every position: special tokens, then the likeliest of the sample.
+
+    Args:
+        probabilities: mean probability of each token, [V].
+        specials: ids of special tokens, the most important first; those beyond the vocabulary are left out.
+        count: A.
+
+    Returns:
+        Ids in ascending order, int64 [A].
+    """
+    likeliest = probabilities.topk(min(len(probabilities), count + len(specials))).indices.tolist()
+    ranked = dict.fromkeys([*(token for token in specials if token < len(probabilities)), *likeliest])
+    return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
 
 
 def share_out(

@@ -27,9 +27,9 @@ from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
-from .always_on import place_tokens
 from .checkpoint import load_dense
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router, without_repeats
+from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .partition import partition
 from .pipeline import cast_additions, config_of, head_of, special_ids

@@ -17,9 +17,9 @@ from hf_topk.measure.fidelity import Fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, make_windows, read_documents
 
-from .always_on import place_tokens
 from .calibrate import calibrate, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe

@@ -6,13 +6,13 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers import QUICK, VOCAB_SIZE, tiny_dense, tiny_tokenizer
+from helpers import QUICK, VOCAB_SIZE, tiny_converted, tiny_dense, tiny_tokenizer
 from torch import Tensor
 
 from hf_topk.convert import Recipe, convert
 from hf_topk.convert import distill as distillation
-from hf_topk.convert.distill import mean_states, token_probabilities
-from hf_topk.convert.features import share_out
+from hf_topk.convert.distill import groups_of, mean_states, token_probabilities
+from hf_topk.convert.features import choose_always_on, place_tokens, share_out
 from hf_topk.convert.partition import partition
 from hf_topk.convert.recipe import PartitionType
 from hf_topk.text import Window
@@ -87,3 +87,24 @@ def test_a_conversion_follows_its_partition(kind: str) -> None:
     other = dataclasses.replace(recipe, partition=PARTITIONS[PARTITIONS.index(kind) - 1])
     ids = convert(tiny_dense(), tiny_tokenizer(), other, windows=windows).model.head.expert_ids
     assert not torch.equal(report.model.head.expert_ids, ids)
+
+
+def test_special_tokens_are_always_on_before_likely_ones() -> None:
+    probabilities = torch.linspace(0.1, 1, 10)
+    assert choose_always_on(probabilities, [3, 1], 4).tolist() == [1, 3, 8, 9]
+    assert choose_always_on(probabilities, [3, 1], 1).tolist() == [3]
+    assert choose_always_on(probabilities, [12, 3], 2).tolist() == [3, 9]  # 12 is beyond the head
+    assert choose_always_on(probabilities, [9], 3).tolist() == [7, 8, 9]
+    assert choose_always_on(probabilities, [3], 0).tolist() == []
+
+
+@pytest.mark.parametrize("kind", PARTITIONS)
+@pytest.mark.parametrize("num_always_on", [0, 1, 2, 8, 20])
+def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on: int, kind: str) -> None:
+    recipe = Recipe(expert_size=16, num_always_on=num_always_on, partition=kind).resolve(VOCAB_SIZE)
+    head = tiny_converted(num_experts=recipe.num_experts(VOCAB_SIZE), num_always_on=num_always_on).head
+    specials = [7, 0, 1]
+    place_tokens(head, recipe, specials, some_states(), token_probabilities(some_states(), head.weight, None))
+    assert head.num_always_on == num_always_on
+    assert set(specials[:num_always_on]) <= set(head.always_on_ids.tolist())
+    assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))
