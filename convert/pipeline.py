@@ -15,15 +15,17 @@ from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
 from hf_topk.measure.fidelity import Fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
-from hf_topk.text import Window, make_windows, read_documents
+from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
 from .calibrate import calibrate, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
 from .fit_tail import fit_combiner, fit_tail
-from .hidden_states import HiddenStates, collect
+from .hidden_states import HiddenStates, collect, tapped_head
 from .partition import partition
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
+
+LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
 @dataclasses.dataclass
@@ -93,11 +95,13 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
+        _check_finite(head)
+        _check_causal(model)
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         if windows is None and recipe.text == SELF:
             windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder)
         elif windows is None:
-            windows = sample_from_text(tokenizer, recipe)
+            windows = sample_from_text(tokenizer, recipe)[0]
         check_sample(windows, recipe, head.weight.shape[0])
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
@@ -120,29 +124,48 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     """The dense model's head.
 
     Raises:
-        InputError: when it has none, it is not linear, or its weight or bias is not finite.
+        InputError: when it has none, it is not linear, or the model is already converted.
     """
     if isinstance(model, TopKExpertsForCausalLM):
         raise InputError("this model is already converted: give the dense model it was made from")
-    head = cast(nn.Linear, model.get_submodule(name_of_head(model)))
+    return cast(nn.Linear, model.get_submodule(name_of_head(model)))
+
+
+def _check_finite(head: nn.Linear) -> None:
     for name, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is not None and not tensor.isfinite().all():
             raise InputError(
                 f"the head's {name} holds NaN or infinite values: the checkpoint is damaged, fetch it again"
             )
-    return head
 
 
-def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> list[Window]:
+@torch.inference_mode()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse encoders, which share classes with decoders: the state at a token must not depend on the next one."""
+    with tapped_head(model) as tap:
+        model(input_ids=torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), use_cache=False)
+        one, other = tap.states[:, :2].float()
+    if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
+        raise InputError(
+            f"{type(model).__name__} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
+            "language model, or set `is_decoder` to true in config.json if it is meant as one"
+        )
+
+
+def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
     """Read and cut the sample text that a recipe names.
+
+    Returns:
+        Its windows, and a fingerprint of the whole text.
 
     Raises:
         InputError: when there is no tokenizer, or the text cannot be read.
     """
     if tokenizer is None:
-        raise InputError("sample text needs the model's tokenizer: add its files to the model, or use --text self")
+        raise InputError("sample text needs a tokenizer, and the model has none: add its files, or use --text self")
     documents = read_documents(recipe.text)
-    return make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    return windows, fingerprint(documents)
 
 
 def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None:

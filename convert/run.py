@@ -9,7 +9,7 @@ from hf_topk.errors import InputError, TopKExpertsError
 
 from .checkpoint import load_dense, write_checkpoint
 from .hidden_states import read_record, write_record
-from .pipeline import Report, convert, head_of
+from .pipeline import Report, convert
 from .preflight import Plan, preflight
 from .recipe import Recipe
 
@@ -46,7 +46,6 @@ def convert_checkpoint(
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)
     dense = load_dense(plan.source)
-    head_of(dense)  # refuses what is wrong with the weights before anything is written
     try:
         if not goes_on:
             _start_anew(work, fingerprint)

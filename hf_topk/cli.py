@@ -1,5 +1,6 @@
 """The command line: `hf-topk`. Each command imports its code when it runs."""
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -28,6 +30,7 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model
 
 @app.command()
 def convert(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -77,25 +80,14 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a dense language model; the result loads with AutoModelForCausalLM."""
-    given = {
-        "text": text,
-        "positions": positions,
-        "expert_size": expert_size,
-        "num_experts_per_tok": num_experts_per_tok,
-        "num_always_on": num_always_on,
-        "router": router,
-        "router_rank": router_rank,
-        "tail": tail,
-        "tail_rank": tail_rank,
-        "combine": combine,
-        "seed": seed,
-    }
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
     from .convert.recipe import Recipe, read_yaml
 
     choices = read_yaml(recipe) if recipe else {}
-    choices |= {name: value for name, value in given.items() if value is not None}
+    # What the recipe calls by the same name, the options above do too.
+    keys = {field.name for field in dataclasses.fields(Recipe)}
+    choices |= {name: value for name, value in context.params.items() if name in keys and value is not None}
     chosen = Recipe.from_dict(choices)
     from .convert import convert_checkpoint
 
@@ -134,8 +126,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
-    import dataclasses
-
     from .loading import load_converted
     from .measure.fidelity import measure_fidelity, readable_length
     from .text import make_windows, read_documents

@@ -212,8 +212,12 @@ class TopKExpertsHead(nn.Linear):
 
     def added_bytes(self) -> int:
         """Bytes of all that conversion added to the dense head."""
-        added = self.state_dict()
-        return sum(tensor.nbytes for name, tensor in added.items() if name not in ("weight", "bias"))
+        return sum(tensor.nbytes for tensor in self.additions().values())
+
+    def additions(self) -> dict[str, Tensor]:
+        """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
+        everything: dict[str, Tensor] = self.state_dict()
+        return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}
 
 
 def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
