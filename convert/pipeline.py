@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity, readable_length
+from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
-from .calibrate import calibrate, split_by_document
+from .calibrate import Target, check_target, choose_num_experts, lower_bound, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
@@ -57,6 +57,7 @@ class Report:
         """All figures, ready for JSON."""
         return {
             **dataclasses.asdict(self.fidelity),
+            "agreement_lower_bound": lower_bound(self.fidelity.agreement, self.fidelity.positions),
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.recipe.num_experts_per_tok,
             "added_bytes": self.added_bytes,
@@ -90,6 +91,7 @@ def convert(
 
     Raises:
         InputError: when model, sample and recipe do not fit one another.
+        TargetNotReachedError: when no k that is allowed reaches the target agreement.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -107,7 +109,8 @@ def convert(
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
         states = collect(model, to_distil_on, kept)
         converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
-        fidelity = calibrate(converted, held_out)
+        fidelity = _calibrate(converted, states, held_out, recipe)
+        recipe = dataclasses.replace(recipe, num_experts_per_tok=converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
@@ -219,10 +222,28 @@ def _convert_head(
     router_kl = train_router(
         head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
     )
+    if recipe.router_int8:
+        head.router.to_int8(weight.dtype)
+        converted.config.router_int8 = True
     fit_tail(head, states, probabilities)
-    fit_combiner(head, states, recipe.seed)
     _cast_additions(head)
-    return converted.requires_grad_(True), router_kl
+    return converted, router_kl
+
+
+def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
+    """Choose k if the recipe has a target, fit what depends on it, and measure."""
+    target = None
+    if recipe.target_agreement is not None:
+        target = Target(recipe.target_agreement, recipe.max_bytes_read, recipe.allow_below_target)
+    if target and recipe.num_experts_per_tok is None:
+        choose_num_experts(converted, held_out, target)
+    fit_combiner(converted.head, states, recipe.seed)
+    _cast_additions(converted.head)
+    fidelity = measure_fidelity(converted, held_out)
+    if target:
+        check_target(fidelity, target, converted.head.num_experts_per_tok)
+    converted.requires_grad_(True)
+    return fidelity
 
 
 def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:
@@ -242,11 +263,12 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
 
 
 def _config(model: PreTrainedModel, recipe: Recipe, num_experts: int) -> TopKExpertsConfig:
-    copied = ("expert_size", "num_experts_per_tok", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
+    copied = ("expert_size", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
     choices = recipe.to_dict()
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=num_experts,
+        num_experts_per_tok=recipe.num_experts_per_tok or 1,
         router_type=recipe.router,
         sparse_max_positions=recipe.sparse_max_positions,
         **{name: choices[name] for name in copied},

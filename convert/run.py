@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_topk.errors import InputError, TopKExpertsError
 
+from .calibrate import TargetNotReachedError
 from .checkpoint import load_dense, write_checkpoint
 from .hidden_states import read_record, write_record
 from .pipeline import Report, convert
@@ -33,6 +34,7 @@ def convert_checkpoint(
 
     Raises:
         InputError: when an input is refused; nothing has been written then.
+        TargetNotReachedError: when the target agreement is not reached; nothing has been written then.
         TopKExpertsError: when writing fails; what was computed is kept for `resume`.
     """
     out = Path(out)
@@ -50,7 +52,7 @@ def convert_checkpoint(
         if not goes_on:
             _start_anew(work, fingerprint)
         report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work)
-    except InputError:
+    except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there
             for folder in missing:

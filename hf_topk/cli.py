@@ -56,6 +56,20 @@ def convert(
             "--num-experts-per-tok", "-k", help="Experts scored for a position: more agree better, fewer are faster."
         ),
     ] = None,
+    target_agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Score as few experts as agree with the dense head this often, such as 0.995, on held-out documents "
+            "of the sample (as a 95 % lower bound)."
+        ),
+    ] = None,
+    max_bytes_read: Annotated[
+        float | None,
+        typer.Option(help="Reach the target with this share of the dense head's bytes, such as 0.1, or not at all."),
+    ] = None,
+    allow_below_target: Annotated[
+        bool | None, typer.Option("--allow-below-target", help="Convert even if the target is not reached.")
+    ] = None,
     num_always_on: Annotated[
         int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
     ] = None,
@@ -67,7 +81,9 @@ def convert(
         str | None,
         typer.Option(help="What unscored tokens get: low_rank, prior, or none (no probability). [default: low_rank]"),
     ] = None,
-    tail_rank: Annotated[int | None, typer.Option(help="Rank of a low_rank tail. [default: 32]")] = None,
+    tail_rank: Annotated[
+        int | None, typer.Option(help="Rank of a low_rank tail: 3 take a byte a token. [default: 96]")
+    ] = None,
     combine: Annotated[
         str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
     ] = None,
@@ -104,7 +120,8 @@ def convert(
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
             f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} always on",
-            "agreement": f"{figures['agreement']:.2%} on {figures['positions']:,} held-out positions of the sample",
+            "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
+            f"confidence, on {figures['positions']:,} held-out positions of the sample",
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
             "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",

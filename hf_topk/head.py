@@ -59,6 +59,8 @@ class TopKExpertsHead(nn.Linear):
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
         self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
+        if config.router_int8:
+            self.router.to_int8(torch.float32)
         self.tail = None
         if config.tail != "none":
             self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
@@ -200,10 +202,10 @@ class TopKExpertsHead(nn.Linear):
             self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
 
-    def bytes_read(self) -> int:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode."""
+    def bytes_read(self, num_experts_per_tok: int | None = None) -> int:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode, at another k if given."""
         row = self.weight[:1].nbytes + (0 if self.bias is None else self.bias[:1].nbytes)
-        scored = self.num_always_on + self.num_experts_per_tok * self.expert_size
+        scored = self.num_always_on + (num_experts_per_tok or self.num_experts_per_tok) * self.expert_size
         return scored * row + _nbytes(self.router) + (0 if self.tail is None else _nbytes(self.tail))
 
     def dense_bytes(self) -> int:

@@ -67,8 +67,8 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
         generator = torch.Generator().manual_seed(3)
         for added in filter(None, (head.router, head.tail)):
             for tensor in added.state_dict().values():
-                if tensor.dtype == torch.int8:
-                    tensor.random_(-127, 128, generator=generator)
+                if tensor.dtype == torch.uint8:
+                    tensor.random_(0, 256, generator=generator)
                 else:
                     tensor.normal_(std=0.3, generator=generator)
     return model
