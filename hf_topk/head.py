@@ -156,20 +156,17 @@ class TopKExpertsHead(nn.Linear):
         return torch.cat([self._sparse_logits(some) for some in hidden.split(at_once)])
 
     def draft_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Sparse logits, and how sure the router is that the likeliest token is among those that were scored.
+        """Sparse logits, and how unsure the router is that the next token is among those that were scored.
 
         Args:
             hidden: hidden states, [N, d].
 
         Returns:
-            Logits [N, V], and margins fp32 [N]: the best scored logit less the mass of the best expert not picked, both
-            on the scale of logits. A token that was not scored can be the likeliest only if the router is off by that.
+            Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
         """
         logits, exact, masses, picked = self._scored(hidden)
-        if picked.shape[1] == self.num_experts:
-            return logits, exact.new_full(exact.shape[:1], torch.inf, dtype=torch.float32)
-        not_picked = masses.scatter(1, picked, -torch.inf)
-        return logits, exact.amax(dim=-1).float() - not_picked.amax(dim=-1)
+        outside = masses.scatter(1, picked, -torch.inf).logsumexp(dim=-1)
+        return logits, torch.sigmoid(outside - exact.float().logsumexp(dim=-1))
 
     def _sparse_logits(self, hidden: Tensor) -> Tensor:
         return self._scored(hidden)[0]
