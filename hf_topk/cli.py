@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -158,8 +158,8 @@ def evaluate(
         compared = compare_lossless(model, prompts_of(windows, prompts), batch_size=batch_size)
         figures |= compared.figures()
         rows = {
-            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, {compared.ties:,} "
-            f"ties, {compared.differing - compared.ties:,} others",
+            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "
+            f"{compared.ties:,} ties, {compared.differing - compared.ties:,} others",
             "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.body_steps_per_token:.3f} steps "
             f"of the body, {compared.acceptance:.1%} of the drafts accepted",
         }

@@ -25,7 +25,8 @@ def load_converted(
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
 
     Raises:
-        InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or k is out of range.
+        InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
+            k is out of range.
     """
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,12 @@ def compare_lossless(
         batch_size: prompts in a batch.
     """
     comparison = LosslessComparison(model.dtype)
-    choices = {"do_sample": False, "max_new_tokens": new_tokens, "eos_token_id": None, "pad_token_id": 0}
+    choices: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": new_tokens,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
     batches = torch.tensor(prompts, device=model.device).split(batch_size)
     with progress("Comparing lossless decoding", len(prompts), "prompts") as advance:
         for batch in batches:
@@ -140,7 +146,7 @@ def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, lo
     if same < len(dense):
         comparison.tokens += 1
         chosen = logits[same][[dense[same], ours[same]]]
-        comparison.ties += is_tie(*chosen.tolist(), comparison.dtype)
+        comparison.ties += is_tie(float(chosen[0]), float(chosen[1]), comparison.dtype)
 
 
 def is_tie(best: float, other: float, dtype: torch.dtype) -> bool:
