@@ -37,6 +37,16 @@ ANSWERED_AS_THE_DENSE_CLASS = (
     "supports_gradient_checkpointing",
 )
 
+REPOSITORY_ARGUMENTS = (
+    "pretrained_model_name_or_path",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "revision",
+    "subfolder",
+)
+
 
 class TopKExpertsPreTrainedModel(PreTrainedModel):
     """Loading and initialisation of converted models; see [`TopKExpertsForCausalLM`]."""
@@ -234,6 +244,23 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             return cast(Any, super())._sample(input_ids, *args, **kwargs)
         result, self.last_generation_stats = sample(self, input_ids, *args, **kwargs)
         return result
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Load the generation config, with its entry `lossless` if it has one."""
+        loads = super().adjust_generation_fn
+        cast(Any, loads)(*args, **kwargs)
+        config = getattr(self, "generation_config", None)
+        if config is None or not config._from_model_config or hasattr(config, "lossless"):
+            return
+        # Transformers drops entries that it does not know from files that it once wrote by itself.
+        given = inspect.signature(loads).bind(*args, **kwargs).arguments
+        where = {name: given[name] for name in REPOSITORY_ARGUMENTS if name in given}
+        try:
+            all_entries = GenerationConfig.from_pretrained(**where, _from_model_config=False)
+        except (OSError, TypeError):  # there is no such file, or the model was made in memory
+            return
+        if hasattr(all_entries, "lossless"):
+            config.lossless = all_entries.lossless
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a generation step as the dense model does."""
