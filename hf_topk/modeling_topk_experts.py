@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import torch
@@ -37,15 +37,7 @@ ANSWERED_AS_THE_DENSE_CLASS = (
     "supports_gradient_checkpointing",
 )
 
-REPOSITORY_ARGUMENTS = (
-    "pretrained_model_name_or_path",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "subfolder",
-)
+REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class TopKExpertsPreTrainedModel(PreTrainedModel):
@@ -245,22 +237,20 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         result, self.last_generation_stats = sample(self, input_ids, *args, **kwargs)
         return result
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+    def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
+        self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
+    ) -> None:
         """Load the generation config, with its entry `lossless` if it has one."""
-        loads = super().adjust_generation_fn
-        cast(Any, loads)(*args, **kwargs)
-        config = getattr(self, "generation_config", None)
-        if config is None or not config._from_model_config or hasattr(config, "lossless"):
+        cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
+        config = self.generation_config
+        if config is None or not config._from_model_config or generation_config is not None or name is None:
             return
         # Transformers drops entries that it does not know from files that it once wrote by itself.
-        given = inspect.signature(loads).bind(*args, **kwargs).arguments
-        where = {name: given[name] for name in REPOSITORY_ARGUMENTS if name in given}
-        try:
-            all_entries = GenerationConfig.from_pretrained(**where, _from_model_config=False)
-        except (OSError, TypeError):  # there is no such file, or the model was made in memory
-            return
-        if hasattr(all_entries, "lossless"):
-            config.lossless = all_entries.lossless
+        where = {argument: kwargs[argument] for argument in REPOSITORY_ARGUMENTS if argument in kwargs}
+        with suppress(OSError):  # there may be no such file
+            entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
+            if hasattr(entries, "lossless"):
+                config.lossless = entries.lossless  # type: ignore[attr-defined]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a generation step as the dense model does."""
