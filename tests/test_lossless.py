@@ -18,6 +18,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM, lossless
+from hf_topk.measure.lossless import compare_lossless, is_tie, prompts_of
+from hf_topk.text import Window
 
 PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
 NEW_TOKENS = 24
@@ -341,3 +343,24 @@ def test_distribution_of_two_tokens(
     assert len(counts) > 20
     p_value = chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1)
     assert p_value < 1e-9 if is_broken else p_value > 1e-3
+
+
+def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
+    assert [prompt[0] for prompt in prompts] == [2, 18, 34, 50, 66]
+    same = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
+    assert same.tokens == same.identical == 5 * NEW_TOKENS
+    assert same.stats.tokens == 3 * NEW_TOKENS
+    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
+    other = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
+    assert 0 < other.differing <= 5
+    assert other.ties == 0
+    assert other.identical + other.differing == other.tokens < same.tokens
+    assert small.head_mode == "auto"
+
+
+def test_ties_are_one_step_of_the_type_apart() -> None:
+    step = 2.0**-7  # of bfloat16 from 1 to 2
+    assert is_tie(1.5, 1.5 - step, torch.bfloat16)
+    assert not is_tie(1.5, 1.5 - 2 * step, torch.bfloat16)
+    assert not is_tie(1.5, 1.5 - step, torch.float32)

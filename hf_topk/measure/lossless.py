@@ -79,17 +79,18 @@ def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -
 
     Args:
         windows: the text.
-        count: how many prompts, at most: one a window.
+        count: how many prompts, at most; they do not overlap.
         length: tokens in a prompt.
 
     Raises:
         InputError: when no window is long enough.
     """
-    long_enough = [window.token_ids for window in windows if len(window.token_ids) >= length]
-    if not long_enough:
+    runs = [window.token_ids[at : at + length] for window in windows for at in range(0, len(window.token_ids), length)]
+    runs = [run for run in runs if len(run) == length]
+    if not runs:
         raise InputError(f"the text has no {length} tokens in a row for a prompt: give a longer one")
-    count = min(count, len(long_enough))
-    return [list(long_enough[number * len(long_enough) // count][:length]) for number in range(count)]
+    count = min(count, len(runs))
+    return [list(runs[number * len(runs) // count]) for number in range(count)]
 
 
 @torch.inference_mode()
