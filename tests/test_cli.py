@@ -1,8 +1,8 @@
 """The command line: a few runs in a process of its own, the rest in this one."""
 
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -243,7 +243,7 @@ def test_generate_lossless_writes_what_the_dense_model_does(printed: Callable[..
     ours, said = printed("generate", "out", "w3 w14 w15", "--lossless")
     assert ours == dense
     assert "dense passes" not in nothing
-    assert re.search(r"^\d+ tokens, \d\.\d\d dense passes a token, \d+% of \d+ drafts accepted$", said, re.M)
+    assert re.search(r"^\d+ tokens, \d\.\d\d dense passes a token, \d+% of \d+ drafts accepted$", said, re.MULTILINE)
 
 
 def test_generate_samples_with_a_seed(printed: Callable[..., tuple[str, str]]) -> None:

@@ -146,7 +146,7 @@ def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, lo
     comparison.tokens += same
     if same < len(dense):
         comparison.tokens += 1
-        chosen = logits[same][[dense[same], ours[same]]]
+        chosen = logits[same, torch.stack([dense[same], ours[same]])]
         comparison.ties += is_tie(float(chosen[0]), float(chosen[1]), comparison.dtype)
 
 
