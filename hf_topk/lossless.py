@@ -199,8 +199,6 @@ class VerifiedModel:
     def finish(self) -> None:
         """Leave the cache as dense decoding does."""
         self._end_block()
-        if self._cache is not None:
-            self._cache.finish()
 
     def _start(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
         """See, once the prompt was read, whether drafts could be taken back."""

@@ -9,8 +9,8 @@ from transformers import DynamicCache, StaticCache
 from transformers import cache_utils as layers
 
 # By exact type: a class derived from one of these may keep more.
-CROPPABLE_LAYERS = (layers.DynamicLayer, layers.DynamicSlidingWindowLayer)
-STATIC_LAYERS = (layers.StaticLayer, layers.StaticSlidingWindowLayer)
+WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
+KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
 
 
 def why_not_rolled_back(cache: Any) -> str | None:
@@ -19,12 +19,12 @@ def why_not_rolled_back(cache: Any) -> str | None:
     Args:
         cache: what the model keeps of the prefix, after the prompt was read.
     """
-    if cache is None:
+    if cache is None or not any(type(layer) in KNOWN_LAYERS for layer in getattr(cache, "layers", ())):
         return "there is no cache of attention states"
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         return f"its {type(cache).__name__} cannot be rolled back"
     for layer in cache.layers:
-        if type(layer) not in (*CROPPABLE_LAYERS, *STATIC_LAYERS) and type(layer).__name__ != "DummyLayer":
+        if type(layer) not in KNOWN_LAYERS and type(layer).__name__ != "DummyLayer":
             return f"a {type(layer).__name__} in its cache cannot be rolled back"
     return None
 
@@ -38,16 +38,11 @@ class RollBack:
         Args:
             cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
         """
-        known = (*CROPPABLE_LAYERS, *STATIC_LAYERS)
         every_layer: list[Any] = cache.layers
-        self._layers = [one for one in every_layer if type(one) in known and one.is_initialized]
-        sliding = [one for one in self._layers if type(one) is layers.DynamicSlidingWindowLayer]
-        self._recording = [one for one in sliding if not one.record_past]
-        for layer in self._recording:
-            layer.activate_past_recording()
-        # For each static layer with a window: what its last steps pushed out of the window.
-        self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor]]]] = [
-            (one, []) for one in self._layers if type(one) is layers.StaticSlidingWindowLayer
+        self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
+        # For each layer with a window: what each of the last steps pushed out of it, if anything.
+        self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
+            (one, []) for one in self._layers if type(one) in WINDOWS
         ]
 
     def length(self) -> int:
@@ -61,15 +56,14 @@ class RollBack:
 
     def start_block(self) -> None:
         """Forget what was kept for an earlier block."""
-        self.back(0)
         for _, pushed_out in self._pushed_out:
             pushed_out.clear()
 
     def before_step(self) -> None:
         """Keep what the next token will push out."""
         for layer, pushed_out in self._pushed_out:
-            if layer.cumulative_length_int >= layer.max_cache_len:
-                pushed_out.append((layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()))
+            first = layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()
+            pushed_out.append(first if _is_full(layer) else None)
 
     def back(self, steps: int) -> None:
         """Take the last tokens out.
@@ -78,26 +72,38 @@ class RollBack:
             steps: how many; they were fed one by one.
         """
         for layer in self._layers:
-            if type(layer) in CROPPABLE_LAYERS:
+            if type(layer) is layers.DynamicLayer:
                 layer.crop(-steps)
             elif type(layer) is layers.StaticLayer:
                 layer.cumulative_length.sub_(steps)  # what lies behind is masked, and written over
         for layer, pushed_out in self._pushed_out:
+            undo = _undo_dynamic if type(layer) is layers.DynamicSlidingWindowLayer else _undo_static
             for _ in range(steps):
-                _unpush(layer, pushed_out)
-
-    def finish(self) -> None:
-        """Leave the cache as it would be had nobody watched it."""
-        for layer in self._recording:
-            layer.record_past = False
+                undo(layer, pushed_out.pop())
 
 
-def _unpush(layer: Any, pushed_out: list[tuple[Tensor, Tensor]]) -> None:
+def _is_full(layer: Any) -> bool:
+    """Whether the next token pushes the oldest one out of a layer's window."""
+    if type(layer) is layers.StaticSlidingWindowLayer:
+        return bool(layer.cumulative_length_int >= layer.max_cache_len)
+    return not layer.record_past and layer.keys.shape[2] >= layer.sliding_window - 1
+
+
+def _undo_dynamic(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
+    """Undo one step of a growing layer with a window."""
+    # Its own `crop` would have it record the past, with which Transformers 5.16 allows one step between two crops.
+    layer.cumulative_length -= 1
+    keys, values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+    if pushed_out is not None:
+        keys, values = torch.cat([pushed_out[0], keys], dim=2), torch.cat([pushed_out[1], values], dim=2)
+    layer.keys, layer.values = keys, values
+
+
+def _undo_static(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
     """Undo one step of a static layer with a window."""
     layer.cumulative_length_int -= 1
-    if layer.cumulative_length_int < layer.max_cache_len:
+    if pushed_out is None:
         layer.cumulative_length.sub_(1)
         return
-    first_key, first_value = pushed_out.pop()
-    layer.keys.copy_(torch.cat([first_key, layer.keys[:, :, :-1]], dim=2))
-    layer.values.copy_(torch.cat([first_value, layer.values[:, :, :-1]], dim=2))
+    layer.keys.copy_(torch.cat([pushed_out[0], layer.keys[:, :, :-1]], dim=2))
+    layer.values.copy_(torch.cat([pushed_out[1], layer.values[:, :, :-1]], dim=2))
