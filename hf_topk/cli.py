@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -140,6 +140,12 @@ def evaluate(
     positions: Annotated[
         int | None, typer.Option(help="Measure on a sample of so many tokens. [default: all of the text]")
     ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Also decode greedily, and compare with the dense model token by token.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: how many prompts to go on from.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts in a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
@@ -149,11 +155,23 @@ def evaluate(
 
     _quiet()
     documents = read_documents(text)
-    model, tokenizer = load_converted(directory, num_experts_per_tok)
+    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
+    figures, rows = dataclasses.asdict(fidelity), {}
+    if lossless:
+        from .measure.lossless import compare_lossless, prompts_of
+
+        compared = compare_lossless(model, prompts_of(windows, prompts), batch_size=batch_size)
+        figures |= compared.figures()
+        rows = {
+            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "
+            f"{compared.ties:,} ties, {compared.differing - compared.ties:,} others",
+            "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.body_steps_per_token:.3f} steps "
+            f"of the body, {compared.acceptance:.1%} of the drafts accepted",
+        }
     if as_json:
-        _print_json(dataclasses.asdict(fidelity))
+        _print_json(figures)
         return
     _print_table(
         f"{directory} on {fidelity.positions:,} positions of {text}",
@@ -163,6 +181,7 @@ def evaluate(
             "KL divergence": f"{fidelity.kl:.4f} nats",
             "perplexity": f"{fidelity.perplexity_dense:.2f} dense, {fidelity.perplexity_sparse:.2f} sparse",
             "bytes read": f"{fidelity.bytes_read:.1%} of the dense head",
+            **rows,
         },
     )
 
@@ -185,6 +204,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more is bolder.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Write what the dense model would, reading its head once a block.")
+    ] = False,
 ) -> None:
     """Write text with a converted model, word by word."""
     import torch
@@ -200,13 +222,21 @@ def generate(
         raise InputError("the prompt is empty: write a word or two for the model to go on from")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    cast(Any, model).generate(
+    model.generate(
         **inputs.to(model.device),
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        # Else as the model's generation config has it.
+        lossless=lossless or None,
     )
+    if (stats := model.last_generation_stats) is not None:
+        print(
+            f"{stats.tokens} tokens, {stats.dense_passes_per_token:.2f} dense passes a token, "
+            f"{stats.acceptance:.0%} of {stats.drafted} drafts accepted",
+            file=sys.stderr,
+        )
 
 
 @app.command()

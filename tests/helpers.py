@@ -34,13 +34,12 @@ def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = Fal
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     config = AutoConfig.for_model(
         model_type,
-        **sizes,
+        **{**sizes, **choices},
         vocab_size=VOCAB_SIZE,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
         tie_word_embeddings=tied,
-        **choices,
     )
     dense = AutoModelForCausalLM.from_config(config).eval()
     head = dense.get_output_embeddings()
