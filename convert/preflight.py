@@ -74,7 +74,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
     windows, text_fingerprint = _sample(resolved, tokenizer, vocab_size)
@@ -129,7 +129,12 @@ def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint; None if it has none.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:

@@ -180,6 +180,9 @@ def evaluate(
             "top-5": f"{fidelity.top5_containment:.2%} (dense argmax among the five likeliest)",
             "KL divergence": f"{fidelity.kl:.4f} nats",
             "perplexity": f"{fidelity.perplexity_dense:.2f} dense, {fidelity.perplexity_sparse:.2f} sparse",
+            "calibration": f"expected error {fidelity.calibration_error_dense:.4f} dense, "
+            f"{fidelity.calibration_error_sparse:.4f} sparse; log Z off by {fidelity.log_z_error:+.4f}",
+            "tail": f"rank correlation {fidelity.tail_rank_correlation:.3f} with the dense logits of unscored tokens",
             "bytes read": f"{fidelity.bytes_read:.1%} of the dense head",
             **rows,
         },

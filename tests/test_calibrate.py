@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, VOCAB_SIZE, contents, run_main, tiny_checkpoint, tiny_converted, tiny_text
+from helpers import QUICK, VOCAB_SIZE, contents, run_main, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_topk import TopKExpertsForCausalLM
+from hf_topk.convert import pipeline, promise
 from hf_topk.convert.calibrate import Target, choose_num_experts, experts_needed, lower_bound
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
-from hf_topk.measure.fidelity import measure_fidelity
+from hf_topk.measure.fidelity import Fidelity, measure_fidelity
 from hf_topk.text import Window
 
 NUM_EXPERTS = 6
@@ -158,3 +159,29 @@ def test_writes_nothing_below_the_target(
 def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         Recipe.from_dict(choices)
+
+
+def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    windows = [
+        Window(document, tuple(torch.randint(VOCAB_SIZE, (32,), generator=generator).tolist()))
+        for document in range(20)
+        for _ in range(2)
+    ]
+    seen: list[set[int]] = []
+
+    def watched(model: TopKExpertsForCausalLM, some: list[Window]) -> Fidelity:
+        seen.append({window.document for window in some})
+        return measure_fidelity(model, some)
+
+    monkeypatch.setattr(promise, "measure_fidelity", watched)
+    monkeypatch.setattr(pipeline, "measure_fidelity", watched)
+    recipe = Recipe.from_dict({**QUICK, "held_out": 0.25, "target_agreement": 0.9, "allow_below_target": True})
+    outcome = promise.try_split(tiny_dense(), None, recipe, windows, 0)
+    held_out, tested = seen
+    assert (len(held_out), len(tested)) == (4, 4)
+    assert not held_out & tested
+    assert outcome.positions == 4 * 64
+    assert 1 <= outcome.num_experts_per_tok <= NUM_EXPERTS
+    assert outcome.agreement >= 0.9
+    assert promise.try_split(tiny_dense(), None, recipe, windows, 0) == outcome

@@ -25,6 +25,10 @@ EVALUATE_KEYS = [
     "kl",
     "perplexity_dense",
     "perplexity_sparse",
+    "log_z_error",
+    "calibration_error_dense",
+    "calibration_error_sparse",
+    "tail_rank_correlation",
     "bytes_read",
     "positions",
 ]
