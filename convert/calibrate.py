@@ -1,11 +1,43 @@
-"""The last step: measure a converted model on documents that it was not distilled on."""
+"""The last step: how many experts it takes to agree with the dense head, on documents that were not distilled on."""
 
+import math
 import random
+from dataclasses import dataclass
 
-from hf_topk.errors import InputError
+import torch
+from scipy.stats import beta
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.head import LOGITS_AT_ONCE, TopKExpertsHead
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import progress
 from hf_topk.text import Window
+
+from .hidden_states import states_of_batches, tapped_head
+
+CONFIDENCE = 0.95
+
+
+class TargetNotReachedError(TopKExpertsError):
+    """No number of experts that was allowed reaches the target agreement."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a conversion promises.
+
+    Attributes:
+        agreement: what the lower bound of the agreement is to reach, between 0 and 1.
+        max_bytes_read: most bytes read for a position, as a share of the dense head's; None for no limit.
+        or_nearest: whether to take what comes nearest where nothing reaches it.
+    """
+
+    agreement: float
+    max_bytes_read: float | None = None
+    or_nearest: bool = False
 
 
 def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
@@ -38,11 +70,102 @@ def split_by_document(windows: list[Window], held_out: float, seed: int) -> tupl
     )
 
 
-def calibrate(model: TopKExpertsForCausalLM, held_out: list[Window]) -> Fidelity:
-    """Measure the model at its own k on windows that it was not distilled on.
+def lower_bound(agreement: float, positions: int) -> float:
+    """One-sided 95 % Clopper-Pearson lower bound of an agreement.
+
+    The exact bound for independent positions (Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404).
+
+    Args:
+        agreement: share of the positions that agreed.
+        positions: number of positions measured.
+    """
+    agreed = round(agreement * positions)
+    return float(beta.ppf(1 - CONFIDENCE, agreed, positions - agreed + 1)) if agreed else 0.0
+
+
+def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], target: Target) -> None:
+    """Set k to the smallest number of experts whose agreement reaches the target with confidence.
+
+    Args:
+        model: the converted model; its k is set, to the largest that is allowed if nothing reaches the target.
+        held_out: windows of documents that the router has not seen.
+        target: what to reach.
+    """
+
+    def reaches(num_experts: int) -> bool:
+        set_num_experts(model, num_experts)
+        fidelity = measure_fidelity(model, held_out)
+        return lower_bound(fidelity.agreement, fidelity.positions) >= target.agreement
+
+    largest = _largest_allowed(model.head, target.max_bytes_read)
+    needed = experts_needed(model, held_out)
+    shares = [float((needed <= k).double().mean()) for k in range(1, largest + 1)]
+    expected = next((k for k, share in enumerate(shares, 1) if lower_bound(share, len(needed)) >= target.agreement), 0)
+    # What was expected is measured: the tail, too, has a say at rare positions.
+    chosen = next((k for k in range(expected or largest, largest + 1) if reaches(k)), largest)
+    while chosen > 1 and expected and reaches(chosen - 1):
+        chosen -= 1
+    set_num_experts(model, chosen)
+
+
+def set_num_experts(model: TopKExpertsForCausalLM, num_experts: int) -> None:
+    """Set k of a model in memory and in its configuration."""
+    model.head.num_experts_per_tok = model.config.num_experts_per_tok = num_experts
+
+
+@torch.inference_mode()
+def experts_needed(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tensor:
+    """How many experts have to be scored at each position for the dense argmax to be among them.
 
     Args:
         model: the converted model.
-        held_out: windows of documents that the router has not seen.
+        windows: runs of token ids; each token is one position.
+
+    Returns:
+        Numbers from 1 to M, and 0 where the dense argmax is always on: int64 [N].
     """
-    return measure_fidelity(model, held_out)
+    head = model.head
+    expert_of = torch.full((head.out_features,), -1, device=head.expert_ids.device)
+    expert_of[head.expert_ids] = torch.arange(head.num_experts, device=expert_of.device).unsqueeze(-1)
+    needed = []
+    total = sum(len(window.token_ids) for window in windows)
+    with progress("Ranking the experts", total, "positions") as advance, tapped_head(model.base) as tap:
+        for _, states in states_of_batches(model.base, tap, windows, advance):
+            for some in states.split(max(1, LOGITS_AT_ONCE // head.out_features)):
+                expert = expert_of[F.linear(some, head.weight, head.bias).argmax(dim=-1, keepdim=True)]
+                scores = head.router(some)
+                rank = (scores > scores.gather(1, expert.clamp_min(0))).sum(dim=-1)
+                needed.append(torch.where(expert.squeeze(-1) < 0, 0, rank + 1).cpu())
+    return torch.cat(needed)
+
+
+def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
+    """Refuse a model that falls short of its target, unless the nearest was to be taken.
+
+    Args:
+        fidelity: measured on held-out documents.
+        target: what the model was to reach.
+        num_experts_per_tok: k.
+
+    Raises:
+        TargetNotReachedError: when the lower bound of the agreement is below the target or too many bytes are read.
+    """
+    bound = lower_bound(fidelity.agreement, fidelity.positions)
+    limit = math.inf if target.max_bytes_read is None else target.max_bytes_read
+    if target.or_nearest or (bound >= target.agreement and fidelity.bytes_read <= limit):
+        return
+    within = "" if target.max_bytes_read is None else f" within {limit:.1%} of the bytes"
+    raise TargetNotReachedError(
+        f"the target agreement of {target.agreement} is not reached{within}: its lower bound is {bound:.4f} (agreement "
+        f"{fidelity.agreement:.4f} on {fidelity.positions:,} held-out positions) at num_experts_per_tok "
+        f"{num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; lower the target, allow more bytes, give a "
+        "larger sample, or take this with --allow-below-target"
+    )
+
+
+def _largest_allowed(head: TopKExpertsHead, max_bytes_read: float | None) -> int:
+    """The largest k within a limit of bytes read; 1 if there is none."""
+    if max_bytes_read is None:
+        return head.num_experts
+    limit = max_bytes_read * head.dense_bytes()
+    return max((k for k in range(1, head.num_experts + 1) if head.bytes_read(k) <= limit), default=1)

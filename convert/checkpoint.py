@@ -50,7 +50,7 @@ def write_checkpoint(report: Report, source: Source, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(report, source, partial)
-        _verify(report, source, partial)
+        _verify(report, partial)
         _move(partial, out)
 
 
@@ -71,7 +71,8 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     for file in sorted(source.folder.iterdir()):
         if _is_companion(file):
             shutil.copyfile(file, folder / file.name)
-    names = [f"model-{number:05}-of-{len(source.shards) + 1:05}.safetensors" for number in _numbers(source)]
+    count = len(source.shards) + 1
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     with progress("Copying the dense weights", source.nbytes(), "bytes") as advance:
         for shard, name in zip(source.shards, names, strict=False):
             _copy(shard, folder / name, advance)
@@ -96,10 +97,6 @@ def _tensor_bytes(shard: Path) -> int:
         return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def _numbers(source: Source) -> range:
-    return range(1, len(source.shards) + 2)
-
-
 def _is_companion(file: Path) -> bool:
     """Whether a file of the dense checkpoint comes along: tokenizer, generation config, chat template, licence."""
     if not file.is_file() or file.name in WRITTEN_ANEW or file.name.startswith("."):
@@ -117,17 +114,15 @@ def _copy(file: Path, target: Path, advance: Advance) -> None:
 def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
     """What conversion added, under the names that it has on disk."""
     prefix = f"{model.base_model_prefix}.{model.head_name}."
-    additions = {
-        f"{prefix}{name}": tensor for name, tensor in model.head.state_dict().items() if name not in ("weight", "bias")
-    }
+    additions = {f"{prefix}{name}": tensor for name, tensor in model.head.additions().items()}
     return {
         name: tensor.detach().cpu().contiguous() for name, tensor in revert_weight_conversion(model, additions).items()
     }
 
 
 @torch.inference_mode()
-def _verify(report: Report, source: Source, folder: Path) -> None:
-    """Load what was written as the converted and as the dense model, and compare with the one in memory."""
+def _verify(report: Report, folder: Path) -> None:
+    """Load what was written, and compare its sparse and dense logits with those of the model in memory."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     reloaded, found = loaded
     wrong = found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]

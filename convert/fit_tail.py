@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.head import TopKExpertsHead
+from hf_topk.kernels import pack
 from hf_topk.progress import Advance, progress
 from hf_topk.tails import LowRankTail, PriorTail
 
@@ -12,6 +13,8 @@ from .distill import STATES_FOR_STATISTICS, evenly_spaced
 
 SMALLEST_PROBABILITY = 1e-12
 SMALLEST_SCALE = 1e-30
+EXPERTS_FOR_STEPS = 64
+STEPS_TRIED = (0.25, 0.3, 0.35, 0.4, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # in standard deviations
 COMBINER_STEPS = 200
 COMBINER_BATCH = 32
 COMBINER_LEARNING_RATE = 0.02
@@ -30,36 +33,59 @@ def fit_tail(head: TopKExpertsHead, states: Tensor, probabilities: Tensor) -> No
         head.tail.log_prior.copy_(probabilities.clamp_min(SMALLEST_PROBABILITY).log()[head.expert_ids])
     elif isinstance(head.tail, LowRankTail):
         sample = evenly_spaced(states, STATES_FOR_STATISTICS)
-        _fit_low_rank(head, head.tail, sample.to(head.weight.device, torch.float32))
+        _fit_low_rank(head, head.tail, sample.to(head.weight.device, torch.float32), probabilities)
 
 
-def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor) -> None:
+def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor, probabilities: Tensor) -> None:
     """Data-weighted SVD of the rows less their expert's mean, which the router's score stands for."""
     mean = states.mean(dim=0)
     root, inverse_root = _square_roots((states - mean).t() @ (states - mean) / len(states))
+    bits = torch.tensor([4] * tail.directions_4bit + [2] * (len(tail.basis) - tail.directions_4bit), device=root.device)
     with progress("Fitting the tail", 2 * head.num_experts, "experts") as advance:
-        vectors = _leading_directions(head, root, tail.basis.shape[0], advance)
-        tail.basis.copy_(vectors.t() @ inverse_root)
-        tail.center.copy_(tail.basis.float() @ mean)
+        vectors = _leading_directions(head, root, probabilities, len(bits), advance)
+        some = head.expert_ids[:: max(1, head.num_experts // EXPERTS_FOR_STEPS)]
+        factors = torch.cat([_centred_rows(head, ids) for ids in some]) @ root @ vectors
+        steps = _steps(factors, probabilities[some.flatten()], bits)
+        basis = steps.unsqueeze(-1) * vectors.t() @ inverse_root
+        tail.basis.copy_(basis)
+        tail.center.copy_(basis @ mean)
         for expert, ids in enumerate(head.expert_ids):
             rows = _centred_rows(head, ids)
-            factors = rows @ root @ vectors  # (S, r)
-            tail.scales[expert] = factors.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127.0
-            tail.factors[expert] = (factors / tail.scales[expert].float().unsqueeze(-1)).round().clamp(-127, 127)
+            # From zero up: what that adds is the same for all tokens, and goes when they are normalised.
+            codes = (_levels(rows @ root @ vectors / steps, bits) + 2 ** (bits - 1)).to(torch.uint8)  # (S, r)
+            first, others = codes.split([tail.directions_4bit, len(bits) - tail.directions_4bit], dim=-1)
+            tail.codes_4bit[expert], tail.codes_2bit[expert] = pack(first, 4), pack(others, 2)
             bias = rows @ mean + (0.0 if head.bias is None else head.bias[ids].float())
             tail.bias[expert] = bias - bias.mean()
             advance()
 
 
-def _leading_directions(head: TopKExpertsHead, root: Tensor, rank: int, advance: Advance) -> Tensor:
-    """The first right singular vectors of (rows - expert means) root, from their second moment: [d, rank]."""
+def _leading_directions(
+    head: TopKExpertsHead, root: Tensor, probabilities: Tensor, count: int, advance: Advance
+) -> Tensor:
+    """The first right singular vectors of (rows - expert means) root, likely rows weighing more: [d, count]."""
     moment = torch.zeros_like(root)
     for ids in head.expert_ids:
         rows = _centred_rows(head, ids) @ root
-        moment += rows.t() @ rows
+        moment += rows.t() @ (rows * probabilities[ids].unsqueeze(-1))
         advance()
-    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :rank]
-    return F.pad(vectors, (0, rank - vectors.shape[1]))  # a head can be narrower than the rank
+    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :count]
+    return F.pad(vectors, (0, count - vectors.shape[1]))  # a head can be narrower than that
+
+
+def _levels(values: Tensor, bits: Tensor) -> Tensor:
+    """The whole numbers n for which n + 1/2 is nearest to values in steps, from -2^(bits - 1) to 2^(bits - 1) - 1."""
+    return values.floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _steps(factors: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
+    """The step of each direction that rounds its factors with the least square error, weighted: [n, r] to [r]."""
+    weights = weights / weights.sum()
+    deviation = (weights @ factors.square()).sqrt().clamp_min(SMALLEST_SCALE)
+    candidates = deviation * torch.tensor(STEPS_TRIED, device=factors.device).unsqueeze(-1)  # (tried, r)
+    errors = [weights @ ((_levels(factors / step, bits) + 0.5) * step - factors).square() for step in candidates]
+    best = torch.stack(errors).argmin(dim=0, keepdim=True)
+    return candidates.gather(0, best).squeeze(0)
 
 
 def _centred_rows(head: TopKExpertsHead, ids: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
 from .checkpoint import load_dense
-from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router, without_repeats
+from .distill import expert_masses, groups_of, token_probabilities, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .partition import partition
-from .pipeline import cast_additions, config_of, head_of, special_ids
+from .pipeline import cast_additions, config_of, distil_router, head_of, special_ids
 from .preflight import preflight
 from .recipe import ROUTER_RANKS, PartitionType, Recipe
 
@@ -144,10 +144,7 @@ def _distilled_head(
         head = TopKExpertsHead(head_of(dense), config_of(dense, recipe))
     head.always_on_ids.copy_(placed.always_on_ids)
     head.expert_ids.copy_(placed.expert_ids)
-    start_router(head)
-    train_router(
-        head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
-    )
+    distil_router(head, recipe, states, masses)
     cast_additions(head)
     return head
 

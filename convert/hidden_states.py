@@ -110,13 +110,14 @@ def collect(dense: PreTrainedModel, windows: list[Window], states: HiddenStates)
     if left:
         total = sum(len(window.token_ids) for window in left)
         with progress("Running the dense model", total, "positions") as advance, tapped_head(dense) as tap:
-            states.append(_states_of_batches(dense, tap, left, advance))
+            states.append(states_of_batches(dense, tap, left, advance))
     return states.load()
 
 
-def _states_of_batches(
+def states_of_batches(
     dense: PreTrainedModel, tap: "HeadTap", windows: list[Window], advance: Any
 ) -> Iterator[tuple[int, Tensor]]:
+    """Run the dense model batch by batch: numbers of windows and the states of all their positions, [n, d]."""
     for batch in batches_of(windows):
         # Padding on the right changes nothing for what stands before it.
         token_ids, real = pad(batch, dense.device)

@@ -13,17 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity, readable_length
+from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
-from hf_topk.text import Window, make_windows, read_documents
+from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
-from .calibrate import calibrate, split_by_document
+from .calibrate import Target, check_target, choose_num_experts, lower_bound, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
-from .hidden_states import HiddenStates, collect
+from .hidden_states import HiddenStates, collect, tapped_head
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
+
+LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
 @dataclasses.dataclass
@@ -55,6 +57,7 @@ class Report:
         """All figures, ready for JSON."""
         return {
             **dataclasses.asdict(self.fidelity),
+            "agreement_lower_bound": lower_bound(self.fidelity.agreement, self.fidelity.positions),
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.recipe.num_experts_per_tok,
             "added_bytes": self.added_bytes,
@@ -88,22 +91,26 @@ def convert(
 
     Raises:
         InputError: when model, sample and recipe do not fit one another.
+        TargetNotReachedError: when no k that is allowed reaches the target agreement.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
+        _check_finite(head)
+        _check_causal(model)
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         if windows is None and recipe.text == SELF:
             windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder)
         elif windows is None:
-            windows = sample_from_text(tokenizer, recipe)
+            windows = sample_from_text(tokenizer, recipe)[0]
         check_sample(windows, recipe, head.weight.shape[0])
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
         states = collect(model, to_distil_on, kept)
         converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
-        fidelity = calibrate(converted, held_out)
+        fidelity = _calibrate(converted, states, held_out, recipe)
+        recipe = dataclasses.replace(recipe, num_experts_per_tok=converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
@@ -120,29 +127,48 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
     """The dense model's head.
 
     Raises:
-        InputError: when it has none, it is not linear, or its weight or bias is not finite.
+        InputError: when it has none, it is not linear, or the model is already converted.
     """
     if isinstance(model, TopKExpertsForCausalLM):
         raise InputError("this model is already converted: give the dense model it was made from")
-    head = cast(nn.Linear, model.get_submodule(name_of_head(model)))
+    return cast(nn.Linear, model.get_submodule(name_of_head(model)))
+
+
+def _check_finite(head: nn.Linear) -> None:
     for name, tensor in (("weight", head.weight), ("bias", head.bias)):
         if tensor is not None and not tensor.isfinite().all():
             raise InputError(
                 f"the head's {name} holds NaN or infinite values: the checkpoint is damaged, fetch it again"
             )
-    return head
 
 
-def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> list[Window]:
+@torch.inference_mode()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse encoders, which share classes with decoders: the state at a token must not depend on the next one."""
+    with tapped_head(model) as tap:
+        model(input_ids=torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), use_cache=False)
+        one, other = tap.states[:, :2].float()
+    if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
+        raise InputError(
+            f"{type(model).__name__} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
+            "language model, or set `is_decoder` to true in config.json if it is meant as one"
+        )
+
+
+def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
     """Read and cut the sample text that a recipe names.
+
+    Returns:
+        Its windows, and a fingerprint of the whole text.
 
     Raises:
         InputError: when there is no tokenizer, or the text cannot be read.
     """
     if tokenizer is None:
-        raise InputError("sample text needs the model's tokenizer: add its files to the model, or use --text self")
+        raise InputError("sample text needs a tokenizer, and the model has none: add its files, or use --text self")
     documents = read_documents(recipe.text)
-    return make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    return windows, fingerprint(documents)
 
 
 def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None:
@@ -186,24 +212,48 @@ def _convert_head(
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
     place_tokens(head, recipe, specials, states, probabilities)
+    router_kl = distil_router(head, recipe, states, expert_masses(states, weight, bias, groups_of(head)))
+    converted.config.router_int8 = recipe.router_int8
+    fit_tail(head, states, probabilities)
+    cast_additions(head)
+    return converted, router_kl
+
+
+def distil_router(head: TopKExpertsHead, recipe: Recipe, states: Tensor, masses: Tensor) -> float:
+    """Start, train and store a head's router as a recipe says; see [`train_router`]."""
     start_router(head)
-    masses = expert_masses(states, weight, bias, groups_of(head))
     router_kl = train_router(
         head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
     )
-    fit_tail(head, states, probabilities)
-    fit_combiner(head, states, recipe.seed)
-    cast_additions(head)
-    return converted.requires_grad_(True), router_kl
+    if recipe.router_int8:
+        head.router.to_int8(head.weight.dtype)
+    return router_kl
+
+
+def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
+    """Choose k if the recipe has a target, fit what depends on it, and measure."""
+    target = None
+    if recipe.target_agreement is not None:
+        target = Target(recipe.target_agreement, recipe.max_bytes_read, recipe.allow_below_target)
+    if target and recipe.num_experts_per_tok is None:
+        choose_num_experts(converted, held_out, target)
+    fit_combiner(converted.head, states, recipe.seed)
+    cast_additions(converted.head)
+    fidelity = measure_fidelity(converted, held_out)
+    if target:
+        check_target(fidelity, target, converted.head.num_experts_per_tok)
+    converted.requires_grad_(True)
+    return fidelity
 
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ("expert_size", "num_experts_per_tok", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
+    copied = ("expert_size", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
     choices = recipe.to_dict()
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=recipe.num_experts(head_of(model).out_features),
+        num_experts_per_tok=recipe.num_experts_per_tok or 1,
         router_type=recipe.router,
         sparse_max_positions=recipe.sparse_max_positions,
         **{name: choices[name] for name in copied},

@@ -23,9 +23,9 @@ from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
-from hf_topk.text import Window, fingerprint, make_windows, read_documents
+from hf_topk.text import Window
 
-from .pipeline import check_sample
+from .pipeline import check_sample, sample_from_text
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .source import Source, find_folder, open_source, read_json
 
@@ -74,10 +74,10 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
-    tokenizer = _tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
-    windows, text_fingerprint = _sample(resolved, tokenizer, config, vocab_size)
+    windows, text_fingerprint = _sample(resolved, tokenizer, vocab_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint)
 
@@ -129,7 +129,12 @@ def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint; None if it has none.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
@@ -151,7 +156,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 
 
 def _sample(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, config: PreTrainedConfig, vocab_size: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> tuple[list[Window] | None, str]:
     """The windows of the sample, unless the model is to write it, and the fingerprint of its text."""
     if recipe.text == SELF:
@@ -162,12 +167,9 @@ def _sample(
                 f"{POSITIONS_AN_EXPERT * experts}): raise it, or choose a larger expert_size"
             )
         return None, SELF
-    if tokenizer is None:
-        raise InputError("sample text needs a tokenizer, and the model has none: add its files, or use --text self")
-    documents = read_documents(recipe.text)
-    windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
+    windows, text_fingerprint = sample_from_text(tokenizer, recipe)
     check_sample(windows, recipe, vocab_size)
-    return windows, fingerprint(documents)
+    return windows, text_fingerprint
 
 
 def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
@@ -175,9 +177,7 @@ def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
         raise InputError(f"the output folder {out} is the model's own: choose another one")
     if out.exists() or out.is_symlink():
         _check_existing(out, overwrite)
-    parent = out.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to {parent}: choose an output folder elsewhere, or change its permissions")
 
@@ -197,12 +197,15 @@ def _check_disk(out: Path, source: Source, vocab_size: int, hidden_size: int, po
     itemsize = 4  # at most
     states = positions * hidden_size * itemsize
     needed = source.nbytes() + int(SHARE_ADDED * vocab_size * hidden_size * itemsize) + states
-    parent = out.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing_parent(out)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(
             f"the disk of {parent} has {free / 2**20:,.0f} MiB left and the conversion needs about "
             f"{needed / 2**20:,.0f}: make room, or choose an output folder elsewhere"
         )
+
+
+def _existing_parent(out: Path) -> Path:
+    """The folder in which folders down to `out` would be made."""
+    return next(parent for parent in out.resolve().parents if parent.exists())

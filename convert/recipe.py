@@ -35,12 +35,17 @@ class Recipe:
         held_out: share of the documents kept back to measure on, above 0 and below 1.
         expert_size: S, tokens in an expert.
         num_experts_per_tok: k, experts scored for a position; None for half the square root of their number.
+        target_agreement: agreement that is to be reached on documents held out, as a 95 % lower bound; k is then the
+            smallest that does, or, if k is given, has to.
+        max_bytes_read: most bytes read for a position to reach it with, as a share of the dense head's.
+        allow_below_target: whether to convert as near to the target as can be where it is not reached.
         num_always_on: A, tokens scored at every position; None for 256, less in small vocabularies.
         partition: by which feature tokens share an expert; see [`features.share_out`].
         router: kind of router.
         router_rank: rank, width or keys of the router; None for the kind's own default.
+        router_int8: whether to round the router's matrices to int8 once they are learned.
         tail: kind of tail.
-        tail_rank: rank of a low-rank tail.
+        tail_rank: rank of a low-rank tail, a third of a byte each for every token.
         combine: how a scored token's logit is made.
         sparse_max_positions: most positions of a call that head mode "auto" runs sparse.
         distill_steps: steps that the router is trained for.
@@ -59,12 +64,16 @@ class Recipe:
     held_out: float = 0.1
     expert_size: int = 128
     num_experts_per_tok: int | None = None
+    target_agreement: float | None = None
+    max_bytes_read: float | None = None
+    allow_below_target: bool = False
     num_always_on: int | None = None
     partition: PartitionType = "rows"
     router: RouterType = "mlp"
     router_rank: int | None = None
+    router_int8: bool = True
     tail: TailType = "low_rank"
-    tail_rank: int = 32
+    tail_rank: int = 96
     combine: CombineType = "exact"
     sparse_max_positions: int = 16
     distill_steps: int = 2000
@@ -92,6 +101,12 @@ class Recipe:
             raise ValueError(f"held_out is {self.held_out}, must be above 0 and below 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
+        for name in ("target_agreement", "max_bytes_read"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name} is {share}, must be a share above 0 and below 1, such as 0.995")
+        if self.target_agreement is None and (self.max_bytes_read is not None or self.allow_below_target):
+            raise ValueError("max_bytes_read and allow_below_target need a target_agreement")
 
     @classmethod
     def from_dict(cls, choices: dict[str, Any]) -> Self:
@@ -142,7 +157,7 @@ class Recipe:
             longest_window: tokens that the model reads at most in one pass; None if there is no such limit.
 
         Returns:
-            A recipe without a None in it.
+            A recipe that leaves nothing open but what a target decides.
 
         Raises:
             InputError: when the sizes do not fit the vocabulary.
@@ -160,6 +175,8 @@ class Recipe:
             )
         experts = math.ceil((vocab_size - always_on) / self.expert_size)
         chosen = self.num_experts_per_tok
+        if chosen is None and self.target_agreement is None:
+            chosen = max(1, round(math.sqrt(experts) / 2))
         if chosen is not None and chosen > experts:
             raise InputError(
                 f"num_experts_per_tok is {chosen}, but there are only {experts} experts of {self.expert_size}: "
@@ -169,7 +186,7 @@ class Recipe:
             self,
             window_length=min(self.window_length, longest_window or self.window_length),
             num_always_on=always_on,
-            num_experts_per_tok=chosen or max(1, round(math.sqrt(experts) / 2)),
+            num_experts_per_tok=chosen,
             router_rank=self.router_rank or ROUTER_RANKS[self.router],
         )
 
@@ -226,7 +243,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f": did you mean '{near[0]}'?" if near else f": choose one of {', '.join(known)}"
 
 
-_FLOATS = [field.name for field in dataclasses.fields(Recipe) if field.type is float]
+_FLOATS = [field.name for field in dataclasses.fields(Recipe) if field.type in (float, float | None)]
 _ALLOWED = {
     "partition": list(get_args(PartitionType)),
     "router": list(get_args(RouterType)),

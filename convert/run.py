@@ -7,9 +7,10 @@ from typing import Any
 
 from hf_topk.errors import InputError, TopKExpertsError
 
+from .calibrate import TargetNotReachedError
 from .checkpoint import load_dense, write_checkpoint
 from .hidden_states import read_record, write_record
-from .pipeline import Report, convert, head_of
+from .pipeline import Report, convert
 from .preflight import Plan, preflight
 from .recipe import Recipe
 
@@ -33,6 +34,7 @@ def convert_checkpoint(
 
     Raises:
         InputError: when an input is refused; nothing has been written then.
+        TargetNotReachedError: when the target agreement is not reached; nothing has been written then.
         TopKExpertsError: when writing fails; what was computed is kept for `resume`.
     """
     out = Path(out)
@@ -46,12 +48,11 @@ def convert_checkpoint(
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)
     dense = load_dense(plan.source)
-    head_of(dense)  # refuses what is wrong with the weights before anything is written
     try:
         if not goes_on:
             _start_anew(work, fingerprint)
         report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work)
-    except InputError:
+    except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there
             for folder in missing:

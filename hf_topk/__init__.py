@@ -10,9 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError, TopKExpertsError
 from .head import TopKExpertsHead
+from .lossless import LosslessStats
 from .modeling_topk_experts import TopKExpertsForCausalLM
 
-__all__ = ["InputError", "TopKExpertsConfig", "TopKExpertsError", "TopKExpertsForCausalLM", "TopKExpertsHead"]
+__all__ = [
+    "InputError",
+    "LosslessStats",
+    "TopKExpertsConfig",
+    "TopKExpertsError",
+    "TopKExpertsForCausalLM",
+    "TopKExpertsHead",
+]
 
 # The converter lies in a folder of its own: find it also where Python runs in the root of a checkout.
 __path__ = pkgutil.extend_path(__path__, __name__)

@@ -1,12 +1,13 @@
 """The command line: `hf-topk`. Each command imports its code when it runs."""
 
+import dataclasses
 import json
 import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -29,6 +31,7 @@ Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model
 
 @app.command()
 def convert(
+    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -54,6 +57,20 @@ def convert(
             "--num-experts-per-tok", "-k", help="Experts scored for a position: more agree better, fewer are faster."
         ),
     ] = None,
+    target_agreement: Annotated[
+        float | None,
+        typer.Option(
+            help="Score as few experts as agree with the dense head this often, such as 0.995, on held-out documents "
+            "of the sample (as a 95 % lower bound)."
+        ),
+    ] = None,
+    max_bytes_read: Annotated[
+        float | None,
+        typer.Option(help="Reach the target with this share of the dense head's bytes, such as 0.1, or not at all."),
+    ] = None,
+    allow_below_target: Annotated[
+        bool | None, typer.Option("--allow-below-target", help="Convert even if the target is not reached.")
+    ] = None,
     num_always_on: Annotated[
         int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
     ] = None,
@@ -68,7 +85,9 @@ def convert(
         str | None,
         typer.Option(help="What unscored tokens get: low_rank, prior, or none (no probability). [default: low_rank]"),
     ] = None,
-    tail_rank: Annotated[int | None, typer.Option(help="Rank of a low_rank tail. [default: 32]")] = None,
+    tail_rank: Annotated[
+        int | None, typer.Option(help="Rank of a low_rank tail: 3 take a byte a token. [default: 96]")
+    ] = None,
     combine: Annotated[
         str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
     ] = None,
@@ -81,26 +100,14 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert a dense language model; the result loads with AutoModelForCausalLM."""
-    given = {
-        "text": text,
-        "positions": positions,
-        "expert_size": expert_size,
-        "num_experts_per_tok": num_experts_per_tok,
-        "num_always_on": num_always_on,
-        "partition": partition,
-        "router": router,
-        "router_rank": router_rank,
-        "tail": tail,
-        "tail_rank": tail_rank,
-        "combine": combine,
-        "seed": seed,
-    }
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
     from .convert.recipe import Recipe, read_yaml
 
     choices = read_yaml(recipe) if recipe else {}
-    choices |= {name: value for name, value in given.items() if value is not None}
+    # What the recipe calls by the same name, the options above do too.
+    keys = {field.name for field in dataclasses.fields(Recipe)}
+    choices |= {name: value for name, value in context.params.items() if name in keys and value is not None}
     chosen = Recipe.from_dict(choices)
     from .convert import convert_checkpoint
 
@@ -117,7 +124,8 @@ def convert(
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
             f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} always on",
-            "agreement": f"{figures['agreement']:.2%} on {figures['positions']:,} held-out positions of the sample",
+            "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
+            f"confidence, on {figures['positions']:,} held-out positions of the sample",
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
             "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",
@@ -136,22 +144,38 @@ def evaluate(
     positions: Annotated[
         int | None, typer.Option(help="Measure on a sample of so many tokens. [default: all of the text]")
     ] = None,
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Also decode greedily, and compare with the dense model token by token.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: how many prompts to go on from.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts in a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
-    import dataclasses
-
     from .loading import load_converted
     from .measure.fidelity import measure_fidelity, readable_length
     from .text import make_windows, read_documents
 
     _quiet()
     documents = read_documents(text)
-    model, tokenizer = load_converted(directory, num_experts_per_tok)
+    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
+    figures, rows = dataclasses.asdict(fidelity), {}
+    if lossless:
+        from .measure.lossless import compare_lossless, prompts_of
+
+        compared = compare_lossless(model, prompts_of(windows, prompts), batch_size=batch_size)
+        figures |= compared.figures()
+        rows = {
+            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "
+            f"{compared.ties:,} ties, {compared.differing - compared.ties:,} others",
+            "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.body_steps_per_token:.3f} steps "
+            f"of the body, {compared.acceptance:.1%} of the drafts accepted",
+        }
     if as_json:
-        _print_json(dataclasses.asdict(fidelity))
+        _print_json(figures)
         return
     _print_table(
         f"{directory} on {fidelity.positions:,} positions of {text}",
@@ -160,7 +184,11 @@ def evaluate(
             "top-5": f"{fidelity.top5_containment:.2%} (dense argmax among the five likeliest)",
             "KL divergence": f"{fidelity.kl:.4f} nats",
             "perplexity": f"{fidelity.perplexity_dense:.2f} dense, {fidelity.perplexity_sparse:.2f} sparse",
+            "calibration": f"expected error {fidelity.calibration_error_dense:.4f} dense, "
+            f"{fidelity.calibration_error_sparse:.4f} sparse; log Z off by {fidelity.log_z_error:+.4f}",
+            "tail": f"rank correlation {fidelity.tail_rank_correlation:.3f} with the dense logits of unscored tokens",
             "bytes read": f"{fidelity.bytes_read:.1%} of the dense head",
+            **rows,
         },
     )
 
@@ -183,6 +211,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more is bolder.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Write what the dense model would, reading its head once a block.")
+    ] = False,
 ) -> None:
     """Write text with a converted model, word by word."""
     import torch
@@ -198,13 +229,21 @@ def generate(
         raise InputError("the prompt is empty: write a word or two for the model to go on from")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    cast(Any, model).generate(
+    model.generate(
         **inputs.to(model.device),
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        # Else as the model's generation config has it.
+        lossless=lossless or None,
     )
+    if (stats := model.last_generation_stats) is not None:
+        print(
+            f"{stats.tokens} tokens, {stats.dense_passes_per_token:.2f} dense passes a token, "
+            f"{stats.acceptance:.0%} of {stats.drafted} drafts accepted",
+            file=sys.stderr,
+        )
 
 
 @app.command()

@@ -27,8 +27,9 @@ class TopKExpertsConfig(PreTrainedConfig):
         router_type: how an expert's score is computed from the hidden state; see [`routers`].
         router_rank: rank of a `low_rank` router, hidden width of an `mlp` one, keys an expert of an `attention` one;
             of no meaning to the others.
+        router_int8: whether the router's matrices are kept as int8, with a scale a row.
         tail: the estimate given to tokens that were not scored: `low_rank`, `prior`, or `none` for minus infinity.
-        tail_rank: rank of a `low_rank` tail.
+        tail_rank: rank of a `low_rank` tail, a third of a byte each for every token.
         combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
             place of the expert's own mass, `learned` goes as far between the two as distillation found best.
         head_mode: `sparse`, `dense`, or `auto`: sparse up to `sparse_max_positions` positions a call, dense beyond and
@@ -50,8 +51,9 @@ class TopKExpertsConfig(PreTrainedConfig):
     num_always_on: int = 0
     router_type: RouterType = "low_rank"
     router_rank: int = 32
+    router_int8: bool = False
     tail: TailType = "low_rank"
-    tail_rank: int = 32
+    tail_rank: int = 96
     combine: CombineType = "exact"
     head_mode: HeadMode = "auto"
     sparse_max_positions: int = 16

@@ -1,5 +1,8 @@
 """The output head of a converted model: route, gather, tail, scatter."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -59,11 +62,14 @@ class TopKExpertsHead(nn.Linear):
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
         self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
+        if config.router_int8:
+            self.router.to_int8(torch.float32)
         self.tail = None
         if config.tail != "none":
             self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
         if config.combine == "learned":
             self.combiner = LearnedCombiner(num_experts)
+        self._stand_ins: dict[int, Callable[[Tensor], Tensor]] = {}
         self._reset_ids()
 
     def _reset_ids(self) -> None:
@@ -103,10 +109,39 @@ class TopKExpertsHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the type of `hidden`."""
+        if self._stand_ins and (stand_in := self._stand_ins.get(get_ident())) is not None:
+            return stand_in(hidden)
         flat = hidden.reshape(-1, self.in_features)
         if not self.runs_sparse(flat.shape[0]):
-            return super().forward(hidden)
+            return self.dense_logits(hidden)
         return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
+
+    @contextmanager
+    def replaced_by(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """For a while, and in this thread alone, let something else make the logits, whatever the head mode.
+
+        Args:
+            stand_in: from hidden states [..., d] to logits [..., V].
+        """
+        thread = get_ident()
+        before = self._stand_ins.get(thread)
+        self._stand_ins[thread] = stand_in
+        try:
+            yield
+        finally:
+            if before is None:
+                del self._stand_ins[thread]
+            else:
+                self._stand_ins[thread] = before
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether something else makes the logits in this thread."""
+        return get_ident() in self._stand_ins
+
+    def dense_logits(self, hidden: Tensor) -> Tensor:
+        """The dense head, whatever the head mode: hidden [..., d] to [..., V]."""
+        return super().forward(hidden)
 
     def sparse_logits(self, hidden: Tensor) -> Tensor:
         """Exact logits for the tokens that are scored, the tail for all others.
@@ -122,21 +157,36 @@ class TopKExpertsHead(nn.Linear):
             return self._sparse_logits(hidden)
         return torch.cat([self._sparse_logits(some) for some in hidden.split(at_once)])
 
+    def draft_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Sparse logits, and how unsure the router is that the next token is among those that were scored.
+
+        Args:
+            hidden: hidden states, [N, d].
+
+        Returns:
+            Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
+        """
+        logits, exact, masses, picked = self._scored(hidden)
+        outside = masses.scatter(1, picked, -torch.inf).logsumexp(dim=-1)
+        return logits, torch.sigmoid(outside - exact.float().logsumexp(dim=-1))
+
     def _sparse_logits(self, hidden: Tensor) -> Tensor:
+        return self._scored(hidden)[0]
+
+    def _scored(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All logits [N, V], those of scored tokens [N, A + k S], every expert's mass [N, M] and the picked ones."""
         scores = self.router(hidden)  # (N, M)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)  # (N, k)
         rows = self.scored_ids(top)
         exact = gather_dot(hidden, self.weight, self.bias, rows)  # (N, A + k S)
-        if self.tail is None and self.combine == "exact":
-            unscored = exact.new_full((exact.shape[0], self.out_features), -torch.inf)
-            return unscored.scatter_(1, rows, exact)
         always, routed = exact.split([self.num_always_on, exact.shape[1] - self.num_always_on], dim=-1)
         routed = routed.unflatten(-1, (*top.shape[1:], self.expert_size))  # (N, k, S)
         mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         shifts, tail_scores = self._combine(scores, top, top_scores, mass)
         if shifts is not None:
             exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
-        return self._tail_logits(hidden, tail_scores).to(exact.dtype).scatter_(1, rows, exact)
+        unscored = self._tail_logits(hidden, tail_scores).to(exact.dtype)
+        return unscored.scatter_(1, rows, exact), exact, tail_scores, top
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
@@ -154,8 +204,9 @@ class TopKExpertsHead(nn.Linear):
         return self.combiner(scores + offset, top, top_scores + offset - mass)
 
     def _tail_logits(self, hidden: Tensor, scores: Tensor) -> Tensor:
-        """The tail of every routed token: score_e + log p(v | e, h), fp32 [N, V]; minus infinity elsewhere."""
-        logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf, dtype=torch.float32)
+        """The tail of every routed token: score_e + log p(v | e, h), [N, V]; minus infinity elsewhere."""
+        dtype = hidden.dtype if self.tail is None else torch.float32
+        logits = scores.new_full((hidden.shape[0], self.out_features), -torch.inf, dtype=dtype)
         if self.tail is None:
             return logits
         within = self._normalise(self.tail(hidden)) + scores.unsqueeze(-1)  # (N, M, S)
@@ -200,10 +251,10 @@ class TopKExpertsHead(nn.Linear):
             self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
 
-    def bytes_read(self) -> int:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode."""
+    def bytes_read(self, num_experts_per_tok: int | None = None) -> int:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode, at another k if given."""
         row = self.weight[:1].nbytes + (0 if self.bias is None else self.bias[:1].nbytes)
-        scored = self.num_always_on + self.num_experts_per_tok * self.expert_size
+        scored = self.num_always_on + (num_experts_per_tok or self.num_experts_per_tok) * self.expert_size
         return scored * row + _nbytes(self.router) + (0 if self.tail is None else _nbytes(self.tail))
 
     def dense_bytes(self) -> int:
@@ -212,8 +263,12 @@ class TopKExpertsHead(nn.Linear):
 
     def added_bytes(self) -> int:
         """Bytes of all that conversion added to the dense head."""
-        added = self.state_dict()
-        return sum(tensor.nbytes for name, tensor in added.items() if name not in ("weight", "bias"))
+        return sum(tensor.nbytes for tensor in self.additions().values())
+
+    def additions(self) -> dict[str, Tensor]:
+        """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
+        everything: dict[str, Tensor] = self.state_dict()
+        return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}
 
 
 def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:

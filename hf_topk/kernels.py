@@ -1,4 +1,4 @@
-"""The two inner loops of the sparse head, as plain torch: exact logits of gathered rows, and int8 tail logits."""
+"""The inner loops of the sparse head, as plain torch: exact logits of gathered rows, and products of few bits."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch.nn import functional as F
 GATHERED_ELEMENTS_AT_ONCE = 1 << 24
 # From so many gathered rows a row of the head on, one product with the whole head is faster (seen on two CPU cores).
 ROWS_GATHERED_PER_ROW_OF_HEAD = 2
+ROWS_UNPACKED_AT_ONCE = 1 << 16  # as many as stay in the processor's cache
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -50,8 +51,7 @@ def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
-    # The integer product has size limits on other devices, and on the CPU it is wrong at rank 1 (seen in torch 2.13).
-    if inputs.device.type != "cpu" or inputs.shape[-1] == 1:
+    if not _multiplies_int8(inputs, factors.shape[-1]):
         return int8_logits_reference(inputs, factors, scales)
     rounded, input_scales = _round_to_int8(inputs)
     products = torch._int_mm(rounded, factors.t())
@@ -62,6 +62,59 @@ def int8_logits_reference(inputs: Tensor, factors: Tensor, scales: Tensor) -> Te
     """What [`int8_logits`] computes, in floating point: products of int8 are exact in fp32 up to rank 1040."""
     rounded, input_scales = _round_to_int8(inputs)
     return F.linear(rounded.float(), factors.float()) * scales.float() * input_scales
+
+
+def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """Product with a matrix of small whole numbers, several of them in a byte; inputs are rounded to int8.
+
+    The lowest bits of all bytes of a row hold its first columns, the next ones the columns that follow. The integer
+    product is exact, so this equals [`packed_logits_reference`] up to the order of its sums.
+
+    Args:
+        inputs: [N, r], any float type; r is a multiple of 8 / bits.
+        codes: [R, r bits / 8] uint8.
+        bits: bits of a number, 1, 2 or 4.
+
+    Returns:
+        inputs @ numbers^T up to the rounding of the inputs, fp32 [N, R], with numbers from 0 to 2^bits - 1.
+    """
+    if not _multiplies_int8(inputs, codes.shape[-1]):
+        return packed_logits_reference(inputs, codes, bits)
+    rounded, input_scales = _round_to_int8(inputs)
+    parts = rounded.split(codes.shape[-1], dim=-1)
+    products = [_packed_product(parts, some, bits) for some in codes.split(ROWS_UNPACKED_AT_ONCE)]
+    return torch.cat(products, dim=-1).float() * input_scales
+
+
+def _packed_product(parts: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tensor:
+    total = torch._int_mm(parts[0], _plane(codes, bits, 0).t())
+    for place, part in enumerate(parts[1:], start=1):
+        total += torch._int_mm(part, _plane(codes, bits, place).t())
+    return total
+
+
+def packed_logits_reference(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """What [`packed_logits`] computes, with all numbers unpacked at once and in floating point."""
+    rounded, input_scales = _round_to_int8(inputs)
+    numbers = torch.cat([_plane(codes, bits, place) for place in range(8 // bits)], dim=-1)
+    return F.linear(rounded.float(), numbers.float()) * input_scales
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """Pack whole numbers from 0 to 2^bits - 1 as [`packed_logits`] has them: [R, r] to uint8 [R, r bits / 8]."""
+    planes = numbers.to(torch.uint8).unflatten(-1, (8 // bits, -1))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
+    return (planes << shifts.unsqueeze(-1)).sum(dim=-2, dtype=torch.uint8)
+
+
+def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
+    """The numbers in one place of every byte, int8 of the shape of `codes`."""
+    return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
+
+
+def _multiplies_int8(inputs: Tensor, columns: int) -> bool:
+    # The integer product has size limits on other devices, and on the CPU it is wrong at rank 1 (seen in torch 2.13).
+    return inputs.device.type == "cpu" and columns > 1
 
 
 def _round_to_int8(inputs: Tensor) -> tuple[Tensor, Tensor]:

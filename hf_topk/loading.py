@@ -11,19 +11,25 @@ from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .modeling_topk_experts import TopKExpertsForCausalLM
 
+DTYPES = ("auto", "float32", "bfloat16")
+
 
 def load_converted(
-    name: str, num_experts_per_tok: int | None = None
+    name: str, num_experts_per_tok: int | None = None, dtype: str = "auto"
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer.
 
     Args:
         name: a folder, or a repository of the Hub.
         num_experts_per_tok: k in place of the model's own.
+        dtype: "float32", "bfloat16", or "auto": as the model is stored.
 
     Raises:
-        InputError: when there is no converted model of that name, its files are damaged, or k is out of range.
+        InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
+            k is out of range.
     """
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
     config = _config(name)
     if num_experts_per_tok is not None:
         if not 1 <= num_experts_per_tok <= config.num_experts:
@@ -32,7 +38,7 @@ def load_converted(
             )
         config.num_experts_per_tok = num_experts_per_tok
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
         model, found = loaded
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -2,11 +2,18 @@
 
 import copy
 import inspect
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -14,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
+from .lossless import LosslessStats, sample
 
 # What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
 ANSWERED_AS_THE_DENSE_CLASS = (
@@ -28,6 +36,8 @@ ANSWERED_AS_THE_DENSE_CLASS = (
     "main_input_name",
     "supports_gradient_checkpointing",
 )
+
+REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class TopKExpertsPreTrainedModel(PreTrainedModel):
@@ -51,6 +61,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     Attributes:
         base: the dense model.
         head: the [`TopKExpertsHead`] in it.
+        last_generation_stats: what the last `generate` took if it was lossless, else None.
 
     Example:
         >>> import hf_topk
@@ -60,6 +71,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
     config: TopKExpertsConfig
     base: PreTrainedModel
+    last_generation_stats: LosslessStats | None = None
 
     def __init__(self, config: TopKExpertsConfig) -> None:
         """Build the model with the dense weights and the head's additions not yet set.
@@ -182,6 +194,63 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         if "logits_to_keep" in accepted:
             given["logits_to_keep"] = logits_to_keep
         return self.base(**given, **kwargs)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        lossless: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as Transformers does; what is not listed here is described there.
+
+        Args:
+            inputs: the prompt, [B, T].
+            generation_config: choices of the generation; may have an entry `lossless`.
+            *args: further arguments of Transformers' `generate`.
+            lossless: whether to return the dense model's own tokens: greedily, those of dense decoding; sampling, those
+                of dense decoding with the same seed. The dense head is read once a block of tokens, and once a token in
+                beam search and assisted decoding, and where the cache cannot be rolled back. What it took is in
+                `last_generation_stats`. Unless given, as the generation config has it.
+            **kwargs: further arguments of Transformers' `generate`.
+
+        Raises:
+            InputError: when `lossless` is no truth value.
+        """
+        self.last_generation_stats = None
+        head = self.head
+        is_lossless = self._asks_for_lossless(lossless, generation_config)
+        with head.replaced_by(head.dense_logits) if is_lossless else nullcontext():
+            return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
+
+    def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
+        for config in (*configs, self.generation_config):
+            lossless = getattr(config, "lossless", None) if lossless is None else lossless
+        if lossless not in (None, True, False):
+            raise InputError(f"lossless is {lossless!r}, must be true or false")
+        return bool(lossless)
+
+    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.head.is_replaced or self.head_mode == "dense":
+            return cast(Any, super())._sample(input_ids, *args, **kwargs)
+        result, self.last_generation_stats = sample(self, input_ids, *args, **kwargs)
+        return result
+
+    def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
+        self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load the generation config, with its entry `lossless` if it has one."""
+        cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
+        config = self.generation_config
+        if config is None or not config._from_model_config or generation_config is not None or name is None:
+            return
+        # Transformers drops entries that it does not know from files that it once wrote by itself.
+        where = {argument: kwargs[argument] for argument in REPOSITORY_ARGUMENTS if argument in kwargs}
+        with suppress(OSError):  # there may be no such file
+            entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
+            if hasattr(entries, "lossless"):
+                config.lossless = entries.lossless  # type: ignore[attr-defined]
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a generation step as the dense model does."""

@@ -1,7 +1,8 @@
 """Routers: from a hidden state to a score for each expert.
 
 Score e estimates the log-sum-exp of the dense logits of expert e. Every router starts from the mean row of each
-expert and, but for `centroid`, learns a correction to it by distillation.
+expert and, but for `centroid`, learns a correction to it by distillation. Once learned, its matrices can be kept as
+int8.
 """
 
 import torch
@@ -9,9 +10,64 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .kernels import int8_logits
 
-class LinearRouter(nn.Module):
+SMALLEST_SCALE = 1e-30
+
+
+class Router(nn.Module):
+    """What all kinds share.
+
+    Attributes:
+        bias: added to the scores, [M] or [M, keys].
+    """
+
+    bias: nn.Parameter
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set to scores of zero what was not loaded."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            init.zeros_(tensor)
+
+    def inward(self) -> list[nn.Parameter]:
+        """The parameters that multiply the hidden state itself, and so scale inversely with it."""
+        raise NotImplementedError
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that distillation learns."""
+        return list(self.parameters())
+
+    def product(self, name: str, inputs: Tensor) -> Tensor:
+        """Multiply with the matrix of a name: [N, columns] of any float type to fp32 [N, rows]."""
+        matrix = getattr(self, name).flatten(0, -2)
+        if matrix.dtype == torch.int8:
+            return int8_logits(inputs, matrix, getattr(self, f"{name}_scales").flatten())
+        return F.linear(inputs.float(), matrix.float())
+
+    @torch.no_grad()
+    def to_int8(self, dtype: torch.dtype) -> None:
+        """Keep every matrix as int8 from now on, with a scale a row; nothing but biases can be trained then.
+
+        Args:
+            dtype: type of the scales; the rounding takes into account how it rounds them.
+        """
+        matrices = {name: matrix for name, matrix in self.named_parameters() if not name.endswith("bias")}
+        for name, matrix in matrices.items():
+            scales = (matrix.float().abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127.0).to(dtype)
+            codes = (matrix.float() / scales.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+            delattr(self, name)
+            self.register_buffer(name, codes)
+            self.register_buffer(f"{name}_scales", scales)
+
+
+class LinearRouter(Router):
     """One learned row an expert, started at the mean of its rows: scores = R h + b."""
+
+    mean_rows: nn.Parameter
 
     def __init__(self, hidden_size: int, num_experts: int, rank: int) -> None:
         """Make an untrained router.
@@ -24,24 +80,15 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.mean_rows = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.bias = nn.Parameter(torch.empty(num_experts))
-        LinearRouter.reset_parameters(self)
-
-    def reset_parameters(self) -> None:
-        """Set to scores of zero what was not loaded."""
-        init.zeros_(self.mean_rows)
-        init.zeros_(self.bias)
+        Router.reset_parameters(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        return F.linear(hidden.float(), self.mean_rows.float(), self.bias.float())
+        return self.product("mean_rows", hidden) + self.bias.float()
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
         return [self.mean_rows]
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that distillation learns."""
-        return list(self.parameters())
 
 
 class CentroidRouter(LinearRouter):
@@ -54,6 +101,9 @@ class CentroidRouter(LinearRouter):
 
 class LowRankRouter(LinearRouter):
     """Mean rows and a correction of low rank: scores = (R + U V') h + b."""
+
+    down: nn.Parameter
+    up: nn.Parameter
 
     def __init__(self, hidden_size: int, num_experts: int, rank: int) -> None:
         """Make an untrained router.
@@ -71,13 +121,12 @@ class LowRankRouter(LinearRouter):
     def reset_parameters(self) -> None:
         """Set what was not loaded so that training can begin: random features, of no weight yet."""
         super().reset_parameters()
-        init.normal_(self.down, std=self.down.shape[1] ** -0.5)
-        init.zeros_(self.up)
+        if self.down.is_floating_point():
+            init.normal_(self.down, std=self.down.shape[1] ** -0.5)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        correction = F.linear(F.linear(hidden.float(), self.down.float()), self.up.float())
-        return super().forward(hidden) + correction
+        return super().forward(hidden) + self.product("up", self.product("down", hidden))
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
@@ -88,8 +137,10 @@ class LowRankRouter(LinearRouter):
         return [self.down, self.up, self.bias]
 
 
-class MlpRouter(LinearRouter):
+class MlpRouter(LowRankRouter):
     """Mean rows and a two-layer feed-forward network: scores = R h + U gelu(D h + c) + b."""
+
+    down_bias: nn.Parameter
 
     def __init__(self, hidden_size: int, num_experts: int, rank: int) -> None:
         """Make an untrained router.
@@ -100,30 +151,23 @@ class MlpRouter(LinearRouter):
             rank: width of the hidden layer.
         """
         super().__init__(hidden_size, num_experts, rank)
-        self.down = nn.Parameter(torch.empty(rank, hidden_size))
         self.down_bias = nn.Parameter(torch.empty(rank))
-        self.up = nn.Parameter(torch.empty(num_experts, rank))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set what was not loaded so that training can begin: random features, of no weight yet."""
-        super().reset_parameters()
-        init.normal_(self.down, std=self.down.shape[1] ** -0.5)
-        init.zeros_(self.down_bias)
-        init.zeros_(self.up)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        features = F.gelu(F.linear(hidden.float(), self.down.float(), self.down_bias.float()))
-        return super().forward(hidden) + F.linear(features, self.up.float())
+        features = F.gelu(self.product("down", hidden) + self.down_bias.float())
+        return LinearRouter.forward(self, hidden) + self.product("up", features)
 
-    def inward(self) -> list[nn.Parameter]:
-        """The parameters that multiply the hidden state itself, and so scale inversely with it."""
-        return [self.mean_rows, self.down]
+    def trainable(self) -> list[nn.Parameter]:
+        """All of it."""
+        return list(self.parameters())
 
 
-class AttentionRouter(nn.Module):
+class AttentionRouter(Router):
     """Several keys an expert, log-sum-exp over them: each key stands for a group of the expert's tokens."""
+
+    keys: nn.Parameter
 
     def __init__(self, hidden_size: int, num_experts: int, rank: int) -> None:
         """Make an untrained router.
@@ -138,27 +182,17 @@ class AttentionRouter(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_experts, rank))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Set to equal scores what was not loaded."""
-        init.zeros_(self.keys)
-        init.zeros_(self.bias)
-
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        key_scores = F.linear(hidden.float(), self.keys.float().flatten(0, 1), self.bias.float().flatten())
-        return key_scores.unflatten(-1, self.bias.shape).logsumexp(dim=-1)
+        key_scores = self.product("keys", hidden).unflatten(-1, self.bias.shape)
+        return (key_scores + self.bias.float()).logsumexp(dim=-1)
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
         return [self.keys]
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that distillation learns."""
-        return list(self.parameters())
 
-
-Router = LinearRouter | AttentionRouter
-
+# Not `type[Router]`, whose signature says nothing of how a router is made.
 ROUTERS: dict[str, type[LinearRouter] | type[AttentionRouter]] = {
     "attention": AttentionRouter,
     "centroid": CentroidRouter,

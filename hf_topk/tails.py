@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .kernels import int8_logits
+from .kernels import packed_logits
 
 
 class PriorTail(nn.Module):
@@ -40,17 +40,19 @@ class PriorTail(nn.Module):
 
 
 class LowRankTail(nn.Module):
-    """Logits within an expert from r numbers a token, kept as int8.
+    """Logits within an expert from r numbers a token, a third of them kept in 4 bits, the others in 2.
 
-    z_v = scale_v <f_v, B h - c> + bias_v, where f B is the data-weighted SVD of the rows of W less their expert's mean
-    (the low-rank logits of SVD-softmax, Shim et al. 2017, https://arxiv.org/abs/1712.05159, with the SVD taken in the
-    metric of the hidden states' covariance so that it minimises the error of the logits themselves).
+    z_v = <f_v, B h - c> + bias_v, where f B is the data-weighted SVD of the rows of W less their expert's mean (the
+    low-rank logits of SVD-softmax, Shim et al. 2017, https://arxiv.org/abs/1712.05159, with the SVD taken in the metric
+    of the hidden states' covariance so that it minimises the error of the logits themselves). Each direction has one
+    step for all tokens, which is part of B, and fewer bits where there is less to tell, as rate-distortion theory has
+    it for independent components (reverse water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3).
     """
 
     basis: Tensor
     center: Tensor
-    factors: Tensor
-    scales: Tensor
+    codes_4bit: Tensor
+    codes_2bit: Tensor
     bias: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
@@ -60,32 +62,37 @@ class LowRankTail(nn.Module):
             hidden_size: d.
             num_experts: M.
             expert_size: S.
-            rank: r.
+            rank: r; a few directions more are kept where bytes would not be full.
         """
         super().__init__()
-        self.register_buffer("basis", torch.empty(rank, hidden_size))
-        self.register_buffer("center", torch.empty(rank))
-        self.register_buffer("factors", torch.empty(num_experts, expert_size, rank, dtype=torch.int8))
-        self.register_buffer("scales", torch.empty(num_experts, expert_size))
+        bytes_4bit, bytes_2bit = -(-rank // 6), -(-(rank - rank // 3) // 4)
+        self.directions_4bit, directions_2bit = 2 * bytes_4bit, 4 * bytes_2bit
+        directions = self.directions_4bit + directions_2bit
+        self.register_buffer("basis", torch.empty(directions, hidden_size))
+        self.register_buffer("center", torch.empty(directions))
+        self.register_buffer("codes_4bit", torch.empty(num_experts, expert_size, bytes_4bit, dtype=torch.uint8))
+        self.register_buffer("codes_2bit", torch.empty(num_experts, expert_size, bytes_2bit, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(num_experts, expert_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Make all tokens of an expert alike where nothing was loaded."""
-        for buffer in (self.basis, self.center, self.factors, self.scales, self.bias):
+        for buffer in self.buffers():
             init.zeros_(buffer)
 
     def take_places(self, places: Tensor) -> None:
         """Move tokens: each place, [M, S], gets what stood at the one given, counted over all experts."""
-        self.factors = self.factors.flatten(0, 1)[places]
-        self.scales = self.scales.flatten()[places]
+        self.codes_4bit = self.codes_4bit.flatten(0, 1)[places]
+        self.codes_2bit = self.codes_2bit.flatten(0, 1)[places]
         self.bias = self.bias.flatten()[places]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
         projected = F.linear(hidden.float(), self.basis.float(), -self.center.float())  # (N, r)
-        logits = int8_logits(projected, self.factors.flatten(0, 1), self.scales.flatten())
-        return logits.unflatten(-1, self.scales.shape) + self.bias.float()
+        first, others = projected[:, : self.directions_4bit], projected[:, self.directions_4bit :]
+        logits = packed_logits(first, self.codes_4bit.flatten(0, 1), 4)
+        logits = logits + packed_logits(others, self.codes_2bit.flatten(0, 1), 2)
+        return logits.unflatten(-1, self.bias.shape) + self.bias.float()
 
 
 Tail = PriorTail | LowRankTail

@@ -34,13 +34,12 @@ def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = Fal
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     config = AutoConfig.for_model(
         model_type,
-        **sizes,
+        **{**sizes, **choices},
         vocab_size=VOCAB_SIZE,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
         tie_word_embeddings=tied,
-        **choices,
     )
     dense = AutoModelForCausalLM.from_config(config).eval()
     head = dense.get_output_embeddings()
@@ -67,8 +66,8 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
         generator = torch.Generator().manual_seed(3)
         for added in filter(None, (head.router, head.tail)):
             for tensor in added.state_dict().values():
-                if tensor.dtype == torch.int8:
-                    tensor.random_(-127, 128, generator=generator)
+                if tensor.dtype == torch.uint8:
+                    tensor.random_(0, 256, generator=generator)
                 else:
                     tensor.normal_(std=0.3, generator=generator)
     return model

@@ -98,6 +98,17 @@ def test_refuses_models_without_a_single_vocabulary_head(
     refused("convert", "other", "out", parts=(kind, "no single vocabulary head", "choose a causal language model"))
 
 
+def test_refuses_an_encoder_whose_config_does_not_say_so(tmp_path: Path, refused: Refused) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bert", vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "other")
+    edit_config(tmp_path / "other", architectures=None)
+    options = ("--expert-size", 16, "--positions", 600)
+    refused(
+        "convert", "other", "out", *options, parts=("BertLMHeadModel looks ahead", "choose a causal language model")
+    )
+
+
 @pytest.mark.parametrize("name", ["./gone", "/nowhere/gone", "some/deep/path"])
 def test_refuses_a_folder_that_is_not_there(name: str, refused: Refused) -> None:
     refused("convert", name, "out", parts=(f"no such model: there is no folder {name}",))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,10 @@ EVALUATE_KEYS = [
     "kl",
     "perplexity_dense",
     "perplexity_sparse",
+    "log_z_error",
+    "calibration_error_dense",
+    "calibration_error_sparse",
+    "tail_rank_correlation",
     "bytes_read",
     "positions",
 ]
@@ -189,6 +194,18 @@ def test_evaluate_a_sample_of_the_text(printed: Callable[..., tuple[str, str]]) 
     assert figures["positions"] == 100
 
 
+def test_evaluate_compares_lossless_decoding(printed: Callable[..., tuple[str, str]]) -> None:
+    options = ("evaluate", "out", "--text", "text.jsonl", "--lossless", "--prompts", 3, "--batch-size", 2)
+    figures = json.loads(printed(*options, "--dtype", "float32", "--json")[0])
+    assert figures["lossless_tokens"] == figures["lossless_identical"] == 3 * 64
+    assert figures["lossless_ties"] == figures["lossless_differing"] == 0
+    assert 0 < figures["dense_passes_per_token"] <= 1 <= figures["body_steps_per_token"]
+    assert 0 <= figures["acceptance"] <= 1
+    text, _ = printed(*options)
+    assert "lossless: 192 of 192 tokens the dense model's own, 0 ties, 0 others" in text
+    assert "dense passes: " in text
+
+
 def test_json_has_null_for_what_is_infinite(printed: Callable[..., tuple[str, str]]) -> None:
     text, _ = printed("evaluate", "bare", "--text", "text.jsonl", "--json")
     figures = json.loads(text, parse_constant=pytest.fail)
@@ -223,6 +240,14 @@ def test_all_experts_write_what_the_dense_model_does(printed: Callable[..., tupl
         for mode in ("dense", "sparse", "auto")
     }
     assert len(texts) == 1
+
+
+def test_generate_lossless_writes_what_the_dense_model_does(printed: Callable[..., tuple[str, str]]) -> None:
+    dense, nothing = printed("generate", "out", "w3 w14 w15", "--head-mode", "dense")
+    ours, said = printed("generate", "out", "w3 w14 w15", "--lossless")
+    assert ours == dense
+    assert "dense passes" not in nothing
+    assert re.search(r"^\d+ tokens, \d\.\d\d dense passes a token, \d+% of \d+ drafts accepted$", said, re.MULTILINE)
 
 
 def test_generate_samples_with_a_seed(printed: Callable[..., tuple[str, str]]) -> None:
@@ -280,6 +305,7 @@ def test_refuses_wrong_choices(refused: Any) -> None:
         parts = (f"num_experts_per_tok is {k}", "from 1 to the 6 experts")
         refused("evaluate", "out", "--text", "text.jsonl", "-k", k, parts=parts)
     refused("evaluate", "out", "--text", "gone.txt", parts=("gone.txt",))
+    refused("evaluate", "out", "--text", "text.jsonl", "--dtype", "int4", parts=("dtype 'int4'", "bfloat16"))
     refused("evaluate", "out", "--text", "text.jsonl", "--positions", 1, parts=("positions is 1", "2 or more"))
     refused("generate", "out", "w1", "--head-mode", "spars", parts=("unknown head mode 'spars'", "auto, sparse, dense"))
     refused("generate", "out", "", parts=("the prompt is empty",))

@@ -269,7 +269,7 @@ def test_dense_and_sparse_hold_whatever_the_positions(positions: int) -> None:
     [
         ("none", 0),
         ("prior", 4 * 6 * 16),
-        ("low_rank", 4 * (4 * 32 + 4) + 6 * 16 * 4 + 2 * 4 * 6 * 16),
+        ("low_rank", 4 * (6 * 32 + 6) + 6 * 16 * 2 + 4 * 6 * 16),  # rank 4 takes 2 bytes and fills them with 6
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])

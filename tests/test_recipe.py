@@ -86,9 +86,15 @@ def test_a_file_writes_a_learning_rate_as_people_do(written: str, value: float, 
 
 def test_resolving_fills_in_every_choice() -> None:
     recipe = Recipe().resolve(32_768)
-    assert None not in recipe.to_dict().values()
+    open_choices = {name for name, value in recipe.to_dict().items() if value is None}
+    assert open_choices == {"target_agreement", "max_bytes_read"}
     assert (recipe.num_always_on, recipe.num_experts_per_tok, recipe.router_rank) == (256, 8, 256)
     assert recipe.num_experts(32_768) == 254
+
+
+def test_a_target_leaves_the_number_of_experts_open() -> None:
+    assert Recipe(target_agreement=0.9).resolve(1000).num_experts_per_tok is None
+    assert Recipe(target_agreement=0.9, num_experts_per_tok=3).resolve(1000).num_experts_per_tok == 3
 
 
 @given(RECIPES, st.integers(2, 10**6))

@@ -24,6 +24,8 @@ def randomise(module: nn.Module, seed: int) -> nn.Module:
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.dtype == torch.int8:
                 tensor.random_(-127, 128, generator=generator)
+            elif tensor.dtype == torch.uint8:
+                tensor.random_(0, 256, generator=generator)
             else:
                 tensor.normal_(generator=generator)
     return module
@@ -119,6 +121,33 @@ def test_untrained_router_ranks_by_mean_rows(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
+@settings(max_examples=25, deadline=None)
+@given(seed=seeds, dtype=float_types, positions=st.integers(1, 5))
+def test_int8_router_scores_nearly_the_same(kind: str, seed: int, dtype: torch.dtype, positions: int) -> None:
+    router, rounded = (randomise(ROUTERS[kind](16, 5, 3), seed) for _ in range(2))
+    rounded.to_int8(dtype)
+    matrices = [name for name, tensor in rounded.state_dict().items() if tensor.dtype == torch.int8]
+    assert matrices == [name for name, _ in router.named_parameters() if not name.endswith("bias")]
+    assert all(rounded.state_dict()[f"{name}_scales"].dtype == dtype for name in matrices)
+    assert [name for name, _ in rounded.named_parameters()] == [name for name in router.state_dict() if "bias" in name]
+    hidden = normal(seed, positions, 16)
+    scores, exact = rounded(hidden).detach(), router(hidden).detach()
+    assert scores.dtype == torch.float32
+    # Two roundings a product, of 1 / 254 of the largest of 16 numbers each, through two layers at most.
+    torch.testing.assert_close(scores, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()) + 0.3)
+    assert float((scores - exact).square().mean()) < 0.02 * float(exact.square().mean())
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_int8_router_of_nothing_scores_zero(kind: str) -> None:
+    router = ROUTERS[kind](16, 5, 1)
+    router.to_int8(torch.float32)
+    router.reset_parameters()
+    expected = torch.zeros(2, 5)
+    torch.testing.assert_close(router(normal(0, 2, 16)), expected)
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
 def test_learned_parameters_reach_the_scores(kind: str) -> None:
     router = randomise(ROUTERS[kind](8, 5, 3), 0)
     router(normal(1, 4, 8)).square().sum().backward()
@@ -138,11 +167,15 @@ def test_prior_is_the_same_at_every_position() -> None:
 
 
 def test_low_rank_tail_by_hand() -> None:
-    tail = set_values(
-        LowRankTail(2, 1, 2, 1), basis=[[1, 1]], center=[1], factors=[[[127], [-2]]], scales=[[0.5, 2]], bias=[[0, 10]]
-    )
-    # The projection is 2 and -2, which int8 holds exactly.
-    torch.testing.assert_close(tail(HIDDEN), torch.tensor([[[127.0, 2]], [[-127, 18]]]))
+    """Rank 1 fills a byte of two 4-bit directions and one of four 2-bit ones."""
+    tail = LowRankTail(2, 1, 2, 1)
+    basis = [[1, 1], [0, 1], [1, 0], [0, 0], [0, 2], [0, 0]]
+    codes = {"codes_4bit": [[[3 + 16 * 15], [0]]], "codes_2bit": [[[3 + 4 * 0 + 16 * 2 + 64 * 1], [1]]]}
+    set_values(tail, basis=basis, center=[1, 0, 0, 0, 0, 0], bias=[[0, 10]], **codes)
+    # The projections: (2, 2) and (1, 0, 4, 0); (-2, -1) and (0, 0, -2, 0).
+    first = [3 * 2 + 15 * 2 + 3 * 1 + 2 * 4, 1 + 10]
+    second = [3 * -2 + 15 * -1 + 2 * -2, 10]
+    torch.testing.assert_close(tail(HIDDEN), torch.tensor([[first], [second]]).float(), atol=0.2, rtol=0)
 
 
 @settings(max_examples=40, deadline=None)
@@ -152,7 +185,10 @@ def test_low_rank_tail_is_the_product_of_its_factors(seed: int, dtype: torch.dty
     hidden = normal(seed, positions, 8).to(dtype)
     logits = tail(hidden)
     projected = hidden.float() @ tail.basis.T - tail.center
-    factors = tail.factors * tail.scales.unsqueeze(-1)
+    fours = [tail.codes_4bit & 15, tail.codes_4bit >> 4]
+    twos = [(tail.codes_2bit >> shift) & 3 for shift in (0, 2, 4, 6)]
+    factors = torch.cat([*fours, *twos], dim=-1).float()
+    assert rank <= factors.shape[-1] <= rank + 5
     exact = torch.einsum("nr,msr->nms", projected, factors) + tail.bias
     assert logits.dtype == torch.float32
     # The projection is rounded to half a step, 1 / 254 of its largest number, and each factor multiplies that.
@@ -196,6 +232,35 @@ def test_int8_logits_equal_reference_at_the_largest_products() -> None:
     fast = kernels.int8_logits(inputs, factors, torch.ones(3))
     assert fast.equal(kernels.int8_logits_reference(inputs, factors, torch.ones(3)))
     torch.testing.assert_close(fast, torch.full((2, 3), 1040 * 127.0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 6),
+    width=st.integers(1, 40),
+    rows=st.integers(1, 50),
+    bits=st.sampled_from([1, 2, 4]),
+    at_once=st.sampled_from([1, 7, 1 << 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_packed_logits_equal_reference(
+    seed: int, positions: int, width: int, rows: int, bits: int, at_once: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = normal(seed, positions, width * 8 // bits).to(dtype)
+    numbers = torch.randint(0, 2**bits, (rows, width * 8 // bits), generator=generator)
+    codes = kernels.pack(numbers, bits)
+    assert codes.shape == (rows, width)
+    assert codes.dtype == torch.uint8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ROWS_UNPACKED_AT_ONCE", at_once)
+        fast = kernels.packed_logits(inputs, codes, bits)
+    torch.testing.assert_close(fast, kernels.packed_logits_reference(inputs, codes, bits), rtol=1e-6, atol=1e-6)
+    # Half a step of rounding at most for each number.
+    error = (fast - inputs.float() @ numbers.t().float()).abs()
+    steps = inputs.float().abs().amax(-1, keepdim=True) / 254
+    assert (error <= 1.01 * steps * numbers.sum(-1) + 1e-4).all()
 
 
 @settings(max_examples=80, deadline=None)

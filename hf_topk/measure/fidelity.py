@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ..progress import progress
 from ..text import Window
 
 TOP = 5
+CONFIDENCE_BINS = 15
+POSITIONS_A_RANKED_ONE = 64  # of which one is looked at for the ranks of unscored tokens, which takes sorting
 NO_TOKEN = -100
 WINDOW_LENGTH = 256  # tokens that the model reads in one pass
 
@@ -30,6 +32,13 @@ class Fidelity:
         kl: mean Kullback-Leibler divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
         perplexity_sparse: of the text under the sparse head; infinite where a token got no probability.
+        log_z_error: mean of the sparse less the dense log-sum-exp of all logits, in nats.
+        calibration_error_dense: expected calibration error of the dense head's likeliest token: how far, over 15 bins
+            of equal width, its probability is from how often it comes next (Guo et al. 2017,
+            https://arxiv.org/abs/1706.04599).
+        calibration_error_sparse: the same of the sparse head.
+        tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens that were not scored, mean
+            over one position in 64 or so; not a number where there is no tail or all tokens are scored.
         bytes_read: bytes of head, router and tail read for one position, as a share of the dense head's.
         positions: number of positions measured.
     """
@@ -39,6 +48,10 @@ class Fidelity:
     kl: float
     perplexity_dense: float
     perplexity_sparse: float
+    log_z_error: float
+    calibration_error_dense: float
+    calibration_error_sparse: float
+    tail_rank_correlation: float
     bytes_read: float
     positions: int
 
@@ -61,6 +74,10 @@ class _Sums:
     kl: float = 0.0
     loss_dense: float = 0.0
     loss_sparse: float = 0.0
+    log_z: float = 0.0
+    dense_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
+    sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
+    rank_correlations: list[Tensor] = field(default_factory=list)
     positions: int = 0
     predicted: int = 0
 
@@ -78,10 +95,11 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
     """
     sums = _Sums()
     total = sum(len(window.token_ids) for window in windows)
-    with both_heads(model), progress("Comparing the heads", total, "positions") as advance:
+    with both_heads(model) as heads, progress("Comparing the heads", total, "positions") as advance:
         for window in windows:
             token_ids = torch.tensor([window.token_ids], device=model.device)
             dense, sparse = model(input_ids=token_ids, use_cache=False).logits
+            sums.rank_correlations += _rank_correlations(heads.sparse_head, dense, sparse, heads.hidden)
             _add(sums, dense, sparse, token_ids[0])
             advance(len(window.token_ids))
     return Fidelity(
@@ -90,6 +108,10 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         kl=sums.kl / sums.positions,
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),
         perplexity_sparse=_exp(sums.loss_sparse / max(1, sums.predicted)),
+        log_z_error=sums.log_z / sums.positions,
+        calibration_error_dense=_calibration_error(sums.dense_bins, sums.predicted),
+        calibration_error_sparse=_calibration_error(sums.sparse_bins, sums.predicted),
+        tail_rank_correlation=float(torch.stack(sums.rank_correlations).mean()) if sums.rank_correlations else math.nan,
         bytes_read=model.head.bytes_read() / model.head.dense_bytes(),
         positions=sums.positions,
     )
@@ -103,14 +125,50 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
     for some_dense, some_sparse, some_followers in parts:
         log_p, log_q = some_dense.float().log_softmax(dim=-1), some_sparse.float().log_softmax(dim=-1)
         likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
-        best = log_p.argmax(dim=-1, keepdim=True)
-        sums.agreed += int((log_q.argmax(dim=-1, keepdim=True) == best).sum())
+        best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
+        sums.agreed += int((best_sparse == best).sum())
+        # Where a logit is large, softmax has taken the log-sum-exp off it.
+        sums.log_z += float((some_sparse.float() - log_q).gather(1, best_sparse).sum())
+        sums.log_z -= float((some_dense.float() - log_p).gather(1, best).sum())
+        for log, top, bins in ((log_p, best, sums.dense_bins), (log_q, best_sparse, sums.sparse_bins)):
+            _add_to_bins(bins, log.gather(1, top)[:, 0].exp(), top[:, 0] == some_followers, some_followers != NO_TOKEN)
         sums.contained += int((likeliest == best).any(dim=-1).sum())
         sums.kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
         sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
     sums.positions += len(token_ids)
     sums.predicted += len(token_ids) - 1
+
+
+def _add_to_bins(bins: Tensor, confidence: Tensor, is_right: Tensor, counts: Tensor) -> None:
+    """Add to sums of confidence and of right answers, [bins, 2]: confidence, whether right, whether it counts, [N]."""
+    which = (confidence * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
+    sums = torch.stack([confidence, is_right.float()], dim=-1) * counts.unsqueeze(-1)
+    bins.index_add_(0, which.cpu(), sums.double().cpu())
+
+
+def _calibration_error(bins: Tensor, predicted: int) -> float:
+    return float((bins[:, 0] - bins[:, 1]).abs().sum()) / max(1, predicted)
+
+
+def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
+    """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
+    if head.tail is None or head.num_experts_per_tok == head.num_experts:
+        return []
+    some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
+    scored = head.scored_ids(head.router(hidden[some]).topk(head.num_experts_per_tok, dim=-1).indices)
+    correlations = []
+    for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
+        is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
+        ranks = torch.stack([_ranks(logits[is_unscored]) for logits in (one, other)])
+        correlations.append(torch.corrcoef(ranks)[0, 1])
+    return correlations
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from below, equal values at the mean of theirs: [n] to fp64 [n]."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts - 1) / 2)[which]
 
 
 def _exp(loss: float) -> float:
@@ -122,20 +180,23 @@ class _BothHeads(nn.Module):
 
     def __init__(self, head: TopKExpertsHead) -> None:
         super().__init__()
-        self.weight, self.bias, self._sparse = head.weight, head.bias, head
+        self.weight, self.bias, self.sparse_head = head.weight, head.bias, head
+        self.hidden = torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
         dense = F.linear(hidden, self.weight, self.bias)
-        sparse = self._sparse.sparse_logits(hidden.reshape(-1, hidden.shape[-1]))
+        sparse = self.sparse_head.sparse_logits(self.hidden)
         return torch.cat([dense, sparse.view_as(dense)])
 
 
 @contextmanager
-def both_heads(model: TopKExpertsForCausalLM) -> Iterator[None]:
+def both_heads(model: TopKExpertsForCausalLM) -> Iterator[_BothHeads]:
     """For a while, let the model return dense logits and, behind them along the batch, sparse ones."""
     head = model.head
-    model.base.set_submodule(model.head_name, _BothHeads(head))
+    heads = _BothHeads(head)
+    model.base.set_submodule(model.head_name, heads)
     try:
-        yield
+        yield heads
     finally:
         model.base.set_submodule(model.head_name, head)

@@ -1,0 +1,86 @@
+"""Whether a target agreement is kept: `python -m hf_topk.convert.promise`, over random splits of a sample."""
+
+import dataclasses
+import json
+import random
+from typing import Annotated
+
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_topk.measure.fidelity import measure_fidelity, readable_length
+from hf_topk.text import Window
+
+from .calibrate import lower_bound
+from .checkpoint import load_dense
+from .pipeline import convert, sample_from_text
+from .preflight import load_tokenizer
+from .recipe import Recipe
+from .source import find_folder, open_source
+
+TESTED = 0.2  # share of the documents that a split sets aside
+HELD_OUT = 0.25  # share of the others that k is chosen on
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One split.
+
+    Attributes:
+        num_experts_per_tok: the k that was chosen.
+        bound: the lower bound of the agreement that it was chosen by.
+        agreement: on the documents set aside, which neither distillation nor the choice of k has seen.
+        positions: positions of those documents.
+    """
+
+    num_experts_per_tok: int
+    bound: float
+    agreement: float
+    positions: int
+
+
+def try_split(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, windows: list[Window], seed: int
+) -> Outcome:
+    """Convert on some documents of a sample and measure on the others.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer.
+        recipe: every choice, with a target agreement.
+        windows: the sample, of several documents.
+        seed: of the split.
+    """
+    documents = sorted({window.document for window in windows})
+    tested = set(random.Random(seed).sample(documents, max(1, round(TESTED * len(documents)))))
+    seen = [window for window in windows if window.document not in tested]
+    report = convert(model, tokenizer, dataclasses.replace(recipe, seed=seed), windows=seen)
+    fidelity = measure_fidelity(report.model, [window for window in windows if window.document in tested])
+    bound = lower_bound(report.fidelity.agreement, report.fidelity.positions)
+    return Outcome(report.model.head.num_experts_per_tok, bound, fidelity.agreement, fidelity.positions)
+
+
+def main(
+    text: Annotated[str, typer.Option(help="The sample: a file or a folder of several documents.")],
+    model: Annotated[str | None, typer.Option(help="The dense model; the bundled one if left out.")] = None,
+    target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = 0.995,
+    positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = 60_000,
+    splits: Annotated[int, typer.Option(help="Random splits of the documents.")] = 20,
+) -> None:
+    """Convert on random splits of a sample, and count how often documents set aside agree as was promised."""
+    source = open_source(model or "the bundled demo model", find_folder(model))
+    dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
+    recipe = Recipe(
+        text=text, positions=positions, held_out=HELD_OUT, target_agreement=target_agreement, allow_below_target=True
+    )
+    length = readable_length(dense.config, recipe.window_length)
+    windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
+    kept = 0
+    for seed in range(splits):
+        outcome = try_split(dense, tokenizer, recipe, windows, seed)
+        kept += outcome.agreement >= target_agreement
+        print(json.dumps({"split": seed, **dataclasses.asdict(outcome), "kept": kept}), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,109 @@
+"""Taking the last tokens out of a cache again, of every kind where that is possible."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers import cache_utils as layers
+
+# By exact type: a class derived from one of these may keep more.
+WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
+KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
+
+
+def why_not_rolled_back(cache: Any) -> str | None:
+    """Say why drafts could not be taken back from a cache; None if they can.
+
+    Args:
+        cache: what the model keeps of the prefix, after the prompt was read.
+    """
+    if cache is None or not any(type(layer) in KNOWN_LAYERS for layer in getattr(cache, "layers", ())):
+        return "there is no cache of attention states"
+    if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
+        return f"its {type(cache).__name__} cannot be rolled back"
+    for layer in cache.layers:
+        if type(layer) not in KNOWN_LAYERS and type(layer).__name__ != "DummyLayer":
+            return f"a {type(layer).__name__} in its cache cannot be rolled back"
+    return None
+
+
+class RollBack:
+    """Takes the last tokens out of a cache again."""
+
+    def __init__(self, cache: DynamicCache | StaticCache) -> None:
+        """Watch a cache from now on.
+
+        Args:
+            cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
+        """
+        every_layer: list[Any] = cache.layers
+        self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
+        # For each layer with a window: what each of the last steps pushed out of it, if anything.
+        self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
+            (one, []) for one in self._layers if type(one) in WINDOWS
+        ]
+
+    def length(self) -> int:
+        """Tokens that have gone through the cache."""
+        return int(self._layers[0].get_seq_length())
+
+    def room(self) -> int:
+        """Tokens that still fit in."""
+        static = [one for one in self._layers if type(one) is layers.StaticLayer]
+        return min((one.max_cache_len - int(one.get_seq_length()) for one in static[:1]), default=sys.maxsize)
+
+    def start_block(self) -> None:
+        """Forget what was kept for an earlier block."""
+        for _, pushed_out in self._pushed_out:
+            pushed_out.clear()
+
+    def before_step(self) -> None:
+        """Keep what the next token will push out."""
+        for layer, pushed_out in self._pushed_out:
+            first = layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()
+            pushed_out.append(first if _is_full(layer) else None)
+
+    def back(self, steps: int) -> None:
+        """Take the last tokens out.
+
+        Args:
+            steps: how many; they were fed one by one.
+        """
+        for layer in self._layers:
+            if type(layer) is layers.DynamicLayer:
+                layer.crop(-steps)
+            elif type(layer) is layers.StaticLayer:
+                layer.cumulative_length.sub_(steps)  # what lies behind is masked, and written over
+        for layer, pushed_out in self._pushed_out:
+            undo = _undo_dynamic if type(layer) is layers.DynamicSlidingWindowLayer else _undo_static
+            for _ in range(steps):
+                undo(layer, pushed_out.pop())
+
+
+def _is_full(layer: Any) -> bool:
+    """Whether the next token pushes the oldest one out of a layer's window."""
+    if type(layer) is layers.StaticSlidingWindowLayer:
+        return bool(layer.cumulative_length_int >= layer.max_cache_len)
+    return not layer.record_past and layer.keys.shape[2] >= layer.sliding_window - 1
+
+
+def _undo_dynamic(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
+    """Undo one step of a growing layer with a window."""
+    # Its own `crop` would have it record the past, with which Transformers 5.16 allows one step between two crops.
+    layer.cumulative_length -= 1
+    keys, values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+    if pushed_out is not None:
+        keys, values = torch.cat([pushed_out[0], keys], dim=2), torch.cat([pushed_out[1], values], dim=2)
+    layer.keys, layer.values = keys, values
+
+
+def _undo_static(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
+    """Undo one step of a static layer with a window."""
+    layer.cumulative_length_int -= 1
+    if pushed_out is None:
+        layer.cumulative_length.sub_(1)
+        return
+    layer.keys.copy_(torch.cat([pushed_out[0], layer.keys[:, :, :-1]], dim=2))
+    layer.values.copy_(torch.cat([pushed_out[1], layer.values[:, :, :-1]], dim=2))
