@@ -248,7 +248,7 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ("expert_size", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
+    copied = ("expert_size", "routed_mass", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
     choices = recipe.to_dict()
     return TopKExpertsConfig(
         text_config=model.config,

@@ -35,6 +35,7 @@ class Recipe:
         held_out: share of the documents kept back to measure on, above 0 and below 1.
         expert_size: S, tokens in an expert.
         num_experts_per_tok: k, experts scored for a position; None for half the square root of their number.
+        routed_mass: estimated probability from which on no further expert is scored; 1 scores k at every position.
         target_agreement: agreement that is to be reached on documents held out, as a 95 % lower bound; k is then the
             smallest that does, or, if k is given, has to.
         max_bytes_read: most bytes read for a position to reach it with, as a share of the dense head's.
@@ -64,11 +65,12 @@ class Recipe:
     held_out: float = 0.1
     expert_size: int = 128
     num_experts_per_tok: int | None = None
+    routed_mass: float = 1.0
     target_agreement: float | None = None
     max_bytes_read: float | None = None
     allow_below_target: bool = False
     num_always_on: int | None = None
-    partition: PartitionType = "rows"
+    partition: PartitionType = "context"
     router: RouterType = "mlp"
     router_rank: int | None = None
     router_int8: bool = True
@@ -99,6 +101,8 @@ class Recipe:
             raise ValueError(f"seed is {self.seed}, must be from 0 to 2**63 - 1")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, must be above 0 and below 1")
+        if not 0 < self.routed_mass <= 1:
+            raise ValueError(f"routed_mass is {self.routed_mass}, must be above 0 and at most 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
         for name in ("target_agreement", "max_bytes_read"):

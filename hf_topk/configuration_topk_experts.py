@@ -23,6 +23,8 @@ class TopKExpertsConfig(PreTrainedConfig):
         num_experts: M, the number of experts that share out the routed vocabulary.
         expert_size: S, the number of token ids in each expert.
         num_experts_per_tok: k, the number of experts scored for a position, from 1 to M.
+        routed_mass: experts are scored, those of the highest scores first, until they and the always-on tokens have
+            this share of the estimated probability, and k at most; 1.0 scores k at every position.
         num_always_on: A, the number of token ids scored at every position.
         router_type: how an expert's score is computed from the hidden state; see [`routers`].
         router_rank: rank of a `low_rank` router, hidden width of an `mlp` one, keys an expert of an `attention` one;
@@ -48,6 +50,7 @@ class TopKExpertsConfig(PreTrainedConfig):
     num_experts: int = 8
     expert_size: int = 128
     num_experts_per_tok: int = 2
+    routed_mass: float = 1.0
     num_always_on: int = 0
     router_type: RouterType = "low_rank"
     router_rank: int = 32
@@ -87,6 +90,8 @@ class TopKExpertsConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
                 f"got {self.num_experts_per_tok}"
             )
+        if not 0 < self.routed_mass <= 1:
+            raise ValueError(f"`routed_mass` must be above 0 and at most 1, got {self.routed_mass}")
         if self.num_always_on < 0 or self.sparse_max_positions < 0:
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 

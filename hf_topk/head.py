@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_topk_experts import TopKExpertsConfig
@@ -35,6 +36,7 @@ class TopKExpertsHead(nn.Linear):
         tail: the estimate for unscored tokens, or None for minus infinity.
         head_mode: "auto", "sparse" or "dense".
         num_experts_per_tok: k.
+        routed_mass: estimated probability from which on no further expert is scored; 1 to score k always.
     """
 
     always_on_ids: Tensor
@@ -57,13 +59,14 @@ class TopKExpertsHead(nn.Linear):
         self.head_mode = config.head_mode
         self.combine = config.combine
         self.num_experts_per_tok = config.num_experts_per_tok
+        self.routed_mass = config.routed_mass
         self.sparse_max_positions = config.sparse_max_positions
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
         self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
         if config.router_int8:
-            self.router.to_int8(torch.float32)
+            self.router.to_int8(self.weight.dtype)
         self.tail = None
         if config.tail != "none":
             self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
@@ -166,42 +169,75 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
         """
-        logits, exact, masses, picked = self._scored(hidden)
+        logits, inside, masses, picked = self._scored(hidden)
         outside = masses.scatter(1, picked, -torch.inf).logsumexp(dim=-1)
-        return logits, torch.sigmoid(outside - exact.float().logsumexp(dim=-1))
+        return logits, torch.sigmoid(outside - inside)
 
     def _sparse_logits(self, hidden: Tensor) -> Tensor:
         return self._scored(hidden)[0]
 
     def _scored(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All logits [N, V], those of scored tokens [N, A + k S], every expert's mass [N, M] and the picked ones."""
-        scores = self.router(hidden)  # (N, M)
-        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)  # (N, k)
+        """All logits [N, V], the log-sum-exp of those scored [N], all masses [N, M], and the picked experts [N, k]."""
+        scores, top, is_used = self.pick(hidden)
+        top_scores = scores.gather(1, top)  # (N, k)
         rows = self.scored_ids(top)
         exact = gather_dot(hidden, self.weight, self.bias, rows)  # (N, A + k S)
         always, routed = exact.split([self.num_always_on, exact.shape[1] - self.num_always_on], dim=-1)
         routed = routed.unflatten(-1, (*top.shape[1:], self.expert_size))  # (N, k, S)
         mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
-        shifts, tail_scores = self._combine(scores, top, top_scores, mass)
+        # The offset aligns the router with what was computed.
+        mass_used, scores_used = (
+            values if is_used is None else values.masked_fill(~is_used, -torch.inf) for values in (mass, top_scores)
+        )
+        offset = mass_used.logsumexp(dim=-1, keepdim=True) - scores_used.logsumexp(dim=-1, keepdim=True)
+        shifts, tail_scores = self._combine(scores, top, top_scores - mass, offset)
         if shifts is not None:
             exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
         unscored = self._tail_logits(hidden, tail_scores).to(exact.dtype)
-        return unscored.scatter_(1, rows, exact), exact, tail_scores, top
+        inside = torch.cat([always.float(), mass_used], dim=-1).logsumexp(dim=-1)
+        return unscored.scatter_(1, rows, exact), inside, tail_scores, top
+
+    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pick the experts to score.
+
+        Args:
+            hidden: hidden states, [N, d].
+
+        Returns:
+            The router's scores, fp32 [N, M]; the picked experts, best first, [N, k] int64; and which of them are used,
+            [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
+            no position uses are left out.
+        """
+        scores = self.router(hidden)
+        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
+        if self.routed_mass >= 1:
+            return scores, top, None
+        bias = None if self.bias is None else self.bias[self.always_on_ids]
+        always = F.linear(hidden, self.weight[self.always_on_ids], bias)
+        certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
+        total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
+        reached = (certain - total).exp() + (top_scores - total).exp().cumsum(dim=-1)
+        is_used = F.pad(reached[:, :-1] < self.routed_mass, (1, 0), value=True)
+        top = torch.where(is_used, top, top[:, :1])
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
+            most = int(is_used.sum(dim=-1).amax()) if len(hidden) else 1
+            top, is_used = top[:, :most], is_used[:, :most]
+        return scores, top, is_used
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
         always = self.always_on_ids.expand(experts.shape[0], -1)
         return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
 
-    def _combine(self, scores: Tensor, top: Tensor, top_scores: Tensor, mass: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _combine(
+        self, scores: Tensor, top: Tensor, disagreement: Tensor, offset: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         """What to add to the exact logits of each picked expert, [N, k], and the scores that the tail uses, [N, M]."""
         if self.combine == "router":
-            return top_scores - mass, scores
-        # The offset aligns the router with what was computed.
-        offset = mass.logsumexp(dim=-1, keepdim=True) - top_scores.logsumexp(dim=-1, keepdim=True)
+            return disagreement, scores
         if self.combine == "exact":
             return None, scores + offset
-        return self.combiner(scores + offset, top, top_scores + offset - mass)
+        return self.combiner(scores + offset, top, disagreement + offset)
 
     def _tail_logits(self, hidden: Tensor, scores: Tensor) -> Tensor:
         """The tail of every routed token: score_e + log p(v | e, h), [N, V]; minus infinity elsewhere."""
@@ -251,10 +287,14 @@ class TopKExpertsHead(nn.Linear):
             self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
 
-    def bytes_read(self, num_experts_per_tok: int | None = None) -> int:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode, at another k if given."""
+    def bytes_read(self, experts_scored: float | None = None) -> float:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode.
+
+        Args:
+            experts_scored: number of experts, a mean if it varies; k if not given.
+        """
         row = self.weight[:1].nbytes + (0 if self.bias is None else self.bias[:1].nbytes)
-        scored = self.num_always_on + (num_experts_per_tok or self.num_experts_per_tok) * self.expert_size
+        scored = self.num_always_on + (experts_scored or self.num_experts_per_tok) * self.expert_size
         return scored * row + _nbytes(self.router) + (0 if self.tail is None else _nbytes(self.tail))
 
     def dense_bytes(self) -> int:

@@ -344,3 +344,45 @@ def test_shrinking_keeps_the_tail_of_the_tokens_left(tail: str, vocab_size: int)
             assert not scored[position, ids].any()
             within, expected = after[position, ids].log_softmax(-1), before[position, ids].log_softmax(-1)
             torch.testing.assert_close(within, expected, rtol=1e-5, atol=1e-3)
+
+
+# Experts up to a share of the probability
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=sizes(),
+    tail=st.sampled_from(TAILS),
+    combine=st.sampled_from(COMBINES),
+    share=st.floats(0.01, 1.0),
+    positions=st.sampled_from([1, 4]),
+    compiles=st.booleans(),
+    seed=seeds,
+)
+def test_experts_are_scored_up_to_a_share_of_the_probability(
+    sizes: dict[str, int], tail: str, combine: str, share: float, positions: int, compiles: bool, seed: int
+) -> None:
+    head, hidden = make_head(tail=tail, combine=combine, **sizes), make_hidden(seed, positions) * 0.3
+    most, head.routed_mass = head.num_experts_per_tok, share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiles)
+        logits = head(hidden)
+    head.routed_mass = 1.0
+    for row, state in zip(logits, hidden, strict=True):
+        certain = dense_logits(head, state)[head.always_on_ids].logsumexp(-1).exp()
+        masses = head.router(state.unsqueeze(0))[0].exp().sort(descending=True).values
+        total = certain + masses.sum()
+        reached = [float((certain + masses[:count].sum()) / total) for count in range(1, most + 1)]
+        if any(abs(one - share) < 1e-5 for one in reached):
+            return  # too near to call
+        head.num_experts_per_tok = next((count for count, one in enumerate(reached, 1) if one >= share), most)
+        torch.testing.assert_close(row, head(state.unsqueeze(0))[0], **CLOSE[torch.float32])
+
+
+def test_a_smaller_share_scores_fewer_experts() -> None:
+    head, hidden = make_head(num_experts_per_tok=6), make_hidden(0, 50) * 0.3
+    counts = []
+    for head.routed_mass in (0.2, 0.6, 0.9, 1.0):
+        _, picked, is_used = head.pick(hidden)
+        counts.append(picked.numel() if is_used is None else int(is_used.sum()))
+    assert 50 <= counts[0] < counts[1] < counts[2] < counts[3] == 300

@@ -284,9 +284,10 @@ print(*sorted(set(sys.modules) - before), sep="\\n")
         ("none", "router", "eager"),
     ],
 )
-def test_sparse_head_compiles_to_one_graph(tail: str, combine: str, backend: str) -> None:
+@pytest.mark.parametrize("routed_mass", [1.0, 0.5])
+def test_sparse_head_compiles_to_one_graph(tail: str, combine: str, backend: str, routed_mass: float) -> None:
     torch.compiler.reset()
-    head = tiny_converted(tail=tail, combine=combine, head_mode="sparse").head
+    head = tiny_converted(tail=tail, combine=combine, head_mode="sparse", routed_mass=routed_mass).head
     compiled = torch.compile(head, fullgraph=True, dynamic=False, backend=backend)
     for positions in (1, 3):
         hidden = torch.randn(positions, 1, 32, generator=torch.Generator().manual_seed(0))

@@ -79,6 +79,7 @@ class _Sums:
     sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     rank_correlations: list[Tensor] = field(default_factory=list)
     positions: int = 0
+    experts_scored: int = 0
     predicted: int = 0
 
 
@@ -99,6 +100,7 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         for window in windows:
             token_ids = torch.tensor([window.token_ids], device=model.device)
             dense, sparse = model(input_ids=token_ids, use_cache=False).logits
+            sums.experts_scored += _experts_scored(heads.sparse_head, heads.hidden)
             sums.rank_correlations += _rank_correlations(heads.sparse_head, dense, sparse, heads.hidden)
             _add(sums, dense, sparse, token_ids[0])
             advance(len(window.token_ids))
@@ -112,7 +114,7 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         calibration_error_dense=_calibration_error(sums.dense_bins, sums.predicted),
         calibration_error_sparse=_calibration_error(sums.sparse_bins, sums.predicted),
         tail_rank_correlation=float(torch.stack(sums.rank_correlations).mean()) if sums.rank_correlations else math.nan,
-        bytes_read=model.head.bytes_read() / model.head.dense_bytes(),
+        bytes_read=model.head.bytes_read(sums.experts_scored / sums.positions) / model.head.dense_bytes(),
         positions=sums.positions,
     )
 
@@ -151,12 +153,18 @@ def _calibration_error(bins: Tensor, predicted: int) -> float:
     return float((bins[:, 0] - bins[:, 1]).abs().sum()) / max(1, predicted)
 
 
+def _experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
+    """How many experts are scored at all positions together: hidden [N, d]."""
+    _, picked, is_used = head.pick(hidden)
+    return picked.numel() if is_used is None else int(is_used.sum())
+
+
 def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
     """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
     if head.tail is None or head.num_experts_per_tok == head.num_experts:
         return []
     some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
-    scored = head.scored_ids(head.router(hidden[some]).topk(head.num_experts_per_tok, dim=-1).indices)
+    scored = head.scored_ids(head.pick(hidden[some])[1])
     correlations = []
     for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
         is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
