@@ -75,7 +75,8 @@ def convert(
         int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="What puts tokens into one expert: rows, frequency or context. [default: rows]")
+        str | None,
+        typer.Option(help="What puts tokens into one expert: context, rows or frequency. [default: context]"),
     ] = None,
     router: Annotated[
         str | None, typer.Option(help="centroid, linear, low_rank, mlp or attention. [default: mlp]")
@@ -86,7 +87,7 @@ def convert(
         typer.Option(help="What unscored tokens get: low_rank, prior, or none (no probability). [default: low_rank]"),
     ] = None,
     tail_rank: Annotated[
-        int | None, typer.Option(help="Rank of a low_rank tail: 3 take a byte a token. [default: 96]")
+        int | None, typer.Option(help="Rank of a low_rank tail: three take a byte a token. [default: 96]")
     ] = None,
     combine: Annotated[
         str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")

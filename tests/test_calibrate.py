@@ -92,11 +92,15 @@ def test_k_stays_within_the_bytes() -> None:
     assert model.head.num_experts_per_tok == 1
 
 
+# Bad enough that some experts are not enough.
+WEAK = {"held_out": 0.5, "partition": "frequency", "router": "centroid", "num_always_on": 0}
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_checkpoint(tmp_path / "model")
     tiny_text(tmp_path / "text.jsonl", documents=8)
-    lines = "\n".join(f"{name}: {value}" for name, value in {**QUICK, "held_out": 0.5}.items())
+    lines = "\n".join(f"{name}: {value}" for name, value in {**QUICK, **WEAK}.items())
     (tmp_path / "recipe.yaml").write_text(lines)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -108,20 +112,20 @@ ARGUMENTS = ("convert", "model", "out", "--text", "text.jsonl", "--recipe", "rec
 def test_converts_with_the_fewest_experts(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_main(monkeypatch, *ARGUMENTS, "--target-agreement", 0.985) == 0
+    assert run_main(monkeypatch, *ARGUMENTS, "--target-agreement", 0.9) == 0
     figures = json.loads(capsys.readouterr().out)
     chosen = figures["num_experts_per_tok"]
     assert 1 < chosen < NUM_EXPERTS
-    assert figures["agreement_lower_bound"] >= 0.985
+    assert figures["agreement_lower_bound"] >= 0.9
     assert json.loads((here / "out" / "config.json").read_text())["num_experts_per_tok"] == chosen
     recipe = Recipe.from_yaml(here / "out" / "recipe.yaml")
-    assert (recipe.num_experts_per_tok, recipe.target_agreement) == (chosen, 0.985)
+    assert (recipe.num_experts_per_tok, recipe.target_agreement) == (chosen, 0.9)
     card = (here / "out" / "README.md").read_text()
     assert f"{100 * figures['agreement_lower_bound']:.2f} %" in card
-    assert f"{chosen} experts were chosen as the fewest that reach 98.50 %" in card
+    assert f"{chosen} experts were chosen as the fewest that reach 90.00 %" in card
     assert f"{figures['positions']:,} positions of held-out documents of the sample (text.jsonl)" in card
     # One expert fewer is refused.
-    options = ("--target-agreement", 0.985, "--num-experts-per-tok", chosen - 1, "--overwrite")
+    options = ("--target-agreement", 0.9, "--num-experts-per-tok", chosen - 1, "--overwrite")
     assert run_main(monkeypatch, *ARGUMENTS, *options) == 1
     assert "is not reached: its lower bound is" in capsys.readouterr().err
 
@@ -130,19 +134,19 @@ def test_writes_nothing_below_the_target(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(here)
-    options = ("--target-agreement", 0.985, "--max-bytes-read", 0.4)
+    options = ("--target-agreement", 0.9, "--max-bytes-read", 0.7)
     assert run_main(monkeypatch, *ARGUMENTS, *options) == 1
     printed = capsys.readouterr()
     assert printed.out == ""
     message = printed.err.splitlines()[-1]
     assert message.startswith(
-        "hf-topk: the target agreement of 0.985 is not reached within 40.0% of the bytes: its lower"
+        "hf-topk: the target agreement of 0.9 is not reached within 70.0% of the bytes: its lower"
     )
     assert "--allow-below-target" in message
     assert contents(here) == before
     assert run_main(monkeypatch, *ARGUMENTS, *options, "--allow-below-target") == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["agreement_lower_bound"] < 0.985
+    assert figures["agreement_lower_bound"] < 0.9
     assert (here / "out").is_dir()
 
 
