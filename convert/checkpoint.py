@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_topk.errors import InputError, TopKExpertsError
@@ -85,6 +86,7 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     report.model.config.architectures = [type(report.model).__name__]
+    custom_object_save(report.model, folder, config=cast(Any, report.model.config))
     report.model.config.save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
     (folder / FIGURES_FILE).write_text(json.dumps(report.figures(), indent=2) + "\n", encoding="utf-8")

@@ -25,5 +25,8 @@ __all__ = [
 # The converter lies in a folder of its own: find it also where Python runs in the root of a checkout.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+# Saved models carry a copy of the code, for those who load them without this package.
+TopKExpertsConfig.register_for_auto_class()
+TopKExpertsForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

@@ -82,7 +82,8 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         Raises:
             InputError: when `config` is a dense model's, or the dense model has no single linear vocabulary head.
         """
-        if not isinstance(config, TopKExpertsConfig):
+        # By its type: code that is loaded from a repository may have the class twice.
+        if config.model_type != TopKExpertsConfig.model_type:
             raise InputError(
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
                 "convert the model first with `hf-topk convert MODEL OUT`"
