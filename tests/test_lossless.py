@@ -332,8 +332,8 @@ def test_distribution_of_two_tokens(
         first = llama(prompt).logits[0, -1].softmax(-1)
         second = llama(torch.cat([prompt.expand(100, -1), vocabulary], dim=1)).logits[:, -1].softmax(-1)
     draws = [
-        generate(small, prompt, seed, **SAMPLED, max_new_tokens=4, num_return_sequences=500, lossless=True)[:, 5:7]
-        for seed in range(20)
+        generate(small, prompt, seed, **SAMPLED, max_new_tokens=4, num_return_sequences=2000, lossless=True)[:, 5:7]
+        for seed in range(100)
     ]
     assert stats_of(small).drafted > 0
     counts = torch.bincount(torch.cat(draws) @ torch.tensor([100, 1]), minlength=10_000).double()
