@@ -68,7 +68,7 @@ def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     """Product with a matrix of small whole numbers, several of them in a byte; inputs are rounded to int8.
 
     The lowest bits of all bytes of a row hold its first columns, the next ones the columns that follow. The integer
-    product is exact, so this equals [`packed_logits_reference`] up to the order of its sums.
+    products are exact, so this equals [`packed_logits_reference`] up to the rounding of their sum.
 
     Args:
         inputs: [N, r], any float type; r is a multiple of 8 / bits.
@@ -83,13 +83,17 @@ def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     rounded, input_scales = _round_to_int8(inputs)
     parts = rounded.split(codes.shape[-1], dim=-1)
     products = [_packed_product(parts, some, bits) for some in codes.split(ROWS_UNPACKED_AT_ONCE)]
-    return torch.cat(products, dim=-1).float() * input_scales
+    return torch.cat(products, dim=-1) * input_scales
 
 
 def _packed_product(parts: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tensor:
-    total = torch._int_mm(parts[0], _plane(codes, bits, 0).t())
-    for place, part in enumerate(parts[1:], start=1):
-        total += torch._int_mm(part, _plane(codes, bits, place).t())
+    """Sum of the products of each part of the inputs with its place in the bytes: int8 [N, ...] each to fp32 [N, R]."""
+    last = len(parts) - 1
+    total = torch._int_mm(parts[last], (codes >> (last * bits)).view(torch.int8).t()).float()
+    for place, part in enumerate(parts[:last]):
+        # Numbers stay where they are in the byte, which is not yet the sign's place; their product is scaled instead.
+        numbers = (codes & ((2**bits - 1) << (place * bits))).view(torch.int8)
+        total.add_(torch._int_mm(part, numbers.t()), alpha=2.0 ** (-place * bits))
     return total
 
 
