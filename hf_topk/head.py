@@ -193,7 +193,7 @@ class TopKExpertsHead(nn.Linear):
         shifts, tail_scores = self._combine(scores, top, top_scores - mass, offset)
         if shifts is not None:
             exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
-        unscored = self._tail_logits(hidden, tail_scores)
+        unscored = self._tail_logits(hidden, tail_scores, exact.dtype)
         inside = torch.cat([always.float(), mass_used], dim=-1).logsumexp(dim=-1)
         return unscored.scatter_(1, rows, exact), inside, tail_scores, top
 
@@ -239,14 +239,14 @@ class TopKExpertsHead(nn.Linear):
             return None, scores + offset
         return self.combiner(scores + offset, top, disagreement + offset)
 
-    def _tail_logits(self, hidden: Tensor, scores: Tensor) -> Tensor:
+    def _tail_logits(self, hidden: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
         """The tail of every routed token: score_e + log p(v | e, h), [N, V]; minus infinity elsewhere."""
-        logits = hidden.new_full((hidden.shape[0], self.out_features), -torch.inf)
+        logits = hidden.new_full((hidden.shape[0], self.out_features), -torch.inf, dtype=dtype)
         if self.tail is None:
             return logits
         within = self._normalise(self.tail(hidden)) + scores.unsqueeze(-1)  # (N, M, S)
         ids = self.expert_ids.flatten().expand(hidden.shape[0], -1)
-        return logits.scatter_(1, ids, within.flatten(1).to(logits.dtype))
+        return logits.scatter_(1, ids, within.flatten(1).to(dtype))
 
     def _normalise(self, within: Tensor) -> Tensor:
         """Log-softmax within each expert, [N, M, S], to which repeated ids add nothing."""
