@@ -46,10 +46,10 @@ def mean_states(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: [V] or None.
 
     Returns:
-        Mean states, fp32 [V, d], where the weight is.
+        Mean states, [V, d], where the weight is and of its type.
     """
     sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
-    means = torch.empty(weight.shape, device=weight.device)
+    means = torch.empty_like(weight)
     with progress("Reading token contexts", 2 * weight.shape[0], "tokens") as advance:
         for rows, log_probabilities in _log_probabilities(sample, weight, bias, advance):
             # A softmax over the positions, so that tokens that are likely nowhere have a mean as well.
