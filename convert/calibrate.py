@@ -87,7 +87,7 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     """Set k to the smallest number of experts whose agreement reaches the target with confidence.
 
     Args:
-        model: the converted model; its k is set, to the largest that is allowed if nothing reaches the target.
+        model: the converted model; its k is set, to the fewest that come nearest if nothing reaches the target.
         held_out: windows of documents that the router has not seen.
         target: what to reach.
     """
@@ -101,9 +101,12 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     needed = experts_needed(model, held_out)
     shares = [float((needed <= k).double().mean()) for k in range(1, largest + 1)]
     expected = next((k for k, share in enumerate(shares, 1) if lower_bound(share, len(needed)) >= target.agreement), 0)
+    if not expected:  # the fewest that do no worse than all that are allowed
+        set_num_experts(model, 1 + shares.index(shares[-1]))
+        return
     # What was expected is measured: the tail, too, has a say at rare positions.
-    chosen = next((k for k in range(expected or largest, largest + 1) if reaches(k)), largest)
-    while chosen > 1 and expected and reaches(chosen - 1):
+    chosen = next((k for k in range(expected, largest + 1) if reaches(k)), largest)
+    while chosen > 1 and reaches(chosen - 1):
         chosen -= 1
     set_num_experts(model, chosen)
 
@@ -139,6 +142,17 @@ def experts_needed(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tens
     return torch.cat(needed)
 
 
+def is_reached(fidelity: Fidelity, target: Target) -> bool:
+    """Whether the agreement's lower bound reaches a target within its bytes.
+
+    Args:
+        fidelity: measured on held-out documents.
+        target: what the model was to reach.
+    """
+    bound = lower_bound(fidelity.agreement, fidelity.positions)
+    return bound >= target.agreement and fidelity.bytes_read <= (target.max_bytes_read or math.inf)
+
+
 def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
     """Refuse a model that falls short of its target, unless the nearest was to be taken.
 
@@ -150,11 +164,10 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
     Raises:
         TargetNotReachedError: when the lower bound of the agreement is below the target or too many bytes are read.
     """
-    bound = lower_bound(fidelity.agreement, fidelity.positions)
-    limit = math.inf if target.max_bytes_read is None else target.max_bytes_read
-    if target.or_nearest or (bound >= target.agreement and fidelity.bytes_read <= limit):
+    if target.or_nearest or is_reached(fidelity, target):
         return
-    within = "" if target.max_bytes_read is None else f" within {limit:.1%} of the bytes"
+    bound = lower_bound(fidelity.agreement, fidelity.positions)
+    within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
     raise TargetNotReachedError(
         f"the target agreement of {target.agreement} is not reached{within}: its lower bound is {bound:.4f} (agreement "
         f"{fidelity.agreement:.4f} on {fidelity.positions:,} held-out positions) at num_experts_per_tok "

@@ -16,6 +16,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.figures import as_json
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import Advance, progress
 
@@ -89,7 +90,7 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     custom_object_save(report.model, folder, config=cast(Any, report.model.config))
     report.model.config.save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
-    (folder / FIGURES_FILE).write_text(json.dumps(report.figures(), indent=2) + "\n", encoding="utf-8")
+    (folder / FIGURES_FILE).write_text(as_json(report.figures()) + "\n", encoding="utf-8")
     write_card(report, source, folder)
 
 

@@ -40,7 +40,7 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
         Ids in ascending order, int64 [A].
     """
     likeliest = probabilities.topk(min(len(probabilities), count + len(specials))).indices.tolist()
-    ranked = dict.fromkeys([*(token for token in specials if token < len(probabilities)), *likeliest])
+    ranked = dict.fromkeys([*(token for token in specials if 0 <= token < len(probabilities)), *likeliest])
     return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
 
 

@@ -17,7 +17,7 @@ from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
-from .calibrate import Target, check_target, choose_num_experts, lower_bound, split_by_document
+from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
 from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
@@ -34,8 +34,8 @@ class Report:
 
     Attributes:
         model: the converted model, in memory.
-        recipe: every choice, with none left open.
-        fidelity: measured at the recipe's k on held-out documents of the sample.
+        recipe: every choice, with none left open but k, which a target agreement decides.
+        fidelity: measured at k on held-out documents of the sample.
         num_experts: M.
         added_bytes: bytes that conversion adds to the model on disk.
         distilled_positions: positions that the router was distilled on.
@@ -54,12 +54,14 @@ class Report:
     seconds: float
 
     def figures(self) -> dict[str, Any]:
-        """All figures, ready for JSON."""
+        """All figures, ready for JSON but that some may not be finite."""
+        target = target_of(self.recipe)
         return {
             **dataclasses.asdict(self.fidelity),
             "agreement_lower_bound": lower_bound(self.fidelity.agreement, self.fidelity.positions),
+            "target_reached": target is None or is_reached(self.fidelity, target),
             "num_experts": self.num_experts,
-            "num_experts_per_tok": self.recipe.num_experts_per_tok,
+            "num_experts_per_tok": self.model.head.num_experts_per_tok,
             "added_bytes": self.added_bytes,
             "added_bytes_share": self.added_bytes / self.model.head.dense_bytes(),
             "distilled_positions": self.distilled_positions,
@@ -110,7 +112,6 @@ def convert(
         states = collect(model, to_distil_on, kept)
         converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
         fidelity = _calibrate(converted, states, held_out, recipe)
-        recipe = dataclasses.replace(recipe, num_experts_per_tok=converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
@@ -232,9 +233,7 @@ def distil_router(head: TopKExpertsHead, recipe: Recipe, states: Tensor, masses:
 
 def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
     """Choose k if the recipe has a target, fit what depends on it, and measure."""
-    target = None
-    if recipe.target_agreement is not None:
-        target = Target(recipe.target_agreement, recipe.max_bytes_read, recipe.allow_below_target)
+    target = target_of(recipe)
     if target and recipe.num_experts_per_tok is None:
         choose_num_experts(converted, held_out, target)
     fit_combiner(converted.head, states, recipe.seed)
@@ -244,6 +243,13 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
         check_target(fidelity, target, converted.head.num_experts_per_tok)
     converted.requires_grad_(True)
     return fidelity
+
+
+def target_of(recipe: Recipe) -> Target | None:
+    """What a recipe promises, if anything."""
+    if recipe.target_agreement is None:
+        return None
+    return Target(recipe.target_agreement, recipe.max_bytes_read, recipe.allow_below_target)
 
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_topk.cli import main
+from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import measure_fidelity, readable_length
 from hf_topk.text import Window
 
@@ -19,7 +21,7 @@ from .recipe import Recipe
 from .source import find_folder, open_source
 
 TESTED = 0.2  # share of the documents that a split sets aside
-HELD_OUT = 0.25  # share of the others that k is chosen on
+FEWEST_DOCUMENTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +50,17 @@ def try_split(
         model: the dense model.
         tokenizer: its tokenizer.
         recipe: every choice, with a target agreement.
-        windows: the sample, of several documents.
+        windows: the sample.
         seed: of the split.
+
+    Raises:
+        InputError: when the sample has fewer than 5 documents.
     """
     documents = sorted({window.document for window in windows})
+    if len(documents) < FEWEST_DOCUMENTS:
+        raise InputError(
+            f"the sample has {len(documents)} documents, too few to split: give {FEWEST_DOCUMENTS} or more"
+        )
     tested = set(random.Random(seed).sample(documents, max(1, round(TESTED * len(documents)))))
     seen = [window for window in windows if window.document not in tested]
     report = convert(model, tokenizer, dataclasses.replace(recipe, seed=seed), windows=seen)
@@ -60,19 +69,25 @@ def try_split(
     return Outcome(report.model.head.num_experts_per_tok, bound, fidelity.agreement, fidelity.positions)
 
 
-def main(
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def promise(
     text: Annotated[str, typer.Option(help="The sample: a file or a folder of several documents.")],
-    model: Annotated[str | None, typer.Option(help="The dense model; the bundled one if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="The dense model; the bundled one if left out.")
+    ] = None,
     target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = 0.995,
-    positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = 60_000,
-    splits: Annotated[int, typer.Option(help="Random splits of the documents.")] = 20,
+    positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = Recipe.positions,
+    splits: Annotated[int, typer.Option(min=1, help="Random splits of the documents.")] = 20,
 ) -> None:
     """Convert on random splits of a sample, and count how often documents set aside agree as was promised."""
-    source = open_source(model or "the bundled demo model", find_folder(model))
+    choices = {"text": text, "positions": positions, "target_agreement": target_agreement, "allow_below_target": True}
+    recipe = Recipe.from_dict(choices)
+    folder = find_folder(model)
+    source = open_source(model or str(folder), folder)
     dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
-    recipe = Recipe(
-        text=text, positions=positions, held_out=HELD_OUT, target_agreement=target_agreement, allow_below_target=True
-    )
     length = readable_length(dense.config, recipe.window_length)
     windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
     kept = 0
@@ -83,4 +98,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(app)

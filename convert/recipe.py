@@ -111,6 +111,10 @@ class Recipe:
                 raise ValueError(f"{name} is {share}, must be a share above 0 and below 1, such as 0.995")
         if self.target_agreement is None and (self.max_bytes_read is not None or self.allow_below_target):
             raise ValueError("max_bytes_read and allow_below_target need a target_agreement")
+        if self.target_agreement is not None and self.routed_mass < 1:
+            raise ValueError(
+                "a target_agreement chooses one number of experts for all positions: leave routed_mass at 1"
+            )
 
     @classmethod
     def from_dict(cls, choices: dict[str, Any]) -> Self:

@@ -1,8 +1,6 @@
 """The command line: `hf-topk`. Each command imports its code when it runs."""
 
 import dataclasses
-import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -124,9 +122,10 @@ def convert(
         f"Wrote {out}",
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{report.recipe.num_experts_per_tok} scored for a position, {report.recipe.num_always_on} always on",
+            f"{figures['num_experts_per_tok']} scored for a position, {report.recipe.num_always_on} always on",
             "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
-            f"confidence, on {figures['positions']:,} held-out positions of the sample",
+            f"confidence, on {figures['positions']:,} held-out positions of the sample"
+            + ("" if figures["target_reached"] else ": the target is not reached"),
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
             "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",
@@ -281,11 +280,9 @@ def _quiet() -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    """Print JSON, in which there is no infinity."""
-    finite = {
-        name: None if isinstance(item, float) and not math.isfinite(item) else item for name, item in value.items()
-    }
-    print(json.dumps(finite, indent=2))
+    from .figures import as_json
+
+    print(as_json(value))
 
 
 def _print_table(title: str, rows: dict[str, str]) -> None:

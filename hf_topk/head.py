@@ -194,8 +194,8 @@ class TopKExpertsHead(nn.Linear):
         if shifts is not None:
             exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
         unscored = self._tail_logits(hidden, tail_scores, exact.dtype)
-        inside = torch.cat([always.float(), mass_used], dim=-1).logsumexp(dim=-1)
-        return unscored.scatter_(1, rows, exact), inside, tail_scores, top
+        inside = torch.cat([always.float(), mass_used if shifts is None else mass_used + shifts], dim=-1)
+        return unscored.scatter_(1, rows, exact), inside.logsumexp(dim=-1), tail_scores, top
 
     def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pick the experts to score.

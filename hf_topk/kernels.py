@@ -41,7 +41,7 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
 def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     """Product with an int8 matrix whose rows have a scale each; the inputs are rounded to int8 as well.
 
-    The integer product is exact, so this equals [`int8_logits_reference`] bit for bit.
+    The integer product is exact, so this equals [`int8_logits_reference`] bit for bit up to 1040 columns.
 
     Args:
         inputs: [N, r], any float type.
@@ -51,7 +51,7 @@ def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
-    if not _multiplies_int8(inputs, factors.shape[-1]):
+    if not _multiplies_int8(inputs, factors):
         return int8_logits_reference(inputs, factors, scales)
     rounded, input_scales = _round_to_int8(inputs)
     products = torch._int_mm(rounded, factors.t())
@@ -60,8 +60,8 @@ def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
 
 def int8_logits_reference(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     """What [`int8_logits`] computes, in floating point: products of int8 are exact in fp32 up to rank 1040."""
-    rounded, input_scales = _round_to_int8(inputs)
-    return F.linear(rounded.float(), factors.float()) * scales.float() * input_scales
+    rounded, input_scales = _round_through(inputs)
+    return F.linear(rounded, factors.float()) * scales.float() * input_scales
 
 
 def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
@@ -78,7 +78,7 @@ def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     Returns:
         inputs @ numbers^T up to the rounding of the inputs, fp32 [N, R], with numbers from 0 to 2^bits - 1.
     """
-    if not _multiplies_int8(inputs, codes.shape[-1]):
+    if not _multiplies_int8(inputs, codes):
         return packed_logits_reference(inputs, codes, bits)
     rounded, input_scales = _round_to_int8(inputs)
     parts = rounded.split(codes.shape[-1], dim=-1)
@@ -99,9 +99,9 @@ def _packed_product(parts: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tens
 
 def packed_logits_reference(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     """What [`packed_logits`] computes, with all numbers unpacked at once and in floating point."""
-    rounded, input_scales = _round_to_int8(inputs)
+    rounded, input_scales = _round_through(inputs)
     numbers = torch.cat([_plane(codes, bits, place) for place in range(8 // bits)], dim=-1)
-    return F.linear(rounded.float(), numbers.float()) * input_scales
+    return F.linear(rounded, numbers.float()) * input_scales
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -116,13 +116,27 @@ def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
     return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
 
 
-def _multiplies_int8(inputs: Tensor, columns: int) -> bool:
-    # The integer product has size limits on other devices, and on the CPU it is wrong at rank 1 (seen in torch 2.13).
-    return inputs.device.type == "cpu" and columns > 1
+def _multiplies_int8(inputs: Tensor, matrix: Tensor) -> bool:
+    # The integer product has size limits on other devices, on the CPU it is wrong at rank 1 (seen in torch 2.13), and
+    # it has no gradient.
+    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    return inputs.device.type == "cpu" and matrix.shape[-1] > 1 and not needs_gradient
 
 
 def _round_to_int8(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to 127 steps of its largest magnitude: int8 [N, r] and fp32 scales [N, 1]."""
+    steps, scales = _steps(inputs)
+    return steps.round().to(torch.int8), scales
+
+
+def _round_through(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers as floats whose gradient is that of the inputs not rounded (straight-through)."""
+    steps, scales = _steps(inputs)
+    return steps + (steps.round() - steps).detach(), scales
+
+
+def _steps(inputs: Tensor) -> tuple[Tensor, Tensor]:
     inputs = inputs.float()
-    scales = inputs.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-    return (inputs / scales).round().to(torch.int8), scales
+    largest = inputs.detach().abs().amax(dim=-1, keepdim=True)
+    scales = largest.clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    return inputs / scales, scales

@@ -274,7 +274,7 @@ class Block:
         if len(self._states) < self.size:
             logits, outside = self._head.draft_logits(hidden.flatten(0, 1))
             if self.ended is not None:
-                outside = outside.masked_fill(self.ended, 0)
+                outside = outside.masked_fill(self.ended.to(outside.device), 0)
             if outside.amax() <= DOUBTFUL_SHARE:
                 return logits.view(*hidden.shape[:-1], -1)
         self.is_verified = True
@@ -315,12 +315,13 @@ class Drafter:
         self._does_sample = bool(generation_config.do_sample)
         self._max_length = stopping_criteria.max_length
         self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._pad = cast(Tensor, getattr(generation_config, "_pad_token_tensor", None))
+        self._pad: Tensor | None = getattr(generation_config, "_pad_token_tensor", None)
         self._ends: Tensor | None = None
-        ends = [one.eos_token_id.flatten() for one in stopping_criteria if hasattr(one, "eos_token_id")]
-        if ends:
+        ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
+        if ends and self._pad is not None:
             # The loop feeds padding to rows that have ended, for whatever reason.
-            self._ends = torch.cat([*ends, self._pad.flatten().to(ends[0].device)])
+            every_end = [torch.as_tensor(one, device=self._pad.device).flatten() for one in (*ends, self._pad)]
+            self._ends = torch.cat(every_end)
 
     def longest_block(self, input_ids: Tensor, size: int, cache: RollBack) -> int:
         """How many of `size` positions can be drafted without going where dense decoding would not.
@@ -380,7 +381,7 @@ class Drafter:
             probabilities = scores.softmax(dim=-1)
             scores = probabilities / torch.empty_like(probabilities).exponential_()
         tokens = scores.argmax(dim=-1)
-        if self._ends is None or block.ended is None:
+        if self._ends is None or self._pad is None or block.ended is None:
             return tokens
         tokens = torch.where(block.ended, self._pad, tokens)
         if torch.isin(tokens, self._ends).all():

@@ -62,8 +62,8 @@ class RollBack:
     def before_step(self) -> None:
         """Keep what the next token will push out."""
         for layer, pushed_out in self._pushed_out:
-            first = layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()
-            pushed_out.append(first if _is_full(layer) else None)
+            oldest = (layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()) if _is_full(layer) else None
+            pushed_out.append(oldest)
 
     def back(self, steps: int) -> None:
         """Take the last tokens out.
@@ -76,10 +76,11 @@ class RollBack:
                 layer.crop(-steps)
             elif type(layer) is layers.StaticLayer:
                 layer.cumulative_length.sub_(steps)  # what lies behind is masked, and written over
-        for layer, pushed_out in self._pushed_out:
+        for layer, pushed_out in self._pushed_out if steps else ():
+            lost = [pair for pair in pushed_out[-steps:] if pair is not None]
+            del pushed_out[-steps:]
             undo = _undo_dynamic if type(layer) is layers.DynamicSlidingWindowLayer else _undo_static
-            for _ in range(steps):
-                undo(layer, pushed_out.pop())
+            undo(layer, steps, [keys for keys, _ in lost], [values for _, values in lost])
 
 
 def _is_full(layer: Any) -> bool:
@@ -89,21 +90,18 @@ def _is_full(layer: Any) -> bool:
     return not layer.record_past and layer.keys.shape[2] >= layer.sliding_window - 1
 
 
-def _undo_dynamic(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
-    """Undo one step of a growing layer with a window."""
+def _undo_dynamic(layer: Any, steps: int, keys: list[Tensor], values: list[Tensor]) -> None:
+    """Undo steps of a growing layer with a window, given what they pushed out."""
     # Its own `crop` would have it record the past, with which Transformers 5.16 allows one step between two crops.
-    layer.cumulative_length -= 1
-    keys, values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
-    if pushed_out is not None:
-        keys, values = torch.cat([pushed_out[0], keys], dim=2), torch.cat([pushed_out[1], values], dim=2)
-    layer.keys, layer.values = keys, values
+    layer.cumulative_length -= steps
+    layer.keys = torch.cat([*keys, layer.keys], dim=2)[:, :, :-steps]
+    layer.values = torch.cat([*values, layer.values], dim=2)[:, :, :-steps]
 
 
-def _undo_static(layer: Any, pushed_out: tuple[Tensor, Tensor] | None) -> None:
-    """Undo one step of a static layer with a window."""
-    layer.cumulative_length_int -= 1
-    if pushed_out is None:
-        layer.cumulative_length.sub_(1)
-        return
-    layer.keys.copy_(torch.cat([pushed_out[0], layer.keys[:, :, :-1]], dim=2))
-    layer.values.copy_(torch.cat([pushed_out[1], layer.values[:, :, :-1]], dim=2))
+def _undo_static(layer: Any, steps: int, keys: list[Tensor], values: list[Tensor]) -> None:
+    """Undo steps of a static layer with a window, given what they pushed out."""
+    layer.cumulative_length_int -= steps
+    layer.cumulative_length.sub_(steps - len(keys))  # which stays where it is while the window is full
+    if keys:
+        layer.keys.copy_(torch.cat([*keys, layer.keys], dim=2)[:, :, : layer.max_cache_len])
+        layer.values.copy_(torch.cat([*values, layer.values], dim=2)[:, :, : layer.max_cache_len])

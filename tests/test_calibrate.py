@@ -117,9 +117,10 @@ def test_converts_with_the_fewest_experts(
     chosen = figures["num_experts_per_tok"]
     assert 1 < chosen < NUM_EXPERTS
     assert figures["agreement_lower_bound"] >= 0.9
+    assert figures["target_reached"]
     assert json.loads((here / "out" / "config.json").read_text())["num_experts_per_tok"] == chosen
     recipe = Recipe.from_yaml(here / "out" / "recipe.yaml")
-    assert (recipe.num_experts_per_tok, recipe.target_agreement) == (chosen, 0.9)
+    assert (recipe.num_experts_per_tok, recipe.target_agreement) == (None, 0.9)
     card = (here / "out" / "README.md").read_text()
     assert f"{100 * figures['agreement_lower_bound']:.2f} %" in card
     assert f"{chosen} experts were chosen as the fewest that reach 90.00 %" in card
@@ -147,7 +148,8 @@ def test_writes_nothing_below_the_target(
     assert run_main(monkeypatch, *ARGUMENTS, *options, "--allow-below-target") == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["agreement_lower_bound"] < 0.9
-    assert (here / "out").is_dir()
+    assert not figures["target_reached"]
+    assert "the target of 90.00 % is **not reached**" in (here / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,7 @@ def test_writes_nothing_below_the_target(
         ({"target_agreement": 0.9, "max_bytes_read": 1.5}, "max_bytes_read is 1.5"),
         ({"max_bytes_read": 0.1}, "need a target_agreement"),
         ({"allow_below_target": True}, "need a target_agreement"),
+        ({"target_agreement": 0.9, "routed_mass": 0.5}, "leave routed_mass at 1"),
     ],
 )
 def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: str) -> None:

@@ -26,6 +26,7 @@ EVALUATE_KEYS = [
     "perplexity_dense",
     "perplexity_sparse",
     "log_z_error",
+    "log_z_absolute_error",
     "calibration_error_dense",
     "calibration_error_sparse",
     "tail_rank_correlation",

@@ -69,6 +69,7 @@ def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelit
         perplexity_dense=math.exp(mean["dense"]),
         perplexity_sparse=math.exp(mean["sparse"]) if mean["sparse"] < math.inf else math.inf,
         log_z_error=math.fsum(log_z) / len(log_z),
+        log_z_absolute_error=math.fsum(map(abs, log_z)) / len(log_z),
         calibration_error_dense=calibration_error(confidences["dense"]),
         calibration_error_sparse=calibration_error(confidences["sparse"]),
         tail_rank_correlation=math.fsum(correlations) / len(correlations) if correlations else math.nan,

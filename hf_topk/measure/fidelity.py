@@ -33,6 +33,7 @@ class Fidelity:
         perplexity_dense: of the text under the dense head.
         perplexity_sparse: of the text under the sparse head; infinite where a token got no probability.
         log_z_error: mean of the sparse less the dense log-sum-exp of all logits, in nats.
+        log_z_absolute_error: mean of its magnitude.
         calibration_error_dense: expected calibration error of the dense head's likeliest token: how far, over 15 bins
             of equal width, its probability is from how often it comes next (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599).
@@ -49,6 +50,7 @@ class Fidelity:
     perplexity_dense: float
     perplexity_sparse: float
     log_z_error: float
+    log_z_absolute_error: float
     calibration_error_dense: float
     calibration_error_sparse: float
     tail_rank_correlation: float
@@ -75,6 +77,7 @@ class _Sums:
     loss_dense: float = 0.0
     loss_sparse: float = 0.0
     log_z: float = 0.0
+    log_z_absolute: float = 0.0
     dense_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     rank_correlations: list[Tensor] = field(default_factory=list)
@@ -111,6 +114,7 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),
         perplexity_sparse=_exp(sums.loss_sparse / max(1, sums.predicted)),
         log_z_error=sums.log_z / sums.positions,
+        log_z_absolute_error=sums.log_z_absolute / sums.positions,
         calibration_error_dense=_calibration_error(sums.dense_bins, sums.predicted),
         calibration_error_sparse=_calibration_error(sums.sparse_bins, sums.predicted),
         tail_rank_correlation=float(torch.stack(sums.rank_correlations).mean()) if sums.rank_correlations else math.nan,
@@ -130,8 +134,9 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
         best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
         sums.agreed += int((best_sparse == best).sum())
         # Where a logit is large, softmax has taken the log-sum-exp off it.
-        sums.log_z += float((some_sparse.float() - log_q).gather(1, best_sparse).sum())
-        sums.log_z -= float((some_dense.float() - log_p).gather(1, best).sum())
+        log_z = (some_sparse.float() - log_q).gather(1, best_sparse) - (some_dense.float() - log_p).gather(1, best)
+        sums.log_z += float(log_z.sum())
+        sums.log_z_absolute += float(log_z.abs().sum())
         for log, top, bins in ((log_p, best, sums.dense_bins), (log_q, best_sparse, sums.sparse_bins)):
             _add_to_bins(bins, log.gather(1, top)[:, 0].exp(), top[:, 0] == some_followers, some_followers != NO_TOKEN)
         sums.contained += int((likeliest == best).any(dim=-1).sum())
@@ -161,7 +166,7 @@ def _experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
 
 def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
     """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
-    if head.tail is None or head.num_experts_per_tok == head.num_experts:
+    if head.tail is None or (head.num_experts_per_tok == head.num_experts and head.routed_mass >= 1):
         return []
     some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
     scored = head.scored_ids(head.pick(hidden[some])[1])

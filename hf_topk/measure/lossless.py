@@ -108,6 +108,7 @@ def compare_lossless(
     comparison = LosslessComparison(model.dtype)
     choices: dict[str, Any] = {
         "do_sample": False,
+        "num_beams": 1,
         "max_new_tokens": new_tokens,
         "eos_token_id": None,
         "pad_token_id": 0,
