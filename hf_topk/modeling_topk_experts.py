@@ -61,7 +61,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     Attributes:
         base: the dense model.
         head: the [`TopKExpertsHead`] in it.
-        last_generation_stats: what the last `generate` took if it was lossless, else None.
+        last_generation_stats: what the last `generate` took if it was lossless and drafted tokens, else None.
 
     Example:
         >>> import hf_topk
@@ -212,7 +212,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             *args: further arguments of Transformers' `generate`.
             lossless: whether to return the dense model's own tokens: greedily, those of dense decoding; sampling, those
                 of dense decoding with the same seed. The dense head is read once a block of tokens, and once a token in
-                beam search and assisted decoding, and where the cache cannot be rolled back. What it took is in
+                beam search and assisted decoding, and where the cache cannot be rolled back. What drafting took is in
                 `last_generation_stats`. Unless given, as the generation config has it.
             **kwargs: further arguments of Transformers' `generate`.
 

@@ -96,6 +96,7 @@ def test_special_tokens_are_always_on_before_likely_ones() -> None:
     assert choose_always_on(probabilities, [12, 3], 2).tolist() == [3, 9]  # 12 is beyond the head
     assert choose_always_on(probabilities, [9], 3).tolist() == [7, 8, 9]
     assert choose_always_on(probabilities, [3], 0).tolist() == []
+    assert choose_always_on(probabilities, [-1, 3], 2).tolist() == [3, 9]  # -1 says that there is none
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)

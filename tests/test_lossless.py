@@ -149,6 +149,8 @@ def test_rows_end_apart(way: str, padding: int, dense: PreTrainedModel, model: T
 
 def test_rows_end_for_reasons_of_their_own(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
     class SecondRowEnds(StoppingCriteria):
+        eos_token_id = 0  # a number, where Transformers' own have a tensor
+
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             return torch.tensor([input_ids.shape[1] >= 20, input_ids.shape[1] >= 9])
 

@@ -297,3 +297,23 @@ def test_gather_dot_equals_reference(
     assert logits.shape == (positions, rows)
     rounding = 1e-5 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(logits.double(), expected, rtol=rounding, atol=4 * rounding)
+
+
+@pytest.mark.parametrize("kind", [*ROUTERS, "tail"])
+def test_gradients_pass_through_the_rounding(kind: str) -> None:
+    module = randomise(LowRankTail(16, 5, 4, 12) if kind == "tail" else ROUTERS[kind](16, 5, 3), 0).requires_grad_(
+        False
+    )
+    if kind != "tail":
+        module.to_int8(torch.float32)
+    hidden = normal(1, 3, 16).requires_grad_()
+    scores = module(hidden)
+    torch.testing.assert_close(scores.detach(), module(hidden.detach()), rtol=1e-5, atol=1e-4)
+    scores.sum().backward()
+    # Rounding is finer than a tenth: beyond it the slope is that of the numbers not rounded.
+    for place in range(16):
+        step = torch.zeros(3, 16)
+        step[:, place] = 0.5
+        slope = (module(hidden.detach() + step) - module(hidden.detach() - step)).flatten(1).sum(dim=1)
+        size = 1.0 + module(hidden.detach()).flatten(1).abs().sum(dim=1)
+        assert ((slope - hidden.grad[:, place]).abs() <= 0.1 * size + 0.2 * slope.abs()).all()
