@@ -96,8 +96,8 @@ def measure_frontier(
 
     Args:
         dense: the dense model.
-        recipe: resolved; its partition, router and tail are replaced by each in turn. Rows and contexts are also tried
-            without always-on tokens.
+        recipe: resolved; its partition, router and tail are replaced by each in turn. Rows are also tried without
+            always-on tokens.
         specials: ids of special tokens, the most important first.
         states: hidden states to distil on, [N, d].
         measured: what is measured on.
@@ -109,8 +109,7 @@ def measure_frontier(
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
     probabilities = token_probabilities(states, weight, bias)
     cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
-    without = [dataclasses.replace(case, num_always_on=0) for case in cases if case.partition != "frequency"]
-    for case in [*cases, *without]:
+    for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
         placed = TopKExpertsHead(head, config_of(dense, case))
         place_tokens(placed, case, specials, states, probabilities)
         yield from _points_of_partition(dense, case, placed, states, measured)

@@ -59,7 +59,7 @@ def test_the_points_cover_every_partition_and_router() -> None:
     points = measured_points()
     ours = [point for point in points if point.router != FLASHHEAD]
     settings = list(dict.fromkeys((point.partition, point.num_always_on, point.router) for point in ours))
-    cases = [*((one, 4) for one in PARTITIONS), ("rows", 0), ("context", 0)]
+    cases = [*((one, 4) for one in PARTITIONS), ("rows", 0)]
     assert settings == [(*case, router) for case in cases for router in (*ROUTERS, ORACLE)]
     assert {point.num_experts_per_tok for point in ours} == {1, 2, 4}  # there are 6 or 7 experts
     assert [point.num_experts_per_tok for point in points if point.router == FLASHHEAD] == [1]  # of 7 clusters
