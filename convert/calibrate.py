@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import beta, t
+from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -83,50 +83,24 @@ def lower_bound(agreement: float, positions: int) -> float:
     return float(beta.ppf(1 - CONFIDENCE, agreed, positions - agreed + 1)) if agreed else 0.0
 
 
-def lower_bound_over_documents(agreements: Tensor) -> float:
-    """One-sided 95 % lower bound of the agreement on another document, on average, from those on some (Student's t).
-
-    Positions of one document are alike, which the bound over positions does not know.
-
-    Args:
-        agreements: of each document, [D].
-
-    Returns:
-        The bound; 1 for a single document, which says nothing of others.
-    """
-    if len(agreements) < 2:
-        return 1.0
-    error = float(agreements.std()) / math.sqrt(len(agreements))
-    return float(agreements.mean()) - float(t.ppf(CONFIDENCE, len(agreements) - 1)) * error
-
-
 def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], target: Target) -> None:
     """Set k to the smallest number of experts whose agreement reaches the target with confidence.
-
-    Both lower bounds have to reach it, over positions and over documents.
 
     Args:
         model: the converted model; its k is set, to the fewest that come nearest if nothing reaches the target.
         held_out: windows of documents that the router has not seen.
         target: what to reach.
     """
-    needed = experts_needed(model, held_out)
-    by_document = _by_document(needed, held_out)
-
-    def holds_for_documents(num_experts: int) -> bool:
-        agreements = torch.stack([(some <= num_experts).double().mean() for some in by_document])
-        return lower_bound_over_documents(agreements) >= target.agreement
 
     def reaches(num_experts: int) -> bool:
         set_num_experts(model, num_experts)
         fidelity = measure_fidelity(model, held_out)
-        reached = lower_bound(fidelity.agreement, fidelity.positions) >= target.agreement
-        return reached and holds_for_documents(num_experts)
+        return lower_bound(fidelity.agreement, fidelity.positions) >= target.agreement
 
     largest = _largest_allowed(model.head, target.max_bytes_read)
+    needed = experts_needed(model, held_out)
     shares = [float((needed <= k).double().mean()) for k in range(1, largest + 1)]
-    likely = (k for k, share in enumerate(shares, 1) if lower_bound(share, len(needed)) >= target.agreement)
-    expected = next((k for k in likely if holds_for_documents(k)), 0)
+    expected = next((k for k, share in enumerate(shares, 1) if lower_bound(share, len(needed)) >= target.agreement), 0)
     if not expected:  # the fewest that do no worse than all that are allowed
         set_num_experts(model, 1 + shares.index(shares[-1]))
         return
@@ -135,12 +109,6 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     while chosen > 1 and reaches(chosen - 1):
         chosen -= 1
     set_num_experts(model, chosen)
-
-
-def _by_document(values: Tensor, windows: list[Window]) -> list[Tensor]:
-    """Values of all positions of some windows, [N], parted into those of each document."""
-    documents = torch.tensor([window.document for window in windows for _ in window.token_ids])
-    return [values[documents == document] for document in documents.unique()]
 
 
 def set_num_experts(model: TopKExpertsForCausalLM, num_experts: int) -> None:

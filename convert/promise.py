@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,7 +19,8 @@ from .calibrate import lower_bound
 from .checkpoint import load_dense
 from .pipeline import convert, sample_from_text
 from .preflight import load_tokenizer
-from .recipe import Recipe
+from .recipe import SELF, Recipe
+from .self_sample import sample_from_model
 from .source import find_folder, open_source
 
 TESTED = 0.2  # share of the documents that a split sets aside
@@ -74,10 +77,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def promise(
-    text: Annotated[str, typer.Option(help="The sample: a file or a folder of several documents.")],
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="The dense model; the bundled one if left out.")
     ] = None,
+    text: Annotated[str, typer.Option(help="The sample: text of several documents, or the model's own.")] = SELF,
     target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = 0.995,
     positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = Recipe.positions,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of the documents.")] = 20,
@@ -89,7 +92,11 @@ def promise(
     source = open_source(model or str(folder), folder)
     dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
     length = readable_length(dense.config, recipe.window_length)
-    windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
+    if text == SELF:
+        with tempfile.TemporaryDirectory() as temporary:
+            windows = sample_from_model(dense, positions, length, recipe.seed, Path(temporary))
+    else:
+        windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
     kept = 0
     for seed in range(splits):
         outcome = try_split(dense, tokenizer, recipe, windows, seed)

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import pipeline, promise
-from hf_topk.convert.calibrate import (
-    Target,
-    choose_num_experts,
-    experts_needed,
-    lower_bound,
-    lower_bound_over_documents,
-)
+from hf_topk.convert.calibrate import Target, choose_num_experts, experts_needed, lower_bound
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -34,12 +28,10 @@ def some_windows() -> list[Window]:
     return [Window(number, tuple(some)) for number, some in enumerate(ids)]
 
 
-def bounds_at(model: TopKExpertsForCausalLM, num_experts: int) -> tuple[float, float]:
-    """The lower bounds over positions and over documents."""
+def bound_at(model: TopKExpertsForCausalLM, num_experts: int) -> float:
     model.head.num_experts_per_tok = num_experts
-    whole, *each = [measure_fidelity(model, some) for some in (some_windows(), *([one] for one in some_windows()))]
-    agreements = torch.tensor([one.agreement for one in each])
-    return lower_bound(whole.agreement, whole.positions), lower_bound_over_documents(agreements)
+    fidelity = measure_fidelity(model, some_windows())
+    return lower_bound(fidelity.agreement, fidelity.positions)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,25 +48,6 @@ def test_lower_bound_is_where_so_many_agree_with_5_percent(positions: int, data:
         math.comb(positions, n) * bound**n * (1 - bound) ** (positions - n) for n in range(agreed, positions + 1)
     )
     assert math.fsum(chances) == pytest.approx(0.05, rel=1e-6)
-
-
-def test_lower_bound_over_documents_by_hand() -> None:
-    assert lower_bound_over_documents(torch.tensor([1.0, 1.0, 1.0])) == 1
-    assert lower_bound_over_documents(torch.tensor([0.5])) == 1  # one document says nothing of others
-    # Mean 0.9, deviation 0.1, t of two degrees of freedom 2.92.
-    assert lower_bound_over_documents(torch.tensor([0.8, 0.9, 1.0])) == pytest.approx(
-        0.9 - 2.92 * 0.1 / 3**0.5, abs=1e-4
-    )
-
-
-def test_a_document_unlike_the_others_asks_for_more_experts() -> None:
-    """Alike, the documents reach the target with the k that the bound over positions asks for."""
-    model, windows = tiny_converted(), some_windows()
-    chosen = []
-    for some in (windows, [Window(0, window.token_ids) for window in windows]):
-        choose_num_experts(model, some, Target(0.6))
-        chosen.append(model.head.num_experts_per_tok)
-    assert chosen[0] > chosen[1]
 
 
 def test_lower_bound_of_full_agreement() -> None:
@@ -103,7 +76,7 @@ def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
 @pytest.mark.parametrize("tail", ["low_rank", "none"])
 def test_k_is_the_smallest_that_reaches_the_target(share: float, tail: str) -> None:
     model = tiny_converted(tail=tail)
-    bounds = [min(bounds_at(model, k)) for k in range(1, NUM_EXPERTS + 1)]
+    bounds = [bound_at(model, k) for k in range(1, NUM_EXPERTS + 1)]
     assert bounds == sorted(bounds)
     expected = next(k for k, bound in enumerate(bounds, 1) if bound >= share)
     choose_num_experts(model, some_windows(), Target(share))
