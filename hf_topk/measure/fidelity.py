@@ -1,12 +1,10 @@
 """How faithful the sparse head is to the dense one, on text."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
@@ -99,12 +97,13 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
     """
     sums = _Sums()
     total = sum(len(window.token_ids) for window in windows)
-    with both_heads(model) as heads, progress("Comparing the heads", total, "positions") as advance:
+    head, heads = model.head, _BothHeads(model.head)
+    with head.replaced_by(heads), progress("Comparing the heads", total, "positions") as advance:
         for window in windows:
             token_ids = torch.tensor([window.token_ids], device=model.device)
             dense, sparse = model(input_ids=token_ids, use_cache=False).logits
-            sums.experts_scored += _experts_scored(heads.sparse_head, heads.hidden)
-            sums.rank_correlations += _rank_correlations(heads.sparse_head, dense, sparse, heads.hidden)
+            sums.experts_scored += _experts_scored(head, heads.hidden)
+            sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden)
             _add(sums, dense, sparse, token_ids[0])
             advance(len(window.token_ids))
     return Fidelity(
@@ -160,6 +159,8 @@ def _calibration_error(bins: Tensor, predicted: int) -> float:
 
 def _experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
     """How many experts are scored at all positions together: hidden [N, d]."""
+    if head.routed_mass >= 1:  # no need to ask the router once more
+        return len(hidden) * head.num_experts_per_tok
     _, picked, is_used = head.pick(hidden)
     return picked.numel() if is_used is None else int(is_used.sum())
 
@@ -188,28 +189,18 @@ def _exp(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-class _BothHeads(nn.Module):
-    """Runs the dense and the sparse head on the same states and stacks their logits along the batch."""
+class _BothHeads:
+    """Runs the dense and the sparse head on the same states and stacks their logits along the batch.
+
+    Attributes:
+        hidden: the states that entered last, [N, d].
+    """
 
     def __init__(self, head: TopKExpertsHead) -> None:
-        super().__init__()
-        self.weight, self.bias, self.sparse_head = head.weight, head.bias, head
+        self._head = head
         self.hidden = torch.empty(0)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        dense = F.linear(hidden, self.weight, self.bias)
-        sparse = self.sparse_head.sparse_logits(self.hidden)
-        return torch.cat([dense, sparse.view_as(dense)])
-
-
-@contextmanager
-def both_heads(model: TopKExpertsForCausalLM) -> Iterator[_BothHeads]:
-    """For a while, let the model return dense logits and, behind them along the batch, sparse ones."""
-    head = model.head
-    heads = _BothHeads(head)
-    model.base.set_submodule(model.head_name, heads)
-    try:
-        yield heads
-    finally:
-        model.base.set_submodule(model.head_name, head)
+        dense = self._head.dense_logits(hidden)
+        return torch.cat([dense, self._head.sparse_logits(self.hidden).view_as(dense)])
