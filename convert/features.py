@@ -12,8 +12,11 @@ from .recipe import Recipe
 
 def place_tokens(
     head: TopKExpertsHead, recipe: Recipe, specials: list[int], states: Tensor, probabilities: Tensor
-) -> None:
+) -> Tensor:
     """Decide which tokens are always on and which share an expert.
+
+    Half of the always-on tokens are the special and the likeliest ones. The places of the others are kept, by tokens
+    that hardly ever matter, for what routing turns out to miss; see [`misses.swap_in_missed`].
 
     Args:
         head: its token ids are set in place.
@@ -21,11 +24,20 @@ def place_tokens(
         specials: ids of special tokens, the most important first: these are always on before any other.
         states: hidden states of the sample, [N, d].
         probabilities: mean probability of each token over the sample, [V].
+
+    Returns:
+        The ids that keep a place, int64 [A / 2], fewer where there are many special tokens.
     """
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    always_on = choose_always_on(probabilities, specials, head.num_always_on)
+    num_always_on = head.num_always_on
+    num_likely = min(num_always_on, max(num_always_on - num_always_on // 2, len(specials)))
+    likely = choose_always_on(probabilities, specials, num_likely)
+    others = probabilities.index_fill(0, likely.to(probabilities.device), torch.inf)
+    reserved = others.topk(num_always_on - num_likely, largest=False).indices.cpu()
+    always_on = torch.cat([likely, reserved]).sort().values
     head.always_on_ids.copy_(always_on)
     head.expert_ids.copy_(share_out(recipe, always_on, states, weight, bias, probabilities))
+    return reserved
 
 
 def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:

@@ -9,7 +9,7 @@ from hf_topk.kernels import pack
 from hf_topk.progress import Advance, progress
 from hf_topk.tails import LowRankTail, PriorTail
 
-from .distill import STATES_FOR_STATISTICS, evenly_spaced
+from .distill import STATES_FOR_STATISTICS, evenly_spaced, without_repeats
 
 SMALLEST_PROBABILITY = 1e-12
 SMALLEST_SCALE = 1e-30
@@ -30,7 +30,9 @@ def fit_tail(head: TopKExpertsHead, states: Tensor, probabilities: Tensor) -> No
         probabilities: mean probability of each token over the sample, fp32 [V].
     """
     if isinstance(head.tail, PriorTail):
-        head.tail.log_prior.copy_(probabilities.clamp_min(SMALLEST_PROBABILITY).log()[head.expert_ids])
+        prior = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
+        for expert, ids in enumerate(without_repeats(head.expert_ids)):
+            head.tail.log_prior[expert] = prior[head.expert_ids[expert]] - prior[ids].logsumexp(dim=0)
     elif isinstance(head.tail, LowRankTail):
         sample = evenly_spaced(states, STATES_FOR_STATISTICS)
         _fit_low_rank(head, head.tail, sample.to(head.weight.device, torch.float32), probabilities)

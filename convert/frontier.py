@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, cast, get_args
 
 import torch
 import typer
@@ -31,6 +31,7 @@ from .checkpoint import load_dense
 from .distill import expert_masses, groups_of, token_probabilities, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
+from .misses import swap_in_missed
 from .partition import partition
 from .pipeline import cast_additions, config_of, distil_router, head_of, special_ids
 from .preflight import preflight
@@ -111,42 +112,64 @@ def measure_frontier(
     cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
     for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
         placed = TopKExpertsHead(head, config_of(dense, case))
-        place_tokens(placed, case, specials, states, probabilities)
-        yield from _points_of_partition(dense, case, placed, states, measured)
+        reserved = place_tokens(placed, case, specials, states, probabilities)
+        masses = expert_masses(states, weight, bias, groups_of(placed))
+        for router in (*get_args(RouterType), ORACLE):
+            routed = _routed_head(dense, case, router, placed, states, masses)
+            swap_in_missed(routed, states, probabilities, reserved)
+            yield from _points_of_router(case, router, routed, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
 
 
-def _points_of_partition(
-    dense: PreTrainedModel, case: Recipe, placed: TopKExpertsHead, states: Tensor, measured: Measured
-) -> Iterator[Point]:
-    weight, bias, groups = placed.weight, placed.bias, groups_of(placed)
-    masses = expert_masses(states, weight, bias, groups)
-    true_masses = expert_masses(measured.states, weight, bias, groups)
-    ks = [k for k in EXPERTS_SCORED if k <= placed.num_experts]
-    setting = (case.partition, case.expert_size, placed.num_always_on)
-    for router in get_args(RouterType):
-        one = dataclasses.replace(case, router=router, router_rank=ROUTER_RANKS[router])
-        distilled = _distilled_head(dense, one, placed, states, masses)
-        scores = torch.cat([distilled.router(some.to(weight)).cpu() for some in measured.states.split(STATES_AT_ONCE)])
-        for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
-            distilled.num_experts_per_tok = k
-            yield Point(*setting, router, k, *reached, distilled.bytes_read() / distilled.dense_bytes())
-    scores = true_masses[:, : placed.num_experts]
-    for k, reached in zip(ks, coverage(scores, ks, true_masses, groups, measured.best), strict=True):
-        yield Point(*setting, ORACLE, k, *reached, (placed.num_always_on + k * case.expert_size) / len(weight))
-
-
-def _distilled_head(
-    dense: PreTrainedModel, recipe: Recipe, placed: TopKExpertsHead, states: Tensor, masses: Tensor
+def _routed_head(
+    dense: PreTrainedModel, case: Recipe, router: str, placed: TopKExpertsHead, states: Tensor, masses: Tensor
 ) -> TopKExpertsHead:
+    """A head whose tokens are placed as another's, with a router distilled or, for the oracle, computed."""
+    recipe = case if router == ORACLE else _with_router(case, router)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
         head = TopKExpertsHead(head_of(dense), config_of(dense, recipe))
     head.always_on_ids.copy_(placed.always_on_ids)
     head.expert_ids.copy_(placed.expert_ids)
-    distil_router(head, recipe, states, masses)
-    cast_additions(head)
+    if router == ORACLE:
+        head.router = cast(Any, _TrueMasses(head))
+    else:
+        distil_router(head, recipe, states, masses)
+        cast_additions(head)
     return head
+
+
+def _with_router(case: Recipe, router: Any) -> Recipe:
+    return dataclasses.replace(case, router=router, router_rank=ROUTER_RANKS[router])
+
+
+class _TrueMasses(nn.Module):
+    """The oracle: scores are the dense log-sum-exp of each expert as it is at first."""
+
+    def __init__(self, head: TopKExpertsHead) -> None:
+        super().__init__()
+        self.weight, self.bias, self.groups = head.weight, head.bias, groups_of(head)[: head.num_experts]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        return torch.stack([logits[:, ids].logsumexp(dim=-1) for ids in self.groups], dim=-1)
+
+
+def _points_of_router(case: Recipe, router: str, head: TopKExpertsHead, measured: Measured) -> Iterator[Point]:
+    groups = groups_of(head)
+    true_masses = expert_masses(measured.states, head.weight, head.bias, groups)
+    is_oracle = router == ORACLE
+    states = () if is_oracle else measured.states.split(STATES_AT_ONCE)
+    scores = [head.router(some.to(head.weight)).cpu() for some in states]
+    ks = [k for k in EXPERTS_SCORED if k <= head.num_experts]
+    found = coverage(
+        true_masses[:, : head.num_experts] if is_oracle else torch.cat(scores), ks, true_masses, groups, measured.best
+    )
+    for k, reached in zip(ks, found, strict=True):
+        head.num_experts_per_tok = k
+        rows = (head.num_always_on + k * case.expert_size) / head.out_features
+        bytes_read = rows if is_oracle else head.bytes_read() / head.dense_bytes()
+        yield Point(case.partition, case.expert_size, head.num_always_on, router, k, *reached, bytes_read)
 
 
 def _points_of_flashhead(weight: Tensor, bias: Tensor | None, seed: int, measured: Measured) -> Iterator[Point]:

@@ -22,6 +22,7 @@ from .distill import expert_masses, groups_of, start_router, token_probabilities
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
+from .misses import swap_in_missed
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
@@ -212,8 +213,9 @@ def _convert_head(
         torch.manual_seed(recipe.seed)  # of what a router starts from
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
-    place_tokens(head, recipe, specials, states, probabilities)
+    reserved = place_tokens(head, recipe, specials, states, probabilities)
     router_kl = distil_router(head, recipe, states, expert_masses(states, weight, bias, groups_of(head)))
+    swap_in_missed(head, states, probabilities, reserved)
     converted.config.router_int8 = recipe.router_int8
     fit_tail(head, states, probabilities)
     cast_additions(head)

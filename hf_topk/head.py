@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
-from .kernels import gather_dot
+from .kernels import expert_dot, shared_rows_dot
 from .routers import ROUTERS
 from .tails import TAILS
 
@@ -112,12 +114,20 @@ class TopKExpertsHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the type of `hidden`."""
-        if self._stand_ins and (stand_in := self._stand_ins.get(get_ident())) is not None:
+        # Compiled code has none: what replaces the head keeps compiled code from running, or can do without.
+        if not torch.compiler.is_compiling() and (stand_in := self.stand_in) is not None:
             return stand_in(hidden)
+        return self._logits(hidden, self.sparse_logits)
+
+    def forward_for_argmax(self, hidden: Tensor) -> Tensor:
+        """As [`TopKExpertsHead.forward`], but that only the argmax is right; see [`greedy_logits`]."""
+        return self._logits(hidden, self.greedy_logits)
+
+    def _logits(self, hidden: Tensor, sparse_logits: Callable[[Tensor], Tensor]) -> Tensor:
         flat = hidden.reshape(-1, self.in_features)
         if not self.runs_sparse(flat.shape[0]):
             return self.dense_logits(hidden)
-        return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
+        return sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
 
     @contextmanager
     def replaced_by(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -138,9 +148,9 @@ class TopKExpertsHead(nn.Linear):
                 self._stand_ins[thread] = before
 
     @property
-    def is_replaced(self) -> bool:
-        """Whether something else makes the logits in this thread."""
-        return get_ident() in self._stand_ins
+    def stand_in(self) -> Callable[[Tensor], Tensor] | None:
+        """What makes the logits in this thread in place of the head, if anything does."""
+        return self._stand_ins.get(get_ident()) if self._stand_ins else None
 
     def dense_logits(self, hidden: Tensor) -> Tensor:
         """The dense head, whatever the head mode: hidden [..., d] to [..., V]."""
@@ -155,35 +165,51 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits, [N, V], in the type of `hidden`.
         """
-        at_once = max(1, LOGITS_AT_ONCE // self.out_features)
-        if hidden.shape[0] <= at_once:
-            return self._sparse_logits(hidden)
-        return torch.cat([self._sparse_logits(some) for some in hidden.split(at_once)])
+        return self._in_turns(hidden, lambda some: self._all_logits(some, self._scored(some)))
 
-    def draft_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Sparse logits, and how unsure the router is that the next token is among those that were scored.
+    def greedy_logits(self, hidden: Tensor) -> Tensor:
+        """Logits with the argmax of [`sparse_logits`]; the tail is computed where it could win, else minus infinity.
 
         Args:
             hidden: hidden states, [N, d].
 
         Returns:
+            Logits, [N, V], in the type of `hidden`.
+        """
+
+        def logits(hidden: Tensor) -> Tensor:
+            scored = self._scored(hidden)
+            return self._all_logits(hidden, scored, with_tail=self._may_win(scored))
+
+        return self._in_turns(hidden, logits)
+
+    def _in_turns(self, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        at_once = max(1, LOGITS_AT_ONCE // self.out_features)
+        if hidden.shape[0] <= at_once:
+            return logits(hidden)
+        return torch.cat([logits(some) for some in hidden.split(at_once)])
+
+    def draft_logits(self, hidden: Tensor, is_greedy: bool = False) -> tuple[Tensor, Tensor]:
+        """Sparse logits, and how unsure the router is that the next token is among those that were scored.
+
+        Args:
+            hidden: hidden states, [N, d].
+            is_greedy: whether only the argmax of the logits matters, as in [`greedy_logits`].
+
+        Returns:
             Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
         """
-        logits, inside, masses, picked = self._scored(hidden)
-        outside = masses.scatter(1, picked, -torch.inf).logsumexp(dim=-1)
-        return logits, torch.sigmoid(outside - inside)
+        scored = self._scored(hidden)
+        outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1)
+        logits = self._all_logits(hidden, scored, with_tail=not is_greedy or self._may_win(scored))
+        return logits, torch.sigmoid(outside - scored.mass)
 
-    def _sparse_logits(self, hidden: Tensor) -> Tensor:
-        return self._scored(hidden)[0]
-
-    def _scored(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All logits [N, V], the log-sum-exp of those scored [N], all masses [N, M], and the picked experts [N, k]."""
-        scores, top, is_used = self.pick(hidden)
+    def _scored(self, hidden: Tensor) -> "Scored":
+        """Route, and compute what is scored."""
+        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)  # (N, A)
+        scores, top, is_used = self._pick(hidden, always)
         top_scores = scores.gather(1, top)  # (N, k)
-        rows = self.scored_ids(top)
-        exact = gather_dot(hidden, self.weight, self.bias, rows)  # (N, A + k S)
-        always, routed = exact.split([self.num_always_on, exact.shape[1] - self.num_always_on], dim=-1)
-        routed = routed.unflatten(-1, (*top.shape[1:], self.expert_size))  # (N, k, S)
+        routed = expert_dot(hidden, self.weight, self.bias, self.expert_ids, top)  # (N, k, S)
         mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         # The offset aligns the router with what was computed.
         mass_used, scores_used = (
@@ -192,10 +218,29 @@ class TopKExpertsHead(nn.Linear):
         offset = mass_used.logsumexp(dim=-1, keepdim=True) - scores_used.logsumexp(dim=-1, keepdim=True)
         shifts, tail_scores = self._combine(scores, top, top_scores - mass, offset)
         if shifts is not None:
-            exact = torch.cat([always, (routed + shifts.unsqueeze(-1)).flatten(1).to(exact.dtype)], dim=-1)
-        unscored = self._tail_logits(hidden, tail_scores, exact.dtype)
-        inside = torch.cat([always.float(), mass_used if shifts is None else mass_used + shifts], dim=-1)
-        return unscored.scatter_(1, rows, exact), inside.logsumexp(dim=-1), tail_scores, top
+            routed, mass_used = (routed + shifts.unsqueeze(-1)).to(routed.dtype), mass_used + shifts
+        inside = torch.cat([always.float(), mass_used], dim=-1).logsumexp(dim=-1)
+        return Scored(always, routed, top, tail_scores, inside)
+
+    def _may_win(self, scored: "Scored") -> bool:
+        """Whether an unscored token could be the likeliest: none is likelier than all of its expert."""
+        outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1)
+        best = scored.routed.flatten(1).amax(dim=-1)
+        if self.num_always_on:
+            best = torch.maximum(best, scored.always.amax(dim=-1))
+        return self.tail is not None and bool((outside >= best).any())
+
+    def _all_logits(self, hidden: Tensor, scored: "Scored", with_tail: bool = True) -> Tensor:
+        """The scored tokens' logits and everyone else's tail, [N, V]."""
+        shape, dtype = (hidden.shape[0], self.out_features), scored.always.dtype
+        if self.tail is None or not with_tail:
+            logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
+        else:
+            logits = hidden.new_empty(shape, dtype=dtype)  # every token is routed or always on
+            within = self._normalise(self.tail(hidden)) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
+            logits.scatter_(1, self.expert_ids.flatten().expand(shape[0], -1), within.flatten(1).to(dtype))
+        logits.index_copy_(1, self.always_on_ids, scored.always)
+        return logits.scatter_(1, self.expert_ids[scored.experts].flatten(1), scored.routed.flatten(1))
 
     def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pick the experts to score.
@@ -208,12 +253,13 @@ class TopKExpertsHead(nn.Linear):
             [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
             no position uses are left out.
         """
+        return self._pick(hidden, shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids))
+
+    def _pick(self, hidden: Tensor, always: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
         if self.routed_mass >= 1:
             return scores, top, None
-        bias = None if self.bias is None else self.bias[self.always_on_ids]
-        always = F.linear(hidden, self.weight[self.always_on_ids], bias)
         certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
         total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
         reached = (certain - total).exp() + (top_scores - total).exp().cumsum(dim=-1)
@@ -239,17 +285,10 @@ class TopKExpertsHead(nn.Linear):
             return None, scores + offset
         return self.combiner(scores + offset, top, disagreement + offset)
 
-    def _tail_logits(self, hidden: Tensor, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tail of every routed token: score_e + log p(v | e, h), [N, V]; minus infinity elsewhere."""
-        logits = hidden.new_full((hidden.shape[0], self.out_features), -torch.inf, dtype=dtype)
-        if self.tail is None:
-            return logits
-        within = self._normalise(self.tail(hidden)) + scores.unsqueeze(-1)  # (N, M, S)
-        ids = self.expert_ids.flatten().expand(hidden.shape[0], -1)
-        return logits.scatter_(1, ids, within.flatten(1).to(dtype))
-
     def _normalise(self, within: Tensor) -> Tensor:
         """Log-softmax within each expert, [N, M, S], to which repeated ids add nothing."""
+        if self.tail is None or self.tail.is_normalised:
+            return within
         if not self._has_short_experts:
             return within.log_softmax(dim=-1)
         return within - self._mask_padding(within, self.expert_ids).logsumexp(dim=-1, keepdim=True)
@@ -311,6 +350,25 @@ class TopKExpertsHead(nn.Linear):
         return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What the head computed exactly, and what it takes to tell the rest.
+
+    Attributes:
+        always: logits of the always-on tokens, [N, A].
+        routed: logits of the picked experts' tokens, [N, k, S].
+        experts: the picked experts, [N, k] int64.
+        tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
+        mass: log-sum-exp of all that was scored, fp32 [N].
+    """
+
+    always: Tensor
+    routed: Tensor
+    experts: Tensor
+    tail_scores: Tensor
+    mass: Tensor
+
+
 def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
     if config.num_always_on >= vocab_size:
         raise InputError(f"num_always_on is {config.num_always_on}, which leaves none of {vocab_size} tokens to route")
@@ -320,41 +378,6 @@ def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
             f"{config.num_experts} experts of {config.expert_size} and {config.num_always_on} always-on tokens do not "
             f"cover a vocabulary of {vocab_size}: raise num_experts or expert_size"
         )
-
-
-class LearnedCombiner(nn.Module):
-    """A gate and two shifts an expert, distilled: how far a scored logit goes from exact to the router's estimate."""
-
-    def __init__(self, num_experts: int) -> None:
-        """Make a combiner that changes nothing yet.
-
-        Args:
-            num_experts: M.
-        """
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(num_experts))
-        self.shift = nn.Parameter(torch.empty(num_experts))
-        self.tail_shift = nn.Parameter(torch.empty(num_experts))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Change nothing where nothing was loaded."""
-        for parameter in self.parameters():
-            init.zeros_(parameter)
-
-    def forward(self, scores: Tensor, top: Tensor, disagreement: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine aligned scores with what was computed.
-
-        Args:
-            scores: the router's scores, aligned with the exact masses, fp32 [N, M].
-            top: the picked experts, [N, k].
-            disagreement: aligned score less exact mass of the picked experts, fp32 [N, k].
-
-        Returns:
-            What to add to the exact logits of each picked expert, [N, k], and the scores for the tail, [N, M].
-        """
-        shifts = self.gate.float()[top] * disagreement + self.shift.float()[top]
-        return shifts, scores + self.tail_shift.float()
 
 
 def _places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:

@@ -6,8 +6,10 @@ from torch.nn import functional as F
 
 # Elements of gathered rows held at once; beyond it positions are worked off in turns.
 GATHERED_ELEMENTS_AT_ONCE = 1 << 24
-# From so many gathered rows a row of the head on, one product with the whole head is faster (seen on two CPU cores).
-ROWS_GATHERED_PER_ROW_OF_HEAD = 2
+# Bytes of gathered rows that stay in the processor's cache between their copy and their product.
+CACHED_BYTES = 1 << 20
+# From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
+SHARE_WORTH_ALL_ROWS = 0.5
 ROWS_UNPACKED_AT_ONCE = 1 << 16  # as many as stay in the processor's cache
 
 
@@ -23,11 +25,9 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     Returns:
         Logits in the type of `hidden`, [N, R], accumulated in fp32 by the matrix product.
     """
-    if rows.numel() >= ROWS_GATHERED_PER_ROW_OF_HEAD * weight.shape[0]:  # reading the whole head is less work
-        return F.linear(hidden, weight, bias).gather(1, rows)
-    if hidden.shape[0] == 1:  # a batched product is slow for one position
-        chosen = weight.index_select(0, rows[0])
-        return F.linear(hidden, chosen, None if bias is None else bias.index_select(0, rows[0]))
+    if torch.compiler.is_compiling():  # one loop, in which no row is copied
+        logits = (F.embedding(rows, weight).float() * hidden.float().unsqueeze(1)).sum(dim=-1).to(hidden.dtype)
+        return logits if bias is None else logits + bias[rows]
     at_once = max(1, GATHERED_ELEMENTS_AT_ONCE // (rows.shape[1] * hidden.shape[1]))
     logits = torch.cat(
         [
@@ -36,6 +36,49 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         ]
     )
     return logits if bias is None else logits + bias[rows]
+
+
+def expert_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, expert_ids: Tensor, experts: Tensor) -> Tensor:
+    """Exact logits of the tokens of chosen experts, each position with experts of its own.
+
+    In eager mode on a CPU each expert's rows are read once, however many positions chose it; elsewhere, where shapes
+    must not depend on what was chosen, this is [`gather_dot`].
+
+    Args:
+        hidden: hidden states h, [N, d].
+        weight: the head W, [V, d].
+        bias: the head's bias, [V], or None.
+        expert_ids: token ids of each expert, [M, S] int64.
+        experts: the chosen experts, [N, k] int64.
+
+    Returns:
+        Logits in the type of `hidden`, [N, k, S].
+    """
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return gather_dot(hidden, weight, bias, expert_ids[experts].flatten(1)).unflatten(-1, (-1, expert_ids.shape[1]))
+    chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
+    logits = shared_rows_dot(hidden, weight, bias, expert_ids[chosen].flatten())
+    logits = logits.unflatten(-1, (-1, expert_ids.shape[1]))
+    return logits if place is None else logits.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_ids.shape[1]))
+
+
+def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """Exact logits of rows that are the same for all positions.
+
+    Args:
+        hidden: hidden states h, [N, d].
+        weight: the head W, [V, d].
+        bias: the head's bias, [V], or None.
+        rows: token ids to score, [R] int64.
+
+    Returns:
+        Logits in the type of `hidden`, [N, R].
+    """
+    if rows.shape[0] >= SHARE_WORTH_ALL_ROWS * weight.shape[0]:
+        return F.linear(hidden, weight, bias).index_select(1, rows)
+    at_once = rows.shape[0] if torch.compiler.is_compiling() else max(1, CACHED_BYTES // weight[:1].nbytes)
+    logits = torch.cat([F.linear(hidden, weight.index_select(0, some)) for some in rows.split(max(1, at_once))], dim=-1)
+    return logits if bias is None else logits + bias.index_select(0, rows)
 
 
 def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:

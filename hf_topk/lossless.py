@@ -247,14 +247,16 @@ class Block:
         served: the number of positions that were made use of.
     """
 
-    def __init__(self, head: TopKExpertsHead, size: int) -> None:
+    def __init__(self, head: TopKExpertsHead, size: int, is_greedy: bool) -> None:
         """Start a block.
 
         Args:
             head: the head to stand in for.
             size: positions in the block, at most.
+            is_greedy: whether a guess is the argmax of the logits and nothing else is looked at.
         """
         self._head = head
+        self._is_greedy = is_greedy
         self._states: list[Tensor] = []
         self.size = size
         self.outputs: list[Any] = []
@@ -272,7 +274,7 @@ class Block:
         """
         self._states.append(hidden)
         if len(self._states) < self.size:
-            logits, outside = self._head.draft_logits(hidden.flatten(0, 1))
+            logits, outside = self._head.draft_logits(hidden.flatten(0, 1), self._is_greedy)
             if self.ended is not None:
                 outside = outside.masked_fill(self.ended.to(outside.device), 0)
             if outside.amax() <= DOUBTFUL_SHARE:
@@ -347,7 +349,7 @@ class Drafter:
             size: positions in the block, at most.
             cache: the cache among them.
         """
-        block = Block(self._model.head, size)
+        block = Block(self._model.head, size, is_greedy=not self._does_sample and not self._processor)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()

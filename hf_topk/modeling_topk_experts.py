@@ -12,16 +12,19 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
+    TopPLogitsWarper,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .checkpoint_names import NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .lossless import LosslessStats, sample
+from .nucleus import SelectingTopPLogitsWarper
 
 # What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
 ANSWERED_AS_THE_DENSE_CLASS = (
@@ -222,7 +225,10 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         self.last_generation_stats = None
         head = self.head
         is_lossless = self._asks_for_lossless(lossless, generation_config)
-        with head.replaced_by(head.dense_logits) if is_lossless else nullcontext():
+        if not is_lossless:
+            return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
+        # A forward that was compiled would not ask what stands in for the head.
+        with head.replaced_by(head.dense_logits), torch.compiler.set_stance("force_eager"):
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
@@ -232,11 +238,39 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             raise InputError(f"lossless is {lossless!r}, must be true or false")
         return bool(lossless)
 
-    def _sample(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.head.is_replaced or self.head_mode == "dense":
-            return cast(Any, super())._sample(input_ids, *args, **kwargs)
-        result, self.last_generation_stats = sample(self, input_ids, *args, **kwargs)
-        return result
+    @property
+    def _is_lossless(self) -> bool:
+        return self.head.stand_in == self.head.dense_logits
+
+    def _sample(  # type: ignore[override]  # named, so that remote code needs not know what else there is
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
+        if self._is_lossless and self.head_mode != "dense":
+            result, self.last_generation_stats = sample(self, *arguments, **kwargs)
+            return result
+        only_argmax = head.stand_in is None and not (
+            logits_processor
+            or generation_config.do_sample
+            or generation_config.output_scores
+            or generation_config.output_logits
+        )
+        with head.replaced_by(head.forward_for_argmax) if only_argmax else nullcontext():
+            return cast(Any, super())._sample(*arguments, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        found = cast(Any, super())._get_logits_processor(*args, **kwargs)
+        if self._is_lossless:  # the very sums of the dense model
+            return found
+        for place, one in enumerate(found):
+            if type(one) is TopPLogitsWarper:
+                found[place] = SelectingTopPLogitsWarper(one.top_p, one.filter_value, one.min_tokens_to_keep)
+        return found
 
     def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
         self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
@@ -337,32 +371,6 @@ def _dense_class(config: TopKExpertsConfig) -> type[Any]:
             "choose one that AutoModelForCausalLM can load"
         ) from None
     return cast(type[Any], found[0] if isinstance(found, tuple) else found)
-
-
-class NamesUnder(WeightRenaming):
-    """Load checkpoint names under a prefix, and save them without it again.
-
-    [`PrefixChange`] would do, but Transformers leaves those out when a model made in memory is saved.
-    """
-
-    __slots__ = ("added", "parent")
-
-    def __init__(self, added: str, parent: str | None = None, but_not: tuple[str, ...] = ()) -> None:
-        """Say where names go.
-
-        Args:
-            added: the prefix to add.
-            parent: the module under which names are to have it; None for the model itself.
-            but_not: first parts of names that stay as they are, beside `added`.
-        """
-        self.added, self.parent = added, parent
-        start = "" if parent is None else rf"{parent}\."
-        stay = "|".join((added, *but_not))
-        super().__init__(rf"^{start}(?!(?:{stay})\.)(.+)$", rf"{start}{added}\.\1")
-
-    def reverse_transform(self) -> WeightRenaming:
-        """Take the prefix away."""
-        return PrefixChange(prefix_to_remove=self.added, model_prefix=self.parent)
 
 
 # Registered here, and not in the package, so that it covers copied code as well.

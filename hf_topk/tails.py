@@ -1,5 +1,7 @@
 """Tails: how the probability of an expert that was not scored is shared out among its tokens."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,8 +11,14 @@ from .kernels import packed_logits
 
 
 class PriorTail(nn.Module):
-    """A fixed prior: log p(v | e), the same at every position."""
+    """A fixed prior: log p(v | e), the same at every position.
 
+    Attributes:
+        is_normalised: whether the probabilities of an expert's tokens sum to 1 as they are.
+        log_prior: log p(v | e), [M, S].
+    """
+
+    is_normalised = True
     log_prior: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
@@ -28,14 +36,14 @@ class PriorTail(nn.Module):
 
     def reset_parameters(self) -> None:
         """Make all tokens of an expert alike where nothing was loaded."""
-        init.zeros_(self.log_prior)
+        init.constant_(self.log_prior, -math.log(self.log_prior.shape[1]))
 
     def take_places(self, places: Tensor) -> None:
         """Move tokens: each place, [M, S], gets what stood at the one given, counted over all experts."""
         self.log_prior = self.log_prior.flatten()[places]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
+        """Log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
         return self.log_prior.float().expand(hidden.shape[0], -1, -1)
 
 
@@ -47,7 +55,12 @@ class LowRankTail(nn.Module):
     of the hidden states' covariance so that it minimises the error of the logits themselves). Each direction has one
     step for all tokens, which is part of B, and fewer bits where there is less to tell, as rate-distortion theory has
     it for independent components (reverse water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3).
+
+    Attributes:
+        is_normalised: whether the probabilities of an expert's tokens sum to 1 as they are.
     """
+
+    is_normalised = False
 
     basis: Tensor
     center: Tensor

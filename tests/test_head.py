@@ -47,7 +47,14 @@ def make_head(*, bias: bool = False, dtype: torch.dtype = torch.float32, **choic
     for name, tensor in head.tail.named_buffers() if head.tail else ():
         if name not in ("basis", "center"):  # what a token's tail is does not depend on its place
             tensor[repeats] = tensor[:, :1].expand_as(tensor)[repeats]
+    if choices.get("tail") == "prior":
+        prior = head.tail.log_prior.masked_fill(repeats_behind_the_first(head.expert_ids), -torch.inf)
+        head.tail.log_prior -= prior.logsumexp(dim=-1, keepdim=True)
     return head
+
+
+def repeats_behind_the_first(expert_ids: Tensor) -> Tensor:
+    return (expert_ids == expert_ids[:, :1]) & (torch.arange(expert_ids.shape[1]) > 0)
 
 
 def make_hidden(seed: int, positions: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -99,7 +106,7 @@ def test_all_experts_give_the_dense_logits(
     head, hidden = make_head(bias=bias, dtype=dtype, tail=tail, **sizes), make_hidden(seed, positions, dtype)
     with pytest.MonkeyPatch.context() as patch:
         if gathers:
-            patch.setattr(kernels, "ROWS_GATHERED_PER_ROW_OF_HEAD", math.inf)
+            patch.setattr(kernels, "SHARE_WORTH_ALL_ROWS", math.inf)
         logits = head(hidden)
     assert logits.dtype == dtype
     torch.testing.assert_close(logits, dense_logits(head, hidden), **CLOSE[dtype])
@@ -385,6 +392,40 @@ def test_a_smaller_share_scores_fewer_experts() -> None:
         _, picked, is_used = head.pick(hidden)
         counts.append(picked.numel() if is_used is None else int(is_used.sum()))
     assert 50 <= counts[0] < counts[1] < counts[2] < counts[3] == 300
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=sizes(),
+    tail=st.sampled_from(TAILS),
+    combine=st.sampled_from(COMBINES),
+    spread=st.sampled_from([0.01, 0.3, 3.0]),
+    positions=st.sampled_from([1, 4]),
+    seed=seeds,
+)
+def test_greedy_logits_have_the_argmax_of_the_sparse_ones(
+    sizes: dict[str, int], tail: str, combine: str, spread: float, positions: int, seed: int
+) -> None:
+    head, hidden = make_head(tail=tail, combine=combine, **sizes), make_hidden(seed, positions) * spread
+    logits, greedy = head.sparse_logits(hidden), head.greedy_logits(hidden)
+    assert logits.argmax(-1).equal(greedy.argmax(-1))
+    scored = scored_mask(head, hidden)
+    torch.testing.assert_close(greedy[scored], logits[scored])
+    torch.testing.assert_close(head.draft_logits(hidden, is_greedy=True)[0], greedy)
+
+
+def test_greedy_logits_need_the_tail_only_where_it_could_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, hidden = make_head(num_experts_per_tok=2), make_hidden(0, 1)
+    runs: list[int] = []
+    tail = head.tail.forward
+    monkeypatch.setattr(head.tail, "forward", lambda hidden: runs.append(1) or tail(hidden))
+    head.weight[head.always_on_ids] = hidden  # sure
+    head.greedy_logits(hidden)
+    assert not runs
+    head.weight[head.always_on_ids] = -hidden  # and anything but
+    head.weight[head.expert_ids[picked_experts(head, hidden)[0]].unique()] = -hidden
+    head.greedy_logits(hidden)
+    assert runs
 
 
 @pytest.mark.parametrize(("combine", "share"), [("exact", 1.0), ("router", 0.5), ("learned", 0.5), ("router", 1.0)])

@@ -301,7 +301,7 @@ def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: 
     before = generate(small)
     with pytest.raises(RuntimeError, match="stop"):
         generate(small, lossless=True, logits_processor=[fail])
-    assert not small.head.is_replaced
+    assert small.head.stand_in is None
     assert small.head_mode == "auto"
     assert generate(small).equal(before)
     small.head_mode = "dense"

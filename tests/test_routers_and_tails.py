@@ -272,30 +272,70 @@ def test_packed_logits_equal_reference(
     biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     at_once=st.sampled_from([1, 100, 1 << 24]),
-    whole=st.sampled_from([0, 2, math.inf]),
 )
 def test_gather_dot_equals_reference(
-    seed: int,
-    positions: int,
-    rows: int,
-    vocab_size: int,
-    biased: bool,
-    dtype: torch.dtype,
-    at_once: int,
-    whole: float,
+    seed: int, positions: int, rows: int, vocab_size: int, biased: bool, dtype: torch.dtype, at_once: int
 ) -> None:
-    """On all its paths: one position, many in turns, and through the whole head."""
     hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, vocab_size, 8).to(dtype)
     bias = normal(seed + 2, vocab_size).to(dtype) if biased else None
     ids = torch.randint(vocab_size, (positions, rows), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "GATHERED_ELEMENTS_AT_ONCE", at_once)
-        patch.setattr(kernels, "ROWS_GATHERED_PER_ROW_OF_HEAD", whole)
         logits = kernels.gather_dot(hidden, weight, bias, ids)
+    assert_exact_logits(logits, hidden, weight, bias, ids)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 9),
+    num_experts=st.integers(1, 12),
+    expert_size=st.integers(1, 5),
+    biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cached_bytes=st.sampled_from([0, 100, 1 << 20]),
+    whole=st.sampled_from([0, 0.5, math.inf]),
+    data=st.data(),
+)
+def test_expert_dot_equals_gather_dot(
+    seed: int,
+    positions: int,
+    num_experts: int,
+    expert_size: int,
+    biased: bool,
+    dtype: torch.dtype,
+    cached_bytes: int,
+    whole: float,
+    data: st.DataObject,
+) -> None:
+    """On all its paths: one position, several that share experts, rows in blocks, and through the whole head."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, num_experts * expert_size, 8).to(dtype)
+    bias = normal(seed + 2, len(weight)).to(dtype) if biased else None
+    expert_ids = torch.randperm(len(weight), generator=generator).view(num_experts, expert_size)
+    k = data.draw(st.integers(1, num_experts))
+    experts = torch.stack([torch.randperm(num_experts, generator=generator)[:k] for _ in range(positions)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
+        patch.setattr(kernels, "SHARE_WORTH_ALL_ROWS", whole)
+        logits = kernels.expert_dot(hidden, weight, bias, expert_ids, experts)
+    assert logits.shape == (positions, k, expert_size)
+    assert_exact_logits(logits.flatten(1), hidden, weight, bias, expert_ids[experts].flatten(1))
+
+
+def test_an_expert_that_several_positions_chose_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[int] = []
+    shared = kernels.shared_rows_dot
+    monkeypatch.setattr(kernels, "shared_rows_dot", lambda *inputs: gathered.append(len(inputs[3])) or shared(*inputs))
+    expert_ids = torch.arange(40).view(10, 4)
+    kernels.expert_dot(normal(0, 3, 8), normal(1, 40, 8), None, expert_ids, torch.tensor([[1, 2], [2, 1], [2, 7]]))
+    assert gathered == [3 * 4]
+
+
+def assert_exact_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
     expected = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double()).gather(1, ids)
-    assert logits.dtype == dtype
-    assert logits.shape == (positions, rows)
-    rounding = 1e-5 if dtype == torch.float32 else 2**-7
+    assert logits.dtype == hidden.dtype
+    rounding = 1e-5 if hidden.dtype == torch.float32 else 2**-7
     torch.testing.assert_close(logits.double(), expected, rtol=rounding, atol=4 * rounding)
 
 

@@ -1,0 +1,41 @@
+"""Top-p sampling over a large vocabulary without sorting it."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import TopPLogitsWarper
+
+BINS = 1024
+BINS_A_NAT = 32
+
+
+class SelectingTopPLogitsWarper(TopPLogitsWarper):
+    """Keeps the tokens that Transformers' `TopPLogitsWarper` keeps, and sorts only those near the threshold.
+
+    The likeliest tokens that together have probability p (nucleus sampling, Holtzman et al. 2020,
+    https://arxiv.org/abs/1904.09751) are those above some threshold. Tokens are counted into bins of their distance to
+    the best logit, which finds the bin that the threshold lies in; its tokens alone are sorted. On other devices than a
+    CPU, where sorting is cheap and waiting is not, all are.
+    """
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Set the scores [B, V] of the tokens outside of the nucleus to `filter_value`."""
+        if scores.device.type != "cpu":
+            return super().__call__(input_ids, scores)
+        probabilities = scores.softmax(dim=-1)
+        depths = scores.amax(dim=-1, keepdim=True) - scores
+        bins = depths.mul_(BINS_A_NAT).clamp_(max=BINS - 1).long()
+        mass = torch.zeros(len(scores), BINS, dtype=probabilities.dtype).scatter_add_(1, bins, probabilities)
+        in_bin_or_below = mass.flip(-1).cumsum(dim=-1).flip(-1)
+        # The last bin that is not removed whole; the first one never is.
+        boundary = (in_bin_or_below > 1 - self.top_p).sum(dim=-1, keepdim=True).sub_(1).clamp_(min=0)
+        removed = bins > boundary
+        for row, edge in enumerate(boundary.squeeze(-1).tolist()):
+            at_edge = (bins[row] == edge).nonzero().squeeze(-1)
+            ascending = probabilities[row, at_edge].sort()
+            below = in_bin_or_below[row, edge] - mass[row, edge]
+            is_out = below + ascending.values.cumsum(dim=-1) <= 1 - self.top_p
+            removed[row, at_edge[ascending.indices]] = is_out
+        best = scores.topk(min(self.min_tokens_to_keep, scores.shape[-1]), dim=-1).values[:, -1:]
+        return cast(Tensor, scores).masked_fill(removed & (scores < best), self.filter_value)
