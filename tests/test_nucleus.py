@@ -47,7 +47,7 @@ def test_keeps_what_sorting_keeps(
 
 
 def test_by_hand() -> None:
-    scores = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.97, 0.01, 0.01, 0.01]]).log()
+    scores = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.97, 0.015, 0.01, 0.005]]).log()
     kept = SelectingTopPLogitsWarper(0.9)(None, scores).isfinite()
     assert kept.tolist() == [[True, False, True, True], [True, False, False, False]]
     assert SelectingTopPLogitsWarper(0.9, min_tokens_to_keep=2)(None, scores).isfinite()[1].sum() == 2
