@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
 from hf_topk.cli import main
+from hf_topk.tails import PriorTail
 
 VOCAB_SIZE = 100
 PROGRESS_LINE = re.compile(r"[\w' ]+: [\d,]+ \w+ in [\d.]+ s")
@@ -70,6 +71,11 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
                     tensor.random_(0, 256, generator=generator)
                 else:
                     tensor.normal_(std=0.3, generator=generator)
+        if isinstance(head.tail, PriorTail):
+            repeats = (head.expert_ids == head.expert_ids[:, :1]) & (torch.arange(head.expert_size) > 0)
+            head.tail.log_prior[repeats] = -torch.inf
+            head.tail.log_prior.copy_(head.tail.log_prior.log_softmax(dim=-1))
+            head.tail.log_prior[repeats] = head.tail.log_prior[:, :1].expand_as(repeats)[repeats]
     return model
 
 
@@ -113,6 +119,7 @@ QUICK = {
     "distill_steps": 20,
     "router_rank": 4,
     "tail_rank": 4,
+    "sparse_max_positions": 16,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_topk import TopKExpertsHead, head, kernels
+from hf_topk.tails import LowRankTail
 
 DENSE = {
     (bias, dtype): tiny_dense(bias=bias).to(dtype)
@@ -44,17 +45,10 @@ def make_head(*, bias: bool = False, dtype: torch.dtype = torch.float32, **choic
     torch.manual_seed(3)
     head = tiny_converted(DENSE[bias, dtype], **{"head_mode": "sparse", **choices}).head.requires_grad_(False)
     repeats = head.expert_ids == head.expert_ids[:, :1]
-    for name, tensor in head.tail.named_buffers() if head.tail else ():
+    for name, tensor in head.tail.named_buffers() if isinstance(head.tail, LowRankTail) else ():
         if name not in ("basis", "center"):  # what a token's tail is does not depend on its place
             tensor[repeats] = tensor[:, :1].expand_as(tensor)[repeats]
-    if choices.get("tail") == "prior":
-        prior = head.tail.log_prior.masked_fill(repeats_behind_the_first(head.expert_ids), -torch.inf)
-        head.tail.log_prior -= prior.logsumexp(dim=-1, keepdim=True)
     return head
-
-
-def repeats_behind_the_first(expert_ids: Tensor) -> Tensor:
-    return (expert_ids == expert_ids[:, :1]) & (torch.arange(expert_ids.shape[1]) > 0)
 
 
 def make_hidden(seed: int, positions: int, dtype: torch.dtype = torch.float32) -> Tensor:
