@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_topk import kernels
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is published for Linux alone")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
