@@ -1,5 +1,7 @@
 """The inner loops of the sparse head, as plain torch: exact logits of gathered rows, and products of few bits."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,6 +13,7 @@ CACHED_BYTES = 1 << 20
 # From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
 ROWS_UNPACKED_AT_ONCE = 1 << 16  # as many as stay in the processor's cache
+HAS_TRITON = find_spec("triton") is not None
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -25,6 +28,10 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     Returns:
         Logits in the type of `hidden`, [N, R], accumulated in fp32 by the matrix product.
     """
+    if _runs_on_triton(hidden, weight, bias):
+        from .triton_kernels import gather_dot as on_triton
+
+        return on_triton(hidden, weight, bias, rows)
     if torch.compiler.is_compiling():  # one loop, in which no row is copied
         logits = (F.embedding(rows, weight).float() * hidden.float().unsqueeze(1)).sum(dim=-1).to(hidden.dtype)
         return logits if bias is None else logits + bias[rows]
@@ -94,6 +101,10 @@ def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
+    if _runs_on_triton(inputs):
+        from .triton_kernels import int8_logits as on_triton
+
+        return on_triton(inputs, factors, scales)
     if not _multiplies_int8(inputs, factors):
         return int8_logits_reference(inputs, factors, scales)
     rounded, input_scales = _round_to_int8(inputs)
@@ -121,6 +132,10 @@ def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     Returns:
         inputs @ numbers^T up to the rounding of the inputs, fp32 [N, R], with numbers from 0 to 2^bits - 1.
     """
+    if _runs_on_triton(inputs):
+        from .triton_kernels import packed_logits as on_triton
+
+        return on_triton(inputs, codes, bits)
     if not _multiplies_int8(inputs, codes):
         return packed_logits_reference(inputs, codes, bits)
     rounded, input_scales = _round_to_int8(inputs)
@@ -157,6 +172,13 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
     """The numbers in one place of every byte, int8 of the shape of `codes`."""
     return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
+
+
+def _runs_on_triton(*inputs: Tensor | None) -> bool:
+    # No gradient goes through a kernel.
+    given = [some for some in inputs if some is not None]
+    needs_gradient = torch.is_grad_enabled() and any(some.requires_grad for some in given)
+    return HAS_TRITON and all(some.is_cuda for some in given) and not needs_gradient
 
 
 def _multiplies_int8(inputs: Tensor, matrix: Tensor) -> bool:

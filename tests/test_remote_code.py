@@ -15,7 +15,7 @@ from hf_topk.convert import Recipe, convert_checkpoint
 
 LOAD = """
 import json, sys
-sys.modules["hf_topk"] = None  # as if it were not installed
+sys.modules["hf_topk"] = sys.modules["triton"] = None  # as if they were not installed
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -43,6 +43,7 @@ def converted(tmp_path: Path) -> Path:
 
 
 def check_loads_without_the_package(folder: Path, modules: Path) -> None:
+    assert (folder / "triton_kernels.py").is_file()  # nothing imports it before it is needed
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent, check=False)
