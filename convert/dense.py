@@ -1,7 +1,7 @@
 """Loads the dense model: whole on one device, or its parts where a device map sends them."""
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,7 +60,6 @@ def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTraine
             source.folder, config=config, dtype="auto", device_map=device_map, output_loading_info=True
         )
         dense, found = loaded
-        keep_ends_in_memory(dense)
     except torch.OutOfMemoryError as error:
         raise InputError(f"{source.name} is too large for its device: give --device-map auto") from error
     except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -69,6 +68,7 @@ def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTraine
     if found["missing_keys"]:
         first = min(found["missing_keys"])
         raise InputError(f"the weights of {source.name} are not complete: '{first}' is missing; fetch the model again")
+    keep_ends_in_memory(dense)
     return dense
 
 
@@ -79,17 +79,24 @@ def keep_ends_in_memory(model: PreTrainedModel) -> None:
 
     Args:
         model: dense or converted, as `from_pretrained` has loaded it.
+
+    Raises:
+        InputError: when they are tied, and the map sends them to different places.
     """
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if [_bring_back(end) for end in ends if end is not None].count(True):
+    offloaded = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if _is_offloaded(end)]
+    try:
+        for end in offloaded:
+            hook = cast(Any, end)._hf_hook
+            hook.pre_forward(end)
+            hook.offload = False
+    except KeyError as error:
+        raise InputError(
+            f"the device map parts {error} from what it is tied to: give head and input embeddings one place"
+        ) from error
+    if offloaded:
         model.tie_weights()
 
 
-def _bring_back(module: nn.Module) -> bool:
-    """Load a module's tensors for good, if accelerate would for each pass."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    if not getattr(hook, "offload", False):
-        return False
-    hook.pre_forward(module)
-    hook.offload = False
-    return True
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate loads a module's tensors anew for each pass."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)

@@ -245,7 +245,7 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
     fidelity = measure_fidelity(converted, held_out)
     if target:
         check_target(fidelity, target, converted.head.num_experts_per_tok)
-    converted.requires_grad_(True)
+    converted.head.requires_grad_(True)
     return fidelity
 
 

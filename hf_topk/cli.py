@@ -290,12 +290,15 @@ def main(command: Callable[[], Any] = app) -> None:
 
 
 def _quiet() -> None:
-    """Keep Transformers' notes off the screen, and its bars out of files."""
-    from transformers.utils import logging
+    """Keep the notes of Transformers and accelerate off the screen, and bars out of files."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _print_json(value: dict[str, Any]) -> None:
