@@ -72,6 +72,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
         """Build the model with the dense weights and the head's additions not yet set.
