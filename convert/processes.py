@@ -114,8 +114,10 @@ def launched_processes() -> Iterator[Processes]:
     """The processes that this one, the first, was launched with; they are released at the end.
 
     Raises:
-        InputError: when there are several and accelerate is not installed.
+        InputError: when there are several and accelerate is not installed, or this is not the first.
     """
+    if is_helper():
+        raise InputError("only the first of several processes converts: call `help_first_process` in the others")
     if _from_environment("WORLD_SIZE", 1) == 1:
         yield ALONE
         return

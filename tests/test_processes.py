@@ -1,4 +1,4 @@
-"""Conversion by several processes that `accelerate launch` starts: the result is that of one."""
+"""Conversion by several processes that `accelerate launch` or `torchrun` starts: the result is that of one."""
 
 import json
 import os
@@ -15,8 +15,11 @@ from helpers import PROGRESS_LINE, QUICK, check_refused, contents, tiny_checkpoi
 from hf_topk.convert import Recipe, convert_checkpoint, processes, self_sample
 from hf_topk.errors import InputError
 
-MODULE = ("-m", "hf_topk.cli")
-LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+ACCELERATE = (
+    "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    "--mixed_precision no --dynamo_backend no"
+)
+TORCHRUN = "torch.distributed.run --standalone --nproc_per_node 2"
 # The command line, but that something happens when the second process begins a pass of the dense model.
 TROUBLE = """
 import os
@@ -51,14 +54,14 @@ def convert_here(folder: Path, out: str, recipe: str, **choices: Any) -> None:
     convert_checkpoint(str(folder / "model"), folder / out, Recipe.from_yaml(folder / f"{recipe}.yaml"), **choices)
 
 
-def launch(folder: Path, program: tuple[str, ...], out: str, recipe: str, *options: str) -> Any:
+def launch(folder: Path, launcher: str, out: str, recipe: str, *options: str) -> Any:
     environment = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         **os.environ,
         "ACCELERATE_USE_CPU": "true",
         "HF_HOME": str(folder / "no-cache"),
     }
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split(), *program]
+    command = [sys.executable, "-m", *launcher.split()]
     arguments = ["convert", str(folder / "model"), out, "--recipe", f"{recipe}.yaml", *options]
     return subprocess.run(
         [*command, *arguments],
@@ -71,10 +74,9 @@ def launch(folder: Path, program: tuple[str, ...], out: str, recipe: str, *optio
     )
 
 
-def in_trouble(folder: Path, trouble: str) -> tuple[str, ...]:
-    script = folder / "trouble.py"
-    script.write_text(TROUBLE.format(trouble=trouble))
-    return (str(script),)
+def in_trouble(folder: Path, trouble: str) -> str:
+    (folder / "trouble.py").write_text(TROUBLE.format(trouble=trouble))
+    return f"{TORCHRUN} trouble.py"
 
 
 def result(folder: Path) -> dict[str, bytes | None]:
@@ -92,7 +94,7 @@ def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             convert_here(folder, "out", "self")
     assert len((folder / ".out.work" / "sample.jsonl").read_text().splitlines()) == 1
-    done = launch(folder, MODULE, "out", "self", "--resume", "--json")
+    done = launch(folder, f"{ACCELERATE} -m hf_topk.cli", "out", "self", "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert result(folder / "out") == result(folder / "self")
     assert not (folder / ".out.work").exists()
@@ -109,9 +111,9 @@ def interrupt(*arguments: Any) -> None:
 
 
 def test_an_error_of_one_process_is_printed_once(folder: Path) -> None:
-    program = in_trouble(folder, 'raise InputError("this batch is bad")')
+    launcher = in_trouble(folder, 'raise InputError("this batch is bad")')
     before = contents(folder)
-    done = launch(folder, program, "new", "text")
+    done = launch(folder, launcher, "new", "text")
     assert done.returncode != 0
     assert done.stdout == ""
     assert [line for line in done.stderr.splitlines() if line.startswith("hf-topk")] == ["hf-topk: this batch is bad"]
@@ -121,8 +123,8 @@ def test_an_error_of_one_process_is_printed_once(folder: Path) -> None:
 
 def test_one_process_goes_on_where_one_of_two_died(folder: Path) -> None:
     # In its second pass, so that something has been kept.
-    program = in_trouble(folder, 'os._exit(9) if os.environ.pop("FIRST", "") else os.environ.update(FIRST="no")')
-    done = launch(folder, program, "late", "text")
+    launcher = in_trouble(folder, 'os._exit(9) if os.environ.pop("FIRST", "") else os.environ.update(FIRST="no")')
+    done = launch(folder, launcher, "late", "text")
     assert done.returncode != 0
     assert done.stdout == ""
     kept = json.loads((folder / ".late.work" / "hidden_states.json").read_text())
@@ -149,6 +151,13 @@ def test_refuses_a_device_map_for_several_processes(folder: Path, launched: list
     with pytest.raises(InputError, match="launch only one"):
         convert_here(folder, "mapped", "text", device_map="auto")
     assert launched == [None]
+
+
+def test_only_the_first_process_converts(folder: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="help_first_process"):
+        convert_here(folder, "second", "text")
+    assert launched == []
 
 
 def test_several_processes_need_accelerate(
