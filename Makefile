@@ -42,7 +42,8 @@ $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 define LOWER_BOUNDS
 import re, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for requirement in project["dependencies"] + project["optional-dependencies"]["datasets"]:
+extras = project["optional-dependencies"]
+for requirement in project["dependencies"] + extras["accelerate"] + extras["datasets"]:
     if not requirement.startswith("torch"):
         print(re.sub(r">=([\d.]+).*", r"==\1", requirement))
 endef

@@ -16,7 +16,7 @@ from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
-from .hidden_states import states_of_batches, tapped_head
+from .hidden_states import batches_of, states_of_batch
 
 CONFIDENCE = 0.95
 
@@ -132,13 +132,15 @@ def experts_needed(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tens
     expert_of[head.expert_ids] = torch.arange(head.num_experts, device=expert_of.device).unsqueeze(-1)
     needed = []
     total = sum(len(window.token_ids) for window in windows)
-    with progress("Ranking the experts", total, "positions") as advance, tapped_head(model.base) as tap:
-        for _, states in states_of_batches(model.base, tap, windows, advance):
+    with progress("Ranking the experts", total, "positions") as advance:
+        for batch in batches_of(windows):
+            states = states_of_batch(model.base, batch).to(head.weight.device)
             for some in states.split(max(1, LOGITS_AT_ONCE // head.out_features)):
                 expert = expert_of[F.linear(some, head.weight, head.bias).argmax(dim=-1, keepdim=True)]
                 scores = head.router(some)
                 rank = (scores > scores.gather(1, expert.clamp_min(0))).sum(dim=-1)
                 needed.append(torch.where(expert.squeeze(-1) < 0, 0, rank + 1).cpu())
+            advance(len(states))
     return torch.cat(needed)
 
 

@@ -10,17 +10,18 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.errors import TopKExpertsError
 from hf_topk.figures import as_json
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import Advance, progress
 
 from .card import write_card
+from .dense import DeviceMap, keep_ends_in_memory
 from .pipeline import Report
 from .source import BYTES_AT_ONCE, Source
 
@@ -32,7 +33,7 @@ FIGURES_FILE = "figures.json"
 PROBE_LENGTH = 8  # tokens that the reloaded model is tried on
 
 
-def write_checkpoint(report: Report, source: Source, out: Path) -> None:
+def write_checkpoint(report: Report, source: Source, out: Path, device_map: DeviceMap | None = None) -> None:
     """Write a converted model beside its place, load it again to see that it is the same, and move it there.
 
     The dense shards are copied byte for byte and get a new number only; what conversion added is a shard of its own,
@@ -42,6 +43,7 @@ def write_checkpoint(report: Report, source: Source, out: Path) -> None:
         report: what was converted.
         source: the dense checkpoint.
         out: the folder to write; one that is there is replaced at the very end.
+        device_map: what the dense model was loaded with.
 
     Raises:
         TopKExpertsError: when the disk is full or the folder that was written does not load as the same model.
@@ -52,7 +54,7 @@ def write_checkpoint(report: Report, source: Source, out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(report, source, partial)
-        _verify(report, partial)
+        _verify(report, partial, device_map)
         _move(partial, out)
 
 
@@ -124,10 +126,16 @@ def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _verify(report: Report, folder: Path) -> None:
+def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
     """Load what was written, and compare its sparse and dense logits with those of the model in memory."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if isinstance(device_map, dict):
+        prefix = report.model.base_model_prefix
+        device_map = {f"{prefix}.{name}" if name else name: device for name, device in device_map.items()}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=device_map, output_loading_info=True
+    )
     reloaded, found = loaded
+    keep_ends_in_memory(reloaded)
     wrong = found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]
     if wrong:
         raise TopKExpertsError(f"the model that was written does not load whole ({min(wrong)}): please report this")
@@ -158,24 +166,3 @@ def _move(partial: Path, out: Path) -> None:
     out.replace(replaced)
     partial.replace(out)
     shutil.rmtree(replaced)
-
-
-def load_dense(source: Source) -> PreTrainedModel:
-    """Load a dense checkpoint in its own type.
-
-    Raises:
-        InputError: when a tensor is missing or of the wrong shape.
-    """
-    config = AutoConfig.from_pretrained(source.folder)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype="auto", output_loading_info=True
-        )
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
-    dense, found = loaded
-    if found["missing_keys"]:
-        first = min(found["missing_keys"])
-        raise InputError(f"the weights of {source.name} are not complete: '{first}' is missing; fetch the model again")
-    return dense

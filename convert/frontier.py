@@ -27,7 +27,7 @@ from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
-from .checkpoint import load_dense
+from .dense import load_dense
 from .distill import expert_masses, groups_of, token_probabilities, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_topk.errors import InputError
 from hf_topk.modeling_topk_experts import name_of_head
-from hf_topk.progress import progress
+from hf_topk.progress import Advance, progress
 from hf_topk.text import Window
+
+from .processes import ALONE, Processes
 
 POSITIONS_AT_ONCE = 4096  # in one pass of the dense model
 
@@ -92,13 +94,16 @@ class HiddenStates:
         return flat.view(self.positions, self.hidden_size)
 
 
-def collect(dense: PreTrainedModel, windows: list[Window], states: HiddenStates) -> Tensor:
+def collect(
+    dense: PreTrainedModel, windows: list[Window], states: HiddenStates, processes: Processes = ALONE
+) -> Tensor:
     """Run the dense model over the windows that are not done yet and keep the states that enter its head.
 
     Args:
         dense: the dense model.
         windows: runs of token ids; each token is one position.
         states: where they are kept; windows that are done are not run again.
+        processes: what the batches are dealt out to.
 
     Returns:
         The states of all windows, [N, d], mapped from disk.
@@ -109,27 +114,43 @@ def collect(dense: PreTrainedModel, windows: list[Window], states: HiddenStates)
     left = windows[states.windows_done :]
     if left:
         total = sum(len(window.token_ids) for window in left)
-        with progress("Running the dense model", total, "positions") as advance, tapped_head(dense) as tap:
-            states.append(states_of_batches(dense, tap, left, advance))
+        with progress("Running the dense model", total, "positions") as advance:
+            states.append(_states_of_batches(dense, left, processes, advance))
     return states.load()
 
 
-def states_of_batches(
-    dense: PreTrainedModel, tap: "HeadTap", windows: list[Window], advance: Any
+def _states_of_batches(
+    dense: PreTrainedModel, windows: list[Window], processes: Processes, advance: Advance
 ) -> Iterator[tuple[int, Tensor]]:
     """Run the dense model batch by batch: numbers of windows and the states of all their positions, [n, d]."""
-    for batch in batches_of(windows):
-        # Padding on the right changes nothing for what stands before it.
-        token_ids, real = pad(batch, dense.device)
-        with torch.inference_mode():
-            dense(input_ids=token_ids, use_cache=False)
-        states = tap.states[real]
-        if not states.isfinite().all():
-            raise InputError(
-                "the dense model's hidden states are not finite: check its weights, or load it in bfloat16"
-            )
+    batches = list(batches_of(windows))
+    results = processes.run(states_of_batch, dense, ((batch,) for batch in batches))
+    for batch, states in zip(batches, results, strict=True):
         yield len(batch), states
         advance(states.shape[0])
+
+
+def states_of_batch(dense: PreTrainedModel, windows: list[Window]) -> Tensor:
+    """The states that enter the head at all positions of some windows that are run in one pass.
+
+    Args:
+        dense: the dense model.
+        windows: runs of token ids; each token is one position.
+
+    Returns:
+        States, [n, d], in main memory.
+
+    Raises:
+        InputError: when a state is not finite.
+    """
+    # Padding on the right changes nothing for what stands before it.
+    token_ids, real = pad(windows, dense.device)
+    with torch.inference_mode(), tapped_head(dense) as tap:
+        dense(input_ids=token_ids, use_cache=False)
+    states = tap.states[real.to(tap.states.device)]
+    if not states.isfinite().all():
+        raise InputError("the dense model's hidden states are not finite: check its weights, or load it in bfloat16")
+    return states.cpu()
 
 
 def batches_of(windows: list[Window], positions: int = POSITIONS_AT_ONCE) -> Iterator[list[Window]]:

@@ -23,6 +23,7 @@ from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
 from .misses import swap_in_missed
+from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
@@ -78,6 +79,7 @@ def convert(
     *,
     windows: list[Window] | None = None,
     folder: Path | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Convert a dense causal language model in memory.
 
@@ -88,6 +90,7 @@ def convert(
         windows: the sample, already read and cut; read from `recipe.text` if None.
         folder: where hidden states are kept as they are made, and found again by a later call with the same arguments;
             a temporary folder if None.
+        processes: what the passes of the dense model are dealt out to; they are released when these are done.
 
     Returns:
         The converted model and its figures.
@@ -104,13 +107,14 @@ def convert(
         _check_causal(model)
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         if windows is None and recipe.text == SELF:
-            windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder)
+            windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder, processes)
         elif windows is None:
             windows = sample_from_text(tokenizer, recipe)[0]
         check_sample(windows, recipe, head.weight.shape[0])
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
-        states = collect(model, to_distil_on, kept)
+        states = collect(model, to_distil_on, kept, processes)
+        processes.release()
         converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
         fidelity = _calibrate(converted, states, held_out, recipe)
     return Report(
@@ -243,7 +247,7 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
     fidelity = measure_fidelity(converted, held_out)
     if target:
         check_target(fidelity, target, converted.head.num_experts_per_tok)
-    converted.requires_grad_(True)
+    converted.head.requires_grad_(True)
     return fidelity
 
 

@@ -16,7 +16,7 @@ from hf_topk.measure.fidelity import measure_fidelity, readable_length
 from hf_topk.text import Window
 
 from .calibrate import lower_bound
-from .checkpoint import load_dense
+from .dense import load_dense
 from .pipeline import convert, sample_from_text
 from .preflight import load_tokenizer
 from .recipe import SELF, Recipe

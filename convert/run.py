@@ -8,19 +8,30 @@ from typing import Any
 from hf_topk.errors import InputError, TopKExpertsError
 
 from .calibrate import TargetNotReachedError
-from .checkpoint import load_dense, write_checkpoint
+from .checkpoint import write_checkpoint
+from .dense import DeviceMap, check_device_map
 from .hidden_states import read_record, write_record
 from .pipeline import Report, convert
 from .preflight import Plan, preflight
+from .processes import Processes, launched_processes
 from .recipe import Recipe
 
 FINGERPRINT_FILE = "fingerprint.json"
 
 
 def convert_checkpoint(
-    model: str | None, out: str | Path, recipe: Recipe, *, overwrite: bool = False, resume: bool = False
+    model: str | None,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    device_map: DeviceMap | None = None,
 ) -> Report:
     """Convert a dense checkpoint into a folder that loads with `AutoModelForCausalLM.from_pretrained`.
+
+    Where `accelerate launch` has started several processes, call this in the first one, and
+    [`processes.help_first_process`] in those where [`processes.is_helper`] is true.
 
     Args:
         model: a folder, a repository of the Hub, or None for the bundled demo model.
@@ -28,6 +39,7 @@ def convert_checkpoint(
         recipe: every choice.
         overwrite: whether to replace an earlier converted model, and to throw away an interrupted conversion.
         resume: whether to go on with an interrupted conversion of the same model, text and recipe.
+        device_map: where the dense model goes, as `from_pretrained` takes it; main memory if None.
 
     Returns:
         The converted model and its figures.
@@ -37,7 +49,20 @@ def convert_checkpoint(
         TargetNotReachedError: when the target agreement is not reached; nothing has been written then.
         TopKExpertsError: when writing fails; what was computed is kept for `resume`.
     """
-    out = Path(out)
+    check_device_map(device_map)
+    with launched_processes() as processes:
+        return _convert_checkpoint(model, Path(out), recipe, overwrite, resume, device_map, processes)
+
+
+def _convert_checkpoint(
+    model: str | None,
+    out: Path,
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    device_map: DeviceMap | None,
+    processes: Processes,
+) -> Report:
     if not out.name or ".." in out.parts:  # '.', 'a/../b': what lies beside it needs the folder's own name
         out = out.resolve()
     work = work_folder(out)
@@ -47,11 +72,12 @@ def convert_checkpoint(
     plan = preflight(model, out, recipe, overwrite=overwrite)
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)
-    dense = load_dense(plan.source)
+    place = processes.place(device_map)
+    dense = processes.load(plan.source, place)
     try:
         if not goes_on:
             _start_anew(work, fingerprint)
-        report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work)
+        report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work, processes=processes)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there
@@ -62,7 +88,7 @@ def convert_checkpoint(
         raise TopKExpertsError(
             f"cannot write to {work}: {error.strerror}; mend that and run the same command with --resume"
         ) from error
-    write_checkpoint(report, plan.source, plan.out)
+    write_checkpoint(report, plan.source, plan.out, place)
     shutil.rmtree(work)
     return report
 

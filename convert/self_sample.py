@@ -1,5 +1,6 @@
 """Sample text that the dense model writes itself, for when there is none to distil on."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,18 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
+from .processes import ALONE, Processes
+
 DOCUMENTS_AT_ONCE = 64
 
 
 def sample_from_model(
-    dense: PreTrainedModel, positions: int, window_length: int, seed: int, folder: Path
+    dense: PreTrainedModel,
+    positions: int,
+    window_length: int,
+    seed: int,
+    folder: Path,
+    processes: Processes = ALONE,
 ) -> list[Window]:
     """Let the dense model write documents from its own distribution, untruncated and at temperature 1.
 
@@ -29,6 +37,7 @@ def sample_from_model(
         window_length: tokens that a document has at most.
         seed: of the sampling.
         folder: where the file is kept.
+        processes: what the batches are dealt out to: their seeds make them the same wherever they are written.
 
     Returns:
         One window a document, the last ones cut so that there are `positions` tokens.
@@ -37,7 +46,7 @@ def sample_from_model(
     documents = _whole_batches(file)
     with progress("Sampling text from the model", positions, "tokens") as advance, file.open("a") as out:
         advance(sum(map(len, documents)))
-        for batch in _missing_batches(dense, documents, positions, window_length, seed):
+        for batch in _missing_batches(dense, documents, positions, window_length, seed, processes):
             out.write(json.dumps(batch) + "\n")
             out.flush()
             documents += batch
@@ -46,14 +55,19 @@ def sample_from_model(
 
 
 def _missing_batches(
-    dense: PreTrainedModel, documents: list[list[int]], positions: int, window_length: int, seed: int
+    dense: PreTrainedModel,
+    documents: list[list[int]],
+    positions: int,
+    window_length: int,
+    seed: int,
+    processes: Processes,
 ) -> Iterator[list[list[int]]]:
     have = sum(map(len, documents))
-    number = len(documents) // DOCUMENTS_AT_ONCE
+    seeds = itertools.count(seed + len(documents) // DOCUMENTS_AT_ONCE)
+    batches = processes.run(_write_documents, dense, ((window_length, one) for one in seeds))
     while have < positions:
-        batch = _write_documents(dense, window_length, seed + number)
+        batch = next(batches)
         have += sum(map(len, batch))
-        number += 1
         yield batch
 
 

@@ -94,11 +94,24 @@ def convert(
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file of choices; options on the command line win over it.")
     ] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the dense model goes: a device such as cuda, or 'auto' to spread one that is larger than a "
+            "device over all, main memory and disk. [default: main memory]"
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert a dense language model; the result loads with AutoModelForCausalLM."""
+    from .convert.processes import help_first_process, is_helper
+
+    _quiet()
+    if is_helper():
+        help_first_process()
+        return
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
     from .convert.recipe import Recipe, read_yaml
@@ -110,9 +123,15 @@ def convert(
     chosen = Recipe.from_dict(choices)
     from .convert import convert_checkpoint
 
-    _quiet()
     out = paths[-1]
-    report = convert_checkpoint(paths[0] if len(paths) == 2 else None, out, chosen, overwrite=overwrite, resume=resume)
+    report = convert_checkpoint(
+        paths[0] if len(paths) == 2 else None,
+        out,
+        chosen,
+        overwrite=overwrite,
+        resume=resume,
+        device_map=device_map,
+    )
     if as_json:
         _print_json({"out": out, **report.figures(), "recipe": report.recipe.to_dict()})
         return
@@ -271,12 +290,15 @@ def main(command: Callable[[], Any] = app) -> None:
 
 
 def _quiet() -> None:
-    """Keep Transformers' notes off the screen, and its bars out of files."""
-    from transformers.utils import logging
+    """Keep the notes of Transformers and accelerate off the screen, and bars out of files."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -297,3 +319,7 @@ def _print_table(title: str, rows: dict[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+if __name__ == "__main__":  # `accelerate launch -m hf_topk.cli`
+    main()

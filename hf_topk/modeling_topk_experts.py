@@ -75,6 +75,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
         """Build the model with the dense weights and the head's additions not yet set.
@@ -126,14 +127,17 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         Raises:
             InputError: when the dense model has no single linear vocabulary head.
         """
-        shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+        hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
+        shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
         config.text_config = twin.config
         config.dtype = twin.config.dtype = dense.dtype
         with torch.device("meta"):
             model = cls(config)
         model._adopt(twin)
-        nn.Module.to(model, dense.device)
+        model.head.to(model.head.weight.device)
+        if hooks:  # what is before the head may be elsewhere
+            model.head.register_forward_pre_hook(_to_device_of_head)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.eval()
@@ -360,6 +364,10 @@ def name_of_head(dense: PreTrainedModel) -> str:
             "load the model unquantised, or choose another one"
         )
     return name
+
+
+def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(cast(Tensor, head.weight).device) for tensor in inputs)
 
 
 def _dense_class(config: TopKExpertsConfig) -> type[Any]:

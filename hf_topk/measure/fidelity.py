@@ -170,7 +170,7 @@ def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hid
     if head.tail is None or (head.num_experts_per_tok == head.num_experts and head.routed_mass >= 1):
         return []
     some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
-    scored = head.scored_ids(head.pick(hidden[some])[1])
+    scored = head.scored_ids(head.pick(hidden[some])[1]).to(dense.device)
     correlations = []
     for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
         is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
