@@ -266,6 +266,46 @@ def generate(
 
 
 @app.command()
+def bench(
+    directory: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="A converted model: a folder, or a Hub repository.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of DIR: a published model's shape with random weights: gemma-3-270m, gemma-3-1b, "
+            "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b or smollm2-135m."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, or auto: as the model is stored, bfloat16 with --shape.")
+    ] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. [default: as torch chooses]")] = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded side by side.")] = "1,2,4,8,16,32",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of decoding; of the head it is five times as many.")] = 8,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A baseline to leave out: int8, flashhead or hnsw; may be repeated.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile, too.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures: a .png or .svg file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed, of the head and end to end, beside the dense model and the methods of others."""
+    from .measure.bench import Choices
+    from .measure.bench_report import batch_sizes, tables
+    from .measure.bench_run import run_bench
+
+    _quiet()
+    choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)
+    figures = run_bench(directory, shape, choices, dtype=dtype, threads=threads, plot=plot)
+    if as_json:
+        _print_json(figures)
+        return
+    for title, rows in tables(figures):
+        _print_table(title, rows)
+
+
+@app.command()
 def demo() -> None:
     """Convert the bundled model, measure it, and write the same text with the dense and the sparse head."""
     from .convert.demo.run import run_demo

@@ -13,7 +13,7 @@ from rich.table import Table
 from hf_topk.errors import TopKExpertsError
 from hf_topk.loading import load_converted
 from hf_topk.measure.fidelity import WINDOW_LENGTH, Fidelity, measure_fidelity
-from hf_topk.measure.speed import head_milliseconds
+from hf_topk.measure.timing import head_milliseconds
 from hf_topk.text import make_windows, read_documents
 
 from ..recipe import Recipe

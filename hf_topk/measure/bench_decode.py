@@ -1,0 +1,133 @@
+"""Decoding end to end, with `generate` as it is."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+
+from ..configuration_topk_experts import TopKExpertsConfig
+from ..lossless import LosslessStats
+from ..modeling_topk_experts import TopKExpertsForCausalLM
+from .competitors import Competitors, NoHead
+from .timing import Spread, TokenClock, interleaved
+
+PROMPT_LENGTH = 16  # tokens
+NEW_TOKENS = 32  # after the first one, whose time is that of reading the prompt
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+OVERHEAD_ROUNDS = 2000
+
+Decoder = Callable[[Tensor], float]
+
+
+class Decoding:
+    """Decodes with each of the competitors in turn, and says how many tokens a second each writes.
+
+    Attributes:
+        stats: what lossless decoding with tail `prior` took, over all rounds.
+    """
+
+    def __init__(self, models: Competitors, rounds: int) -> None:
+        """Prepare.
+
+        Args:
+            models: the competitors.
+            rounds: of every comparison.
+        """
+        self._models, self._rounds = models, rounds
+        self._vocab_size = models.sparse.head.out_features
+        self.stats = LosslessStats()
+
+    def greedy(self) -> dict[str, Spread]:
+        """Greedy decoding in eager mode, lossless too."""
+        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head")
+        decoders["lossless"] = self._counted(_decoder(self._models.sparse, lossless=True))
+        if self._models.sparse_default_tail is not None:
+            decoders["lossless_default_tail"] = _decoder(self._models.sparse_default_tail, lossless=True)
+        return self._measure(decoders, "Decoding")
+
+    def sampling(self) -> dict[str, Spread]:
+        """Sampling with a temperature and top-p."""
+        return self._measure(self._decoders("dense", "sparse", "sparse_default_tail", **SAMPLING), "Sampling")
+
+    def batch(self, size: int) -> dict[str, Spread]:
+        """Greedy decoding of several sequences at once, in head mode "auto"."""
+        decoders = self._decoders("dense", "sparse", "sparse_default_tail")
+        names = {"dense": "dense", "sparse": "auto", "sparse_default_tail": "auto_default_tail"}
+        renamed = {names[name]: decoder for name, decoder in decoders.items()}
+        return self._measure(renamed, f"Decoding a batch of {size}", size)
+
+    def compiled(self) -> dict[str, Spread]:
+        """Greedy decoding compiled as a whole, with a static cache, by `generate` itself."""
+        compile_config = CompileConfig(fullgraph=True, mode="default")
+        compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
+        choices = {"cache_implementation": "static", "compile_config": compile_config}
+        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **choices)
+        return self._measure(decoders, "Decoding, compiled")
+
+    def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:
+        models = {name: getattr(self._models, name) for name in names}
+        return {name: _decoder(model, **choices) for name, model in models.items() if model is not None}
+
+    def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
+        def prompts() -> Tensor:
+            return torch.randint(self._vocab_size, (batch, PROMPT_LENGTH))
+
+        return interleaved(decoders, prompts, self._rounds, description, warm_up_rounds=1)
+
+    def _counted(self, decoder: Decoder) -> Decoder:
+        def run(prompts: Tensor) -> float:
+            speed = decoder(prompts)
+            if (stats := self._models.sparse.last_generation_stats) is not None:
+                self.stats += stats
+            return speed
+
+        return run
+
+
+def _decoder(model: Any, **choices: Any) -> Decoder:
+    """Decodes from prompts [B, T], and returns tokens a second of all rows together."""
+
+    def run(prompts: Tensor) -> float:
+        clock = TokenClock()
+        mask = torch.ones_like(prompts)
+        model.generate(prompts, attention_mask=mask, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)
+        return len(prompts) / clock.seconds_a_token
+
+    return run
+
+
+def wrapper_overhead(rounds: int = OVERHEAD_ROUNDS) -> float:
+    """What the converted model's own Python adds to one step of decoding.
+
+    A Llama of one tiny layer runs one position as it is and converted, both with a head that has its logits already, so
+    that nothing but the wrapper and the way to the head is in the difference.
+
+    Args:
+        rounds: steps of each.
+
+    Returns:
+        The difference of the medians, in seconds.
+    """
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_attention_heads=1))
+    wrapped = TopKExpertsForCausalLM.from_dense(
+        dense, TopKExpertsConfig(text_config=dense.config, num_experts=16, expert_size=16, tail="prior")
+    )
+    plain = Competitors.of(wrapped).no_head
+
+    def step(model: Any) -> Callable[[Tensor], None]:
+        def run(tokens: Tensor) -> None:
+            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+
+        return run
+
+    with wrapped.head.replaced_by(NoHead(256, torch.float32)):
+        spreads = interleaved(
+            {"plain": step(plain), "wrapped": step(wrapped)},
+            lambda: torch.randint(256, (1, 1)),
+            rounds,
+            "Timing the wrapper",
+        )
+    return spreads["wrapped"].median - spreads["plain"].median

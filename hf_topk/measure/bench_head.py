@@ -1,0 +1,137 @@
+"""The head by itself: dense, the methods of others, ours."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..head import TopKExpertsHead
+from ..lossless import LosslessStats
+from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, int8_head, random_flashhead
+from .competitors import Competitors
+from .timing import Spread, head_seconds
+
+Head = Callable[[Tensor], Any]
+
+# Named in the results by the faster of its ways to run.
+BEST_OF = {"dense": ("dense_bfloat16", "dense_float32"), "int8": ("int8_eager", "int8_compiled")}
+
+
+class Heads:
+    """All heads over one weight.
+
+    Attributes:
+        states: hidden states that they are timed on, [P, d].
+    """
+
+    def __init__(self, models: Competitors, states: Tensor, without: tuple[str, ...] = ()) -> None:
+        """Build the baselines that are not left out; those whose package is missing are, with a line on stderr.
+
+        Args:
+            models: the competitors.
+            states: hidden states to time them on, [P, d], in the type of the head.
+            without: names of baselines to leave out.
+        """
+        self.states = states
+        self._sparse = models.sparse.head
+        self._default = None if models.sparse_default_tail is None else models.sparse_default_tail.head
+        weight, bias = self._sparse.weight.detach(), self._sparse.bias
+        self._runs: dict[str, Head] = {
+            f"dense_{str(dtype).removeprefix('torch.')}": _dense(weight, bias, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+        }
+        self._int8: Head | None = None
+        for name in BASELINES:
+            if name not in without:
+                self._build(name, weight, bias)
+
+    def _build(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
+        try:
+            if name == "int8":
+                self._int8 = int8_head(weight, bias)
+            elif name == "flashhead":
+                self._runs["flashhead"] = random_flashhead(weight, bias).next_tokens
+            else:
+                self._runs["hnsw"] = HnswHead(weight, bias)
+        except MissingPackageError as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+
+    def batch(self, size: int, rounds: int, extra: dict[str, Head] | None = None) -> dict[str, Spread]:
+        """Time all heads on so many positions.
+
+        Args:
+            size: positions in a call.
+            rounds: calls of each.
+            extra: further heads to time beside them.
+
+        Returns:
+            Seconds a call by name; `dense` and `int8` are the faster of the ways to run them.
+        """
+        runs = {**self._runs, **self._sparse_runs(), **(extra or {})}
+        if self._int8 is not None:
+            runs |= {"int8_eager": self._int8, "int8_compiled": compiled(self._int8, self.states[:size])}
+        spreads = head_seconds(runs, self.states, size, rounds, f"Timing heads on {size} positions")
+        for name, ways in BEST_OF.items():
+            if ways[0] in spreads:
+                spreads[name] = min((spreads[way] for way in ways), key=lambda spread: spread.median)
+        return spreads
+
+    def _sparse_runs(self) -> dict[str, Head]:
+        runs: dict[str, Head] = {"sparse": self._sparse.sparse_logits, "auto": _auto(self._sparse)}
+        if self._default is not None:
+            runs |= {"sparse_default_tail": self._default.sparse_logits, "auto_default_tail": _auto(self._default)}
+        return runs
+
+    def one_position(self, stats: LosslessStats, rounds: int, is_compiled: bool) -> dict[str, Spread]:
+        """Time all heads on one position, lossless decoding's among them.
+
+        A lossless token takes `body_steps_per_token` runs of the drafting head on one position and
+        `dense_passes_per_token` runs of the dense head on a block. Both are timed, the latter on as many positions as
+        the blocks had on average, and added up.
+
+        Args:
+            stats: what lossless decoding took.
+            rounds: calls of each.
+            is_compiled: whether to time the dense and the sparse head compiled, too.
+        """
+        passes = stats.dense_passes_per_token
+        block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
+        extra: dict[str, Head] = {
+            "draft": self._sparse.draft_logits,
+            "dense_block": lambda _: self._sparse.dense_logits(block),
+        }
+        if is_compiled:
+            runs = {"dense": self._sparse.dense_logits, **self._sparse_runs()}
+            chosen = ("dense", "sparse", "sparse_default_tail")
+            extra |= {f"{name}_compiled": compiled(runs[name], self.states[:1]) for name in chosen if name in runs}
+        spreads = self.batch(1, rounds, extra)
+        draft, dense = spreads["draft"], spreads["dense_block"]
+        steps = stats.body_steps_per_token
+        spreads["lossless"] = Spread(
+            steps * draft.median + passes * dense.median,
+            steps * draft.low + passes * dense.low,
+            steps * draft.high + passes * dense.high,
+        )
+        return spreads
+
+
+def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
+    """The dense head as Transformers runs it, in a type; states are rounded to it beforehand, where they differ."""
+    weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+
+    def run(hidden: Tensor) -> Tensor:
+        return F.linear(hidden.to(dtype), weight, bias)
+
+    return run
+
+
+def _auto(head: TopKExpertsHead) -> Head:
+    """The head as a model calls it, in head mode "auto"."""
+
+    def run(hidden: Tensor) -> Tensor:
+        return head(hidden.unsqueeze(1))
+
+    return run
