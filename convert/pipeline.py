@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.crossover import fastest_up_to
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
-from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from .distill import evenly_spaced, expert_masses, groups_of, start_router, token_probabilities, train_router
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
@@ -27,6 +28,7 @@ from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
+STATES_TIMED = 1024
 LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
@@ -36,7 +38,8 @@ class Report:
 
     Attributes:
         model: the converted model, in memory.
-        recipe: every choice, with none left open but k, which a target agreement decides.
+        recipe: every choice, with none left open but what is measured: k, if there is a target agreement, and
+            `sparse_max_positions`.
         fidelity: measured at k on held-out documents of the sample.
         num_experts: M.
         added_bytes: bytes that conversion adds to the model on disk.
@@ -64,6 +67,7 @@ class Report:
             "target_reached": target is None or is_reached(self.fidelity, target),
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.model.head.num_experts_per_tok,
+            "sparse_max_positions": self.model.head.sparse_max_positions,
             "added_bytes": self.added_bytes,
             "added_bytes_share": self.added_bytes / self.model.head.dense_bytes(),
             "distilled_positions": self.distilled_positions,
@@ -247,6 +251,9 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
     fidelity = measure_fidelity(converted, held_out)
     if target:
         check_target(fidelity, target, converted.head.num_experts_per_tok)
+    if recipe.sparse_max_positions is None:
+        most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
+        converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
     converted.head.requires_grad_(True)
     return fidelity
 
@@ -260,14 +267,15 @@ def target_of(recipe: Recipe) -> Target | None:
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ("expert_size", "routed_mass", "num_always_on", "router_rank", "tail", "tail_rank", "combine")
+    copied = ["expert_size", "routed_mass", "num_always_on", "router_rank", "tail", "tail_rank", "combine"]
     choices = recipe.to_dict()
+    if recipe.sparse_max_positions is not None:
+        copied.append("sparse_max_positions")
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=recipe.num_experts(head_of(model).out_features),
         num_experts_per_tok=recipe.num_experts_per_tok or 1,
         router_type=recipe.router,
-        sparse_max_positions=recipe.sparse_max_positions,
         **{name: choices[name] for name in copied},
     )
 

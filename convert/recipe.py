@@ -48,7 +48,8 @@ class Recipe:
         tail: kind of tail.
         tail_rank: rank of a low-rank tail, a third of a byte each for every token.
         combine: how a scored token's logit is made.
-        sparse_max_positions: most positions of a call that head mode "auto" runs sparse.
+        sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None measures on this machine
+            up to how many it is the faster one.
         distill_steps: steps that the router is trained for.
         batch_size: positions in one training step.
         learning_rate: of the first training step; it falls to zero along a cosine.
@@ -77,7 +78,7 @@ class Recipe:
     tail: TailType = "low_rank"
     tail_rank: int = 96
     combine: CombineType = "exact"
-    sparse_max_positions: int = 16
+    sparse_max_positions: int | None = None
     distill_steps: int = 2000
     batch_size: int = 512
     learning_rate: float = 5e-3
@@ -95,7 +96,7 @@ class Recipe:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("window_length", self.window_length, 2)
-        _at_least("sparse_max_positions", self.sparse_max_positions, 0)
+        _at_least("sparse_max_positions", self.sparse_max_positions or 0, 0)
         _at_least("num_always_on", self.num_always_on or 0, 0)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, must be from 0 to 2**63 - 1")

@@ -202,7 +202,8 @@ class TopKExpertsHead(nn.Linear):
         scored = self._scored(hidden)
         outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1)
         logits = self._all_logits(hidden, scored, with_tail=not is_greedy or self._may_win(scored))
-        return logits, torch.sigmoid(outside - scored.mass)
+        inside = torch.cat([scored.always.float(), scored.masses], dim=-1).logsumexp(dim=-1)
+        return logits, torch.sigmoid(outside - inside)
 
     def _scored(self, hidden: Tensor) -> "Scored":
         """Route, and compute what is scored."""
@@ -219,8 +220,7 @@ class TopKExpertsHead(nn.Linear):
         shifts, tail_scores = self._combine(scores, top, top_scores - mass, offset)
         if shifts is not None:
             routed, mass_used = (routed + shifts.unsqueeze(-1)).to(routed.dtype), mass_used + shifts
-        inside = torch.cat([always.float(), mass_used], dim=-1).logsumexp(dim=-1)
-        return Scored(always, routed, top, tail_scores, inside)
+        return Scored(always, routed, top, tail_scores, mass_used)
 
     def _may_win(self, scored: "Scored") -> bool:
         """Whether an unscored token could be the likeliest: none is likelier than all of its expert."""
@@ -359,14 +359,14 @@ class Scored:
         routed: logits of the picked experts' tokens, [N, k, S].
         experts: the picked experts, [N, k] int64.
         tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
-        mass: log-sum-exp of all that was scored, fp32 [N].
+        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]; minus infinity for a place that is not used.
     """
 
     always: Tensor
     routed: Tensor
     experts: Tensor
     tail_scores: Tensor
-    mass: Tensor
+    masses: Tensor
 
 
 def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:

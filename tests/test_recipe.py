@@ -87,7 +87,7 @@ def test_a_file_writes_a_learning_rate_as_people_do(written: str, value: float, 
 def test_resolving_fills_in_every_choice() -> None:
     recipe = Recipe().resolve(32_768)
     open_choices = {name for name, value in recipe.to_dict().items() if value is None}
-    assert open_choices == {"target_agreement", "max_bytes_read"}
+    assert open_choices == {"target_agreement", "max_bytes_read", "sparse_max_positions"}
     assert (recipe.num_always_on, recipe.num_experts_per_tok, recipe.router_rank) == (256, 8, 256)
     assert recipe.num_experts(32_768) == 254
 
