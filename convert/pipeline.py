@@ -3,6 +3,8 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +44,7 @@ class Report:
         router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
             of distillation.
         seconds: wall time of the conversion.
+        step_seconds: wall time of each step, by name.
     """
 
     model: TopKExpertsForCausalLM
@@ -52,6 +55,7 @@ class Report:
     distilled_positions: int
     router_kl: float
     seconds: float
+    step_seconds: dict[str, float]
 
     def figures(self) -> dict[str, Any]:
         """All figures, ready for JSON but that some may not be finite."""
@@ -95,7 +99,7 @@ def convert(
         InputError: when model, sample and recipe do not fit one another.
         TargetNotReachedError: when no k that is allowed reaches the target agreement.
     """
-    started = time.monotonic()
+    started, clock = time.monotonic(), StepClock()
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
@@ -109,9 +113,11 @@ def convert(
         check_sample(windows, recipe, head.weight.shape[0])
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
-        states = collect(model, to_distil_on, kept)
-        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
-        fidelity = _calibrate(converted, states, held_out, recipe)
+        with clock("hidden states"):
+            states = collect(model, to_distil_on, kept)
+        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe, clock)
+        with clock("calibration"):
+            fidelity = _calibrate(converted, states, held_out, recipe)
     return Report(
         model=converted,
         recipe=recipe,
@@ -121,7 +127,31 @@ def convert(
         distilled_positions=states.shape[0],
         router_kl=router_kl,
         seconds=time.monotonic() - started,
+        step_seconds=clock.seconds,
     )
+
+
+class StepClock:
+    """Takes the wall time of steps.
+
+    Attributes:
+        seconds: of each step, by name.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no steps."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Take the time of what runs within.
+
+        Args:
+            step: its name.
+        """
+        started = time.monotonic()
+        yield
+        self.seconds[step] = time.monotonic() - started
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -202,20 +232,26 @@ def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def _convert_head(
-    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe
+    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe, clock: StepClock
 ) -> tuple[TopKExpertsForCausalLM, float]:
     """Make the converted model; its router's KL divergence comes with it."""
     dense = head_of(model)
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
-    probabilities = token_probabilities(states, weight, bias)
+    with clock("token statistics"):
+        probabilities = token_probabilities(states, weight, bias)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
-    place_tokens(head, recipe, specials, states, probabilities)
-    router_kl = distil_router(head, recipe, states, expert_masses(states, weight, bias, groups_of(head)))
+    with clock("partition"):
+        place_tokens(head, recipe, specials, states, probabilities)
+    with clock("experts' masses"):
+        masses = expert_masses(states, weight, bias, groups_of(head))
+    with clock("distillation"):
+        router_kl = distil_router(head, recipe, states, masses)
     converted.config.router_int8 = recipe.router_int8
-    fit_tail(head, states, probabilities)
+    with clock("tail"):
+        fit_tail(head, states, probabilities)
     cast_additions(head)
     return converted, router_kl
 
