@@ -101,7 +101,7 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
     common = vectors(1)
     own = 1 - SHARE_OF_CLUSTER - SHARE_OF_LIKELIHOOD
     norm = LOGIT_DEVIATION / float(spectrum.pow(4).mean().sqrt())  # of a row
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     weight = model.lm_head.weight.data
     with progress("Making the head", vocab_size, "tokens") as advance:
         for start in range(0, vocab_size, ROWS_AT_ONCE):

@@ -2,21 +2,19 @@
 
 import math
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from scipy.stats import beta
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_topk.errors import InputError, TopKExpertsError
-from hf_topk.head import LOGITS_AT_ONCE, TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity, measure_fidelity
+from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.fidelity import Fidelity
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
-
-from .hidden_states import states_of_batches, tapped_head
 
 CONFIDENCE = 0.95
 
@@ -91,16 +89,16 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
         held_out: windows of documents that the router has not seen.
         target: what to reach.
     """
+    dense = rank_experts(model, held_out)
 
     def reaches(num_experts: int) -> bool:
         set_num_experts(model, num_experts)
-        fidelity = measure_fidelity(model, held_out)
-        return lower_bound(fidelity.agreement, fidelity.positions) >= target.agreement
+        return lower_bound(sparse_agreement(model, held_out, dense), len(dense.best)) >= target.agreement
 
     largest = _largest_allowed(model.head, target.max_bytes_read)
-    needed = experts_needed(model, held_out)
-    shares = [float((needed <= k).double().mean()) for k in range(1, largest + 1)]
-    expected = next((k for k, share in enumerate(shares, 1) if lower_bound(share, len(needed)) >= target.agreement), 0)
+    shares = [float((dense.experts_needed <= k).double().mean()) for k in range(1, largest + 1)]
+    bounds = (lower_bound(share, len(dense.best)) for share in shares)
+    expected = next((k for k, bound in enumerate(bounds, 1) if bound >= target.agreement), 0)
     if not expected:  # the fewest that do no worse than all that are allowed
         set_num_experts(model, 1 + shares.index(shares[-1]))
         return
@@ -116,30 +114,76 @@ def set_num_experts(model: TopKExpertsForCausalLM, num_experts: int) -> None:
     model.head.num_experts_per_tok = model.config.num_experts_per_tok = num_experts
 
 
+@dataclass(frozen=True)
+class DenseChoices:
+    """What the dense head chooses at each position, read once for every k.
+
+    Attributes:
+        best: the dense argmax, int64 [N].
+        experts_needed: how many experts have to be scored for it to be among them, from 1 to M, and 0 where it is
+            always on: int64 [N].
+    """
+
+    best: Tensor
+    experts_needed: Tensor
+
+
 @torch.inference_mode()
-def experts_needed(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tensor:
-    """How many experts have to be scored at each position for the dense argmax to be among them.
+def rank_experts(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseChoices:
+    """Find the dense argmax at each position, and where the router puts its expert.
 
     Args:
         model: the converted model.
         windows: runs of token ids; each token is one position.
-
-    Returns:
-        Numbers from 1 to M, and 0 where the dense argmax is always on: int64 [N].
     """
     head = model.head
     expert_of = torch.full((head.out_features,), -1, device=head.expert_ids.device)
     expert_of[head.expert_ids] = torch.arange(head.num_experts, device=expert_of.device).unsqueeze(-1)
-    needed = []
+    scores: list[Tensor] = []
+
+    def dense_logits(hidden: Tensor) -> Tensor:
+        scores.append(head.router(hidden.reshape(-1, hidden.shape[-1])))
+        return head.dense_logits(hidden)
+
+    best, needed = [], []
+    for some_best in _argmax_of("Ranking the experts", model, windows, dense_logits):
+        some_scores = scores.pop()
+        expert = expert_of[some_best].unsqueeze(-1)
+        rank = (some_scores > some_scores.gather(1, expert.clamp_min(0))).sum(dim=-1)
+        needed.append(torch.where(expert.squeeze(-1) < 0, 0, rank + 1).cpu())
+        best.append(some_best.cpu())
+    return DenseChoices(torch.cat(best), torch.cat(needed))
+
+
+@torch.inference_mode()
+def sparse_agreement(model: TopKExpertsForCausalLM, windows: list[Window], dense: DenseChoices) -> float:
+    """The agreement at the model's k: what [`measure_fidelity`] gives, without a look at the dense head.
+
+    Args:
+        model: the converted model.
+        windows: runs of token ids; each token is one position.
+        dense: what the dense head chooses there.
+    """
+    head = model.head
+
+    def sparse_logits(hidden: Tensor) -> Tensor:
+        return head.sparse_logits(hidden.reshape(-1, hidden.shape[-1])).unflatten(0, hidden.shape[:-1])
+
+    what = f"Scoring {head.num_experts_per_tok} experts"
+    best = torch.cat([some.cpu() for some in _argmax_of(what, model, windows, sparse_logits)])
+    return float((best == dense.best).double().mean())
+
+
+def _argmax_of(
+    what: str, model: TopKExpertsForCausalLM, windows: list[Window], logits_of: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
+    """The argmax at each position of each window, int64 [T], when the head's logits are those of `logits_of`."""
     total = sum(len(window.token_ids) for window in windows)
-    with progress("Ranking the experts", total, "positions") as advance, tapped_head(model.base) as tap:
-        for _, states in states_of_batches(model.base, tap, windows, advance):
-            for some in states.split(max(1, LOGITS_AT_ONCE // head.out_features)):
-                expert = expert_of[F.linear(some, head.weight, head.bias).argmax(dim=-1, keepdim=True)]
-                scores = head.router(some)
-                rank = (scores > scores.gather(1, expert.clamp_min(0))).sum(dim=-1)
-                needed.append(torch.where(expert.squeeze(-1) < 0, 0, rank + 1).cpu())
-    return torch.cat(needed)
+    with progress(what, total, "positions") as advance, model.head.replaced_by(logits_of):
+        for window in windows:
+            token_ids = torch.tensor([window.token_ids], device=model.device)
+            yield model(input_ids=token_ids, use_cache=False).logits[0].argmax(dim=-1)
+            advance(len(window.token_ids))
 
 
 def is_reached(fidelity: Fidelity, target: Target) -> bool:

@@ -5,27 +5,23 @@ from torch import Tensor
 
 from hf_topk.head import TopKExpertsHead
 
-from .distill import mean_states
+from .distill import TokenStatistics
 from .partition import partition
 from .recipe import Recipe
 
 
-def place_tokens(
-    head: TopKExpertsHead, recipe: Recipe, specials: list[int], states: Tensor, probabilities: Tensor
-) -> None:
+def place_tokens(head: TopKExpertsHead, recipe: Recipe, specials: list[int], statistics: TokenStatistics) -> None:
     """Decide which tokens are always on and which share an expert.
 
     Args:
         head: its token ids are set in place.
         recipe: resolved.
         specials: ids of special tokens, the most important first: these are always on before any other.
-        states: hidden states of the sample, [N, d].
-        probabilities: mean probability of each token over the sample, [V].
+        statistics: of the tokens over the sample.
     """
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    always_on = choose_always_on(probabilities, specials, head.num_always_on)
+    always_on = choose_always_on(statistics.probabilities, specials, head.num_always_on)
     head.always_on_ids.copy_(always_on)
-    head.expert_ids.copy_(share_out(recipe, always_on, states, weight, bias, probabilities))
+    head.expert_ids.copy_(share_out(recipe, always_on, head.weight.detach(), statistics))
 
 
 def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> Tensor:
@@ -44,9 +40,7 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
     return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
 
 
-def share_out(
-    recipe: Recipe, always_on: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, probabilities: Tensor
-) -> Tensor:
+def share_out(recipe: Recipe, always_on: Tensor, weight: Tensor, statistics: TokenStatistics) -> Tensor:
     """Share the tokens that are not always on out among experts by the feature that a recipe names.
 
     `rows` and `context` are balanced k-means on the rows of the head and on the mean hidden states in which a token is
@@ -55,18 +49,17 @@ def share_out(
     Args:
         recipe: names the feature, the size of an expert and the seed.
         always_on: token ids that no expert gets, int64 [A].
-        states: hidden states of the sample, [N, d].
         weight: W, [V, d].
-        bias: [V] or None.
-        probabilities: mean probability of each token over the sample, [V].
+        statistics: of the tokens over the sample.
 
     Returns:
         Token ids, int64 [M, S]: ascending in each expert; the last ones repeat their expert's first id to fill it up.
     """
     routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
     if recipe.partition == "frequency":
-        return _runs(routed[probabilities.cpu()[routed].argsort(descending=True, stable=True)], recipe.expert_size)
-    features = weight if recipe.partition == "rows" else mean_states(states, weight, bias)
+        probabilities = statistics.probabilities.cpu()[routed]
+        return _runs(routed[probabilities.argsort(descending=True, stable=True)], recipe.expert_size)
+    features = weight if recipe.partition == "rows" else statistics.contexts
     return routed[partition(features[routed.to(features.device)], recipe.expert_size, recipe.seed)]
 
 

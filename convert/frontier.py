@@ -28,7 +28,7 @@ from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
 from .checkpoint import load_dense
-from .distill import expert_masses, groups_of, token_probabilities, without_repeats
+from .distill import expert_masses, groups_of, token_statistics, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .partition import partition
@@ -107,11 +107,11 @@ def measure_frontier(
     """
     head = head_of(dense)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    probabilities = token_probabilities(states, weight, bias)
+    statistics = token_statistics(states, weight, bias)
     cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
     for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
         placed = TopKExpertsHead(head, config_of(dense, case))
-        place_tokens(placed, case, specials, states, probabilities)
+        place_tokens(placed, case, specials, statistics)
         yield from _points_of_partition(dense, case, placed, states, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
 

@@ -20,7 +20,7 @@ from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
-from .distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from .distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
@@ -238,20 +238,20 @@ def _convert_head(
     dense = head_of(model)
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     with clock("token statistics"):
-        probabilities = token_probabilities(states, weight, bias)
+        statistics = token_statistics(states, weight, bias)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
     with clock("partition"):
-        place_tokens(head, recipe, specials, states, probabilities)
+        place_tokens(head, recipe, specials, statistics)
     with clock("experts' masses"):
         masses = expert_masses(states, weight, bias, groups_of(head))
     with clock("distillation"):
         router_kl = distil_router(head, recipe, states, masses)
     converted.config.router_int8 = recipe.router_int8
     with clock("tail"):
-        fit_tail(head, states, probabilities)
+        fit_tail(head, states, statistics.probabilities)
     cast_additions(head)
     return converted, router_kl
 

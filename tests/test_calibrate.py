@@ -9,10 +9,11 @@ import torch
 from helpers import QUICK, VOCAB_SIZE, contents, run_main, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import pipeline, promise
-from hf_topk.convert.calibrate import Target, choose_num_experts, experts_needed, lower_bound
+from hf_topk.convert.calibrate import Target, choose_num_experts, lower_bound, rank_experts, sparse_agreement
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -57,7 +58,7 @@ def test_lower_bound_of_full_agreement() -> None:
 def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
     model, windows = tiny_converted(), some_windows()
     head = model.head
-    needed = experts_needed(model, windows).tolist()
+    needed = rank_experts(model, windows).experts_needed.tolist()
     expected = []
     for window in windows:
         with torch.no_grad():
@@ -70,6 +71,14 @@ def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
     assert needed == expected
     assert 0 in needed
     assert max(needed) > 2
+
+
+@pytest.mark.parametrize("dense", [tiny_dense(), tiny_dense("gemma2", final_logit_softcapping=3.0)])
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_k_is_chosen_by_the_agreement_that_is_measured(dense: PreTrainedModel, num_experts: int) -> None:
+    model, windows = tiny_converted(dense, num_experts_per_tok=num_experts), some_windows()
+    agreement = sparse_agreement(model, windows, rank_experts(model, windows))
+    assert agreement == measure_fidelity(model, windows).agreement < 1
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.85, 0.95])

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_topk.convert import Recipe, Report, convert
 from hf_topk.convert import distill as distillation
 from hf_topk.convert.calibrate import split_by_document
-from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.fit_tail import fit_combiner, fit_tail
 from hf_topk.convert.hidden_states import HiddenStates, batches_of, collect
 from hf_topk.convert.pipeline import head_of, special_ids
@@ -131,8 +131,9 @@ def test_own_text_leaves_the_random_state_alone(tmp_path: Path) -> None:
 
 def test_token_probabilities_are_the_mean_softmax(head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(distillation, "LOGIT_BYTES_AT_ONCE", 4 * VOCAB_SIZE * 70)
     states = some_states()
-    got = token_probabilities(states, head.weight, head.bias)
+    got = token_statistics(states, head.weight, head.bias).probabilities
     expected = F.linear(states, head.weight, head.bias).softmax(dim=-1).mean(dim=0)
     torch.testing.assert_close(got, expected.detach())
     assert float(got.sum()) == pytest.approx(1, abs=1e-5)
@@ -257,7 +258,7 @@ def test_a_prior_tail_is_the_log_of_the_mean_probability() -> None:
 def test_a_learned_combiner_does_not_add_divergence(tail: str) -> None:
     model = tiny_converted(combine="learned", tail=tail)
     states = some_states()
-    probabilities = token_probabilities(states, model.head.weight, None)
+    probabilities = token_statistics(states, model.head.weight, None).probabilities
     start_router(model.head)
     fit_tail(model.head, states, probabilities)
 
