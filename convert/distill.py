@@ -16,6 +16,7 @@ ROWS_AT_ONCE = 4096  # of the head
 STATES_AT_ONCE = 1024
 LOGIT_BYTES_AT_ONCE = 2**28
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
+STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 3e12, 4096  # bounds the work on large heads, where fewer do nearly as well
 CONTEXT_DIRECTIONS = 256  # k-means on contexts finds experts as good in the states' leading directions alone
 LEVEL_WEIGHT = 0.01
 
@@ -43,7 +44,8 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
         weight: W, [V, d].
         bias: [V] or None.
     """
-    sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
+    count = max(FEWEST_FOR_STATISTICS, int(STATISTICS_FLOPS / (2.0 * weight.numel())))
+    sample = evenly_spaced(states, min(STATES_FOR_STATISTICS, count)).to(weight.device)
     projected = _in_leading_directions(sample.float())
     # The contexts are a softmax over the positions, taken block by block, so that tokens that are likely nowhere have
     # one as well (online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).

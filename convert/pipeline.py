@@ -269,12 +269,14 @@ def distil_router(head: TopKExpertsHead, recipe: Recipe, states: Tensor, masses:
 
 def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
     """Choose k if the recipe has a target, fit what depends on it, and measure."""
-    target = target_of(recipe)
+    target, fidelity = target_of(recipe), None
     if target and recipe.num_experts_per_tok is None:
-        choose_num_experts(converted, held_out, target)
-    fit_combiner(converted.head, states, recipe.seed)
-    cast_additions(converted.head)
-    fidelity = measure_fidelity(converted, held_out)
+        fidelity = choose_num_experts(converted, held_out, target)
+    if recipe.combine == "learned":
+        fit_combiner(converted.head, states, recipe.seed)
+        cast_additions(converted.head)
+        fidelity = None
+    fidelity = fidelity or measure_fidelity(converted, held_out)
     if target:
         check_target(fidelity, target, converted.head.num_experts_per_tok)
     converted.requires_grad_(True)

@@ -9,11 +9,10 @@ import torch
 from helpers import QUICK, VOCAB_SIZE, contents, run_main, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
-from hf_topk.convert import pipeline, promise
-from hf_topk.convert.calibrate import Target, choose_num_experts, lower_bound, rank_experts, sparse_agreement
+from hf_topk.convert import calibrate, promise
+from hf_topk.convert.calibrate import Target, choose_num_experts, highest_agreement, lower_bound, rank_experts
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -73,12 +72,18 @@ def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
     assert max(needed) > 2
 
 
-@pytest.mark.parametrize("dense", [tiny_dense(), tiny_dense("gemma2", final_logit_softcapping=3.0)])
+@pytest.mark.parametrize("tail", ["low_rank", "none"])
 @pytest.mark.parametrize("num_experts", [1, 3])
-def test_k_is_chosen_by_the_agreement_that_is_measured(dense: PreTrainedModel, num_experts: int) -> None:
-    model, windows = tiny_converted(dense, num_experts_per_tok=num_experts), some_windows()
-    agreement = sparse_agreement(model, windows, rank_experts(model, windows))
-    assert agreement == measure_fidelity(model, windows).agreement < 1
+def test_the_highest_agreement_lets_the_tail_win_but_not_lose(num_experts: int, tail: str) -> None:
+    model, windows = tiny_converted(num_experts_per_tok=num_experts, tail=tail), some_windows()
+    dense = rank_experts(model, windows)
+    with torch.no_grad():
+        agrees = model.head.sparse_logits(dense.states).argmax(dim=-1) == dense.best
+    expected = (agrees | (dense.experts_needed <= num_experts)).double().mean()
+    highest = highest_agreement(model.head, dense)
+    assert highest == pytest.approx(float(expected))
+    measured = measure_fidelity(model, windows).agreement
+    assert (highest == measured) if tail == "none" else (1 > highest >= measured)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.85, 0.95])
@@ -88,7 +93,8 @@ def test_k_is_the_smallest_that_reaches_the_target(share: float, tail: str) -> N
     bounds = [bound_at(model, k) for k in range(1, NUM_EXPERTS + 1)]
     assert bounds == sorted(bounds)
     expected = next(k for k, bound in enumerate(bounds, 1) if bound >= share)
-    choose_num_experts(model, some_windows(), Target(share))
+    measured = choose_num_experts(model, some_windows(), Target(share))
+    assert measured == measure_fidelity(model, some_windows())
     assert model.head.num_experts_per_tok == model.config.num_experts_per_tok == expected
 
 
@@ -191,10 +197,10 @@ def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pyt
         return measure_fidelity(model, some)
 
     monkeypatch.setattr(promise, "measure_fidelity", watched)
-    monkeypatch.setattr(pipeline, "measure_fidelity", watched)
+    monkeypatch.setattr(calibrate, "measure_fidelity", watched)
     recipe = Recipe.from_dict({**QUICK, "held_out": 0.25, "target_agreement": 0.9, "allow_below_target": True})
     outcome = promise.try_split(tiny_dense(), None, recipe, windows, 0)
-    held_out, tested = seen
+    held_out, tested = seen[0], seen[-1]
     assert (len(held_out), len(tested)) == (4, 4)
     assert not held_out & tested
     assert outcome.positions == 4 * 64
