@@ -1,81 +1,102 @@
 """Distillation: the router learns the dense head's mass over experts; the tail and the combiner are fitted to it."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.head import TopKExpertsHead
-from hf_topk.progress import Advance, progress
+from hf_topk.progress import progress
 from hf_topk.routers import AttentionRouter, CentroidRouter, Router
 
-ROWS_AT_ONCE = 4096  # of the head, in fp32
-STATES_AT_ONCE = 4096
+ROWS_AT_ONCE = 4096  # of the head
+STATES_AT_ONCE = 1024
+LOGIT_BYTES_AT_ONCE = 2**28
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
+STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 3e12, 4096  # bounds the work on large heads, where fewer do nearly as well
+CONTEXT_DIRECTIONS = 256  # k-means on contexts finds experts as good in the states' leading directions alone
 LEVEL_WEIGHT = 0.01
 
 
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What a sample of positions says of each token, where the head is.
+
+    Attributes:
+        probabilities: mean probability, fp32 [V]; they sum to 1.
+        contexts: the mean hidden state in which a token is likely, sum_n p(v | h_n) h_n / sum_n p(v | h_n), in the type
+            of the head: [V, d], or [V, 256] in the leading directions of the states where they have more.
+    """
+
+    probabilities: Tensor
+    contexts: Tensor
+
+
 @torch.no_grad()
-def token_probabilities(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Mean probability of each token over a sample of positions.
+def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
+    """Read probabilities and contexts of all tokens off a sample of the states, in one walk over it.
 
     Args:
         states: hidden states, [N, d].
         weight: W, [V, d].
         bias: [V] or None.
-
-    Returns:
-        Probabilities that sum to 1, fp32 [V], where the weight is.
     """
-    sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
-    mean = torch.empty(weight.shape[0], device=weight.device)
-    with progress("Reading token probabilities", 2 * weight.shape[0], "tokens") as advance:
-        for rows, log_probabilities in _log_probabilities(sample, weight, bias, advance):
-            mean[rows] = log_probabilities.exp_().mean(dim=0)
-    return mean
+    count = max(FEWEST_FOR_STATISTICS, int(STATISTICS_FLOPS / (2.0 * weight.numel())))
+    sample = evenly_spaced(states, min(STATES_FOR_STATISTICS, count)).to(weight.device)
+    projected = _in_leading_directions(sample.float())
+    # The contexts are a softmax over the positions, taken block by block, so that tokens that are likely nowhere have
+    # one as well (online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+    tops = torch.full((weight.shape[0],), -torch.inf, device=weight.device)
+    sums, contexts = torch.zeros_like(tops), projected.new_zeros(len(tops), projected.shape[1])
+    dtype = product_type(weight)
+    at_once = max(1, LOGIT_BYTES_AT_ONCE // (weight.shape[0] * dtype.itemsize))
+    with progress("Reading token statistics", len(sample), "positions") as advance:
+        for some, coordinates in zip(sample.split(at_once), projected.split(at_once), strict=True):
+            logits = _logits(some, weight, bias, dtype)  # (n, V)
+            log_sums = [
+                _tops_and_log_sums(part.to(torch.float32, copy=True))[1] for part in logits.split(ROWS_AT_ONCE, dim=-1)
+            ]
+            total = torch.stack(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)
+            for start in range(0, len(tops), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                log_probabilities = logits[:, rows].float().sub_(total)
+                top = torch.maximum(tops[rows], log_probabilities.amax(dim=0))
+                shares, shrink = log_probabilities.sub_(top).exp_(), (tops[rows] - top).exp_()
+                contexts[rows] = torch.addmm(contexts[rows] * shrink.unsqueeze(-1), shares.t(), coordinates)
+                sums[rows] = sums[rows] * shrink + shares.sum(dim=0)
+                tops[rows] = top
+            advance(len(some))
+    probabilities = (tops + sums.log() - math.log(len(sample))).exp_()
+    return TokenStatistics(probabilities, contexts.div_(sums.unsqueeze(-1)).to(weight.dtype))
+
+
+def _in_leading_directions(states: Tensor) -> Tensor:
+    """States in their principal components, [N, d] to [N, 256], or as they are where they have no more dimensions."""
+    if states.shape[1] <= CONTEXT_DIRECTIONS:
+        return states
+    states = states - states.mean(dim=0)
+    return states @ torch.linalg.eigh(states.t() @ states).eigenvectors[:, -CONTEXT_DIRECTIONS:]
+
+
+class Masses(NamedTuple):
+    """What the dense head gives each group of tokens.
+
+    Attributes:
+        log_sums: log-sum-exp of each group's logits, what a perfect router would score, fp32 [N, number of groups].
+        best: the group of the largest logit, int64 [N].
+    """
+
+    log_sums: Tensor
+    best: Tensor
 
 
 @torch.no_grad()
-def mean_states(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The mean hidden state in which each token is likely: sum_n p(v | h_n) h_n / sum_n p(v | h_n).
-
-    Args:
-        states: hidden states, [N, d].
-        weight: W, [V, d].
-        bias: [V] or None.
-
-    Returns:
-        Mean states, [V, d], where the weight is and of its type.
-    """
-    sample = evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device)
-    means = torch.empty_like(weight)
-    with progress("Reading token contexts", 2 * weight.shape[0], "tokens") as advance:
-        for rows, log_probabilities in _log_probabilities(sample, weight, bias, advance):
-            # A softmax over the positions, so that tokens that are likely nowhere have a mean as well.
-            means[rows] = log_probabilities.softmax(dim=0).t() @ sample.float()
-    return means
-
-
-def _log_probabilities(
-    sample: Tensor, weight: Tensor, bias: Tensor | None, advance: Advance
-) -> Iterator[tuple[slice, Tensor]]:
-    """Log-probabilities of runs of tokens, fp32 [N, tokens of the run], in two rounds over the rows of the head."""
-    runs = [slice(start, start + ROWS_AT_ONCE) for start in range(0, weight.shape[0], ROWS_AT_ONCE)]
-    total = torch.full((sample.shape[0],), -torch.inf, device=weight.device)
-    for rows in runs:
-        logits = _logits(sample, weight, bias, rows)
-        total = torch.logaddexp(total, logits.logsumexp(dim=-1))
-        advance(logits.shape[1])
-    for rows in runs:
-        logits = _logits(sample, weight, bias, rows)
-        yield rows, logits.sub_(total.unsqueeze(-1))
-        advance(logits.shape[1])
-
-
-@torch.no_grad()
-def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Tensor:
-    """Log-sum-exp of the dense logits of each group of tokens: what a perfect router would score.
+def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Masses:
+    """Read what a router is to learn.
 
     Args:
         states: hidden states, [N, d].
@@ -84,26 +105,49 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
         groups: token ids of each group, each once.
 
     Returns:
-        Masses, fp32 [N, number of groups], in main memory.
+        The masses of the groups, in main memory.
     """
-    masses = torch.empty(states.shape[0], len(groups))
+    log_sums, dtype = torch.empty(states.shape[0], len(groups)), product_type(weight)
+    best, highest = torch.zeros(len(log_sums), dtype=torch.long), torch.full((len(log_sums),), -torch.inf)
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
         for first, block in _blocks_of_groups(groups):
             ids = torch.cat(block)
-            rows, row_bias = weight[ids].float(), None if bias is None else bias[ids].float()
+            rows, row_bias = weight[ids], None if bias is None else bias[ids]
             sizes = [len(group) for group in block]
             for start in range(0, states.shape[0], STATES_AT_ONCE):
-                some_states = states[start : start + STATES_AT_ONCE].to(rows)
-                logits = F.linear(some_states, rows, row_bias)
-                masses[start : start + STATES_AT_ONCE, first : first + len(block)] = _segment_logsumexp(logits, sizes)
+                some = slice(start, start + STATES_AT_ONCE)
+                logits = _logits(states[some].to(weight.device), rows, row_bias, dtype).float()
+                tops, log_sums[some, first : first + len(block)] = _segment_tops_and_log_sums(logits, sizes)
+                top, where = tops.cpu().max(dim=-1)
+                best[some] = torch.where(top > highest[some], first + where, best[some])
+                highest[some] = torch.maximum(top, highest[some])
             advance(len(block))
-    return masses
+    return Masses(log_sums, best)
 
 
-def _segment_logsumexp(logits: Tensor, sizes: list[int]) -> Tensor:
+def product_type(weight: Tensor) -> torch.dtype:
+    """The type that many logits are made in: bfloat16 if the head is and its products are fast, else fp32."""
+    is_fast = weight.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 and is_fast else torch.float32
+
+
+def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _segment_tops_and_log_sums(logits: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """The largest and the log-sum-exp of runs of columns, [N, runs] each; the logits are spoilt."""
     if len(set(sizes)) == 1:
-        return logits.unflatten(-1, (len(sizes), sizes[0])).logsumexp(dim=-1)
-    return torch.stack([part.logsumexp(dim=-1) for part in logits.split(sizes, dim=-1)], dim=-1)
+        return _tops_and_log_sums(logits.unflatten(-1, (len(sizes), sizes[0])))
+    tops, log_sums = zip(*(_tops_and_log_sums(part) for part in logits.split(sizes, dim=-1)), strict=True)
+    return torch.stack(tops, dim=-1), torch.stack(log_sums, dim=-1)
+
+
+def _tops_and_log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the last dimension, in place: a third of the time of `logsumexp`, which makes large copies."""
+    top = logits.amax(dim=-1, keepdim=True)
+    log_sums = logits.sub_(top).exp_().sum(dim=-1).log_().add_(top.squeeze(-1))
+    return top.squeeze(-1), log_sums
 
 
 def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
@@ -115,10 +159,6 @@ def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]
             first, size = number, 0
         size += len(group)
     yield first, groups[first:]
-
-
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-    return F.linear(states.float(), weight[rows].float(), None if bias is None else bias[rows].float())
 
 
 def evenly_spaced(states: Tensor, count: int) -> Tensor:

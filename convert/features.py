@@ -5,14 +5,12 @@ from torch import Tensor
 
 from hf_topk.head import TopKExpertsHead
 
-from .distill import mean_states
+from .distill import TokenStatistics
 from .partition import partition
 from .recipe import Recipe
 
 
-def place_tokens(
-    head: TopKExpertsHead, recipe: Recipe, specials: list[int], states: Tensor, probabilities: Tensor
-) -> Tensor:
+def place_tokens(head: TopKExpertsHead, recipe: Recipe, specials: list[int], statistics: TokenStatistics) -> Tensor:
     """Decide which tokens are always on and which share an expert.
 
     Half of the always-on tokens are the special and the likeliest ones. The places of the others are kept, by tokens
@@ -22,21 +20,19 @@ def place_tokens(
         head: its token ids are set in place.
         recipe: resolved.
         specials: ids of special tokens, the most important first: these are always on before any other.
-        states: hidden states of the sample, [N, d].
-        probabilities: mean probability of each token over the sample, [V].
+        statistics: of the tokens over the sample.
 
     Returns:
         The ids that keep a place, int64 [A / 2], fewer where there are many special tokens.
     """
-    weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    num_always_on = head.num_always_on
+    num_always_on, probabilities = head.num_always_on, statistics.probabilities
     num_likely = min(num_always_on, max(num_always_on - num_always_on // 2, len(specials)))
     likely = choose_always_on(probabilities, specials, num_likely)
     others = probabilities.index_fill(0, likely.to(probabilities.device), torch.inf)
     reserved = others.topk(num_always_on - num_likely, largest=False).indices.cpu()
     always_on = torch.cat([likely, reserved]).sort().values
     head.always_on_ids.copy_(always_on)
-    head.expert_ids.copy_(share_out(recipe, always_on, states, weight, bias, probabilities))
+    head.expert_ids.copy_(share_out(recipe, always_on, head.weight.detach(), statistics))
     return reserved
 
 
@@ -56,9 +52,7 @@ def choose_always_on(probabilities: Tensor, specials: list[int], count: int) -> 
     return torch.tensor(sorted(list(ranked)[:count]), dtype=torch.long)
 
 
-def share_out(
-    recipe: Recipe, always_on: Tensor, states: Tensor, weight: Tensor, bias: Tensor | None, probabilities: Tensor
-) -> Tensor:
+def share_out(recipe: Recipe, always_on: Tensor, weight: Tensor, statistics: TokenStatistics) -> Tensor:
     """Share the tokens that are not always on out among experts by the feature that a recipe names.
 
     `rows` and `context` are balanced k-means on the rows of the head and on the mean hidden states in which a token is
@@ -67,18 +61,17 @@ def share_out(
     Args:
         recipe: names the feature, the size of an expert and the seed.
         always_on: token ids that no expert gets, int64 [A].
-        states: hidden states of the sample, [N, d].
         weight: W, [V, d].
-        bias: [V] or None.
-        probabilities: mean probability of each token over the sample, [V].
+        statistics: of the tokens over the sample.
 
     Returns:
         Token ids, int64 [M, S]: ascending in each expert; the last ones repeat their expert's first id to fill it up.
     """
     routed = torch.ones(weight.shape[0], dtype=torch.bool).index_fill_(0, always_on, False).nonzero().squeeze(-1)
     if recipe.partition == "frequency":
-        return _runs(routed[probabilities.cpu()[routed].argsort(descending=True, stable=True)], recipe.expert_size)
-    features = weight if recipe.partition == "rows" else mean_states(states, weight, bias)
+        probabilities = statistics.probabilities.cpu()[routed]
+        return _runs(routed[probabilities.argsort(descending=True, stable=True)], recipe.expert_size)
+    features = weight if recipe.partition == "rows" else statistics.contexts
     return routed[partition(features[routed.to(features.device)], recipe.expert_size, recipe.seed)]
 
 

@@ -14,6 +14,7 @@ from .distill import STATES_FOR_STATISTICS, evenly_spaced, without_repeats
 SMALLEST_PROBABILITY = 1e-12
 SMALLEST_SCALE = 1e-30
 EXPERTS_FOR_STEPS = 64
+EXPERTS_AT_ONCE = 16
 STEPS_TRIED = (0.25, 0.3, 0.35, 0.4, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # in standard deviations
 COMBINER_STEPS = 200
 COMBINER_BATCH = 32
@@ -46,7 +47,8 @@ def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor, prob
     with progress("Fitting the tail", 2 * head.num_experts, "experts") as advance:
         vectors = _leading_directions(head, root, probabilities, len(bits), advance)
         some = head.expert_ids[:: max(1, head.num_experts // EXPERTS_FOR_STEPS)]
-        factors = torch.cat([_centred_rows(head, ids) for ids in some]) @ root @ vectors
+        projection = root @ vectors
+        factors = torch.cat([_centred_rows(head, ids) for ids in some]) @ projection
         steps = _steps(factors, probabilities[some.flatten()], bits)
         basis = steps.unsqueeze(-1) * vectors.t() @ inverse_root
         tail.basis.copy_(basis)
@@ -54,7 +56,7 @@ def _fit_low_rank(head: TopKExpertsHead, tail: LowRankTail, states: Tensor, prob
         for expert, ids in enumerate(head.expert_ids):
             rows = _centred_rows(head, ids)
             # From zero up: what that adds is the same for all tokens, and goes when they are normalised.
-            codes = (_levels(rows @ root @ vectors / steps, bits) + 2 ** (bits - 1)).to(torch.uint8)  # (S, r)
+            codes = (_levels(rows @ projection / steps, bits) + 2 ** (bits - 1)).to(torch.uint8)  # (S, r)
             first, others = codes.split([tail.directions_4bit, len(bits) - tail.directions_4bit], dim=-1)
             tail.codes_4bit[expert], tail.codes_2bit[expert] = pack(first, 4), pack(others, 2)
             bias = rows @ mean + (0.0 if head.bias is None else head.bias[ids].float())
@@ -67,11 +69,11 @@ def _leading_directions(
 ) -> Tensor:
     """The first right singular vectors of (rows - expert means) root, likely rows weighing more: [d, count]."""
     moment = torch.zeros_like(root)
-    for ids in head.expert_ids:
-        rows = _centred_rows(head, ids) @ root
-        moment += rows.t() @ (rows * probabilities[ids].unsqueeze(-1))
-        advance()
-    vectors = torch.linalg.eigh(moment).eigenvectors.flip(-1)[:, :count]
+    for some in head.expert_ids.split(EXPERTS_AT_ONCE):
+        rows = torch.cat([_centred_rows(head, ids) for ids in some])
+        moment.addmm_(rows.t(), rows * probabilities[some.flatten()].unsqueeze(-1))
+        advance(len(some))
+    vectors = torch.linalg.eigh(root @ moment @ root).eigenvectors.flip(-1)[:, :count]
     return F.pad(vectors, (0, count - vectors.shape[1]))  # a head can be narrower than that
 
 

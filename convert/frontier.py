@@ -28,12 +28,12 @@ from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
 from .dense import load_dense
-from .distill import expert_masses, groups_of, token_probabilities, without_repeats
+from .distill import expert_masses, groups_of, token_statistics, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .misses import swap_in_missed
 from .partition import partition
-from .pipeline import cast_additions, config_of, distil_router, head_of, special_ids
+from .pipeline import Sample, cast_additions, config_of, distil_router, head_of, special_ids
 from .preflight import preflight
 from .recipe import ROUTER_RANKS, PartitionType, Recipe
 
@@ -108,21 +108,22 @@ def measure_frontier(
     """
     head = head_of(dense)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-    probabilities = token_probabilities(states, weight, bias)
+    statistics = token_statistics(states, weight, bias)
     cases = [dataclasses.replace(recipe, partition=one, tail="prior") for one in get_args(PartitionType)]
     for case in [*cases, dataclasses.replace(cases[0], num_always_on=0)]:
         placed = TopKExpertsHead(head, config_of(dense, case))
-        reserved = place_tokens(placed, case, specials, states, probabilities)
+        reserved = place_tokens(placed, case, specials, statistics)
         masses = expert_masses(states, weight, bias, groups_of(placed))
         for router in (*get_args(RouterType), ORACLE):
-            routed = _routed_head(dense, case, router, placed, states, masses)
-            swap_in_missed(routed, states, probabilities, reserved)
+            routed = _routed_head(
+                dense, case, router, placed, Sample(states, masses, statistics.probabilities, reserved)
+            )
             yield from _points_of_router(case, router, routed, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
 
 
 def _routed_head(
-    dense: PreTrainedModel, case: Recipe, router: str, placed: TopKExpertsHead, states: Tensor, masses: Tensor
+    dense: PreTrainedModel, case: Recipe, router: str, placed: TopKExpertsHead, sample: Sample
 ) -> TopKExpertsHead:
     """A head whose tokens are placed as another's, with a router distilled or, for the oracle, computed."""
     recipe = case if router == ORACLE else _with_router(case, router)
@@ -133,8 +134,9 @@ def _routed_head(
     head.expert_ids.copy_(placed.expert_ids)
     if router == ORACLE:
         head.router = cast(Any, _TrueMasses(head))
+        swap_in_missed(head, sample.states, sample.masses.best, sample.probabilities, sample.reserved)
     else:
-        distil_router(head, recipe, states, masses)
+        distil_router(head, recipe, sample)
         cast_additions(head)
     return head
 
@@ -157,7 +159,7 @@ class _TrueMasses(nn.Module):
 
 def _points_of_router(case: Recipe, router: str, head: TopKExpertsHead, measured: Measured) -> Iterator[Point]:
     groups = groups_of(head)
-    true_masses = expert_masses(measured.states, head.weight, head.bias, groups)
+    true_masses = expert_masses(measured.states, head.weight, head.bias, groups).log_sums
     is_oracle = router == ORACLE
     states = () if is_oracle else measured.states.split(STATES_AT_ONCE)
     scores = [head.router(some.to(head.weight)).cpu() for some in states]
@@ -176,7 +178,7 @@ def _points_of_flashhead(weight: Tensor, bias: Tensor | None, seed: int, measure
     cluster_ids = partition(F.normalize(weight.float(), dim=-1), min(CLUSTER_SIZE, len(weight)), seed)
     head = FlashHead(weight, bias, cluster_ids.to(weight.device))
     groups = without_repeats(cluster_ids)
-    true_masses = expert_masses(measured.states, weight, bias, groups)
+    true_masses = expert_masses(measured.states, weight, bias, groups).log_sums
     scores = torch.cat([head.scores(some).cpu() for some in measured.states.split(STATES_AT_ONCE)])
     probes = sorted({head.num_probes, *(some for some in PROBES if some <= len(groups))})
     for p, reached in zip(probes, coverage(scores, probes, true_masses, groups, measured.best), strict=True):

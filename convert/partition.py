@@ -34,7 +34,7 @@ KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
 ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.8e12, 2, 8
 SAMPLE_SHARE, MIN_SAMPLE_SLOTS = 1 / 8, 4
 TOKENS_WORTH_LOOKING = 256  # fewer wait for one another, since centroids are read once for all that look
-ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 3000, 8
+ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 1000, 8
 
 # The least raise of a bid, as a share of the mean squared distance: coarse is quick, fine is exact.
 COARSE_RAISE, MEDIUM_RAISE, FINE_RAISE = 1 / 4, 1 / 16, 1 / 64

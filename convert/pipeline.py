@@ -3,6 +3,8 @@
 import dataclasses
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,15 @@ from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
-from .distill import evenly_spaced, expert_masses, groups_of, start_router, token_probabilities, train_router
+from .distill import (
+    Masses,
+    evenly_spaced,
+    expert_masses,
+    groups_of,
+    start_router,
+    token_statistics,
+    train_router,
+)
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
@@ -29,6 +39,7 @@ from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
 STATES_TIMED = 1024
+LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
 LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
@@ -47,6 +58,7 @@ class Report:
         router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
             of distillation.
         seconds: wall time of the conversion.
+        step_seconds: wall time of each step, by name.
     """
 
     model: TopKExpertsForCausalLM
@@ -57,6 +69,7 @@ class Report:
     distilled_positions: int
     router_kl: float
     seconds: float
+    step_seconds: dict[str, float]
 
     def figures(self) -> dict[str, Any]:
         """All figures, ready for JSON but that some may not be finite."""
@@ -103,7 +116,7 @@ def convert(
         InputError: when model, sample and recipe do not fit one another.
         TargetNotReachedError: when no k that is allowed reaches the target agreement.
     """
-    started = time.monotonic()
+    started, clock = time.monotonic(), StepClock()
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
@@ -117,10 +130,12 @@ def convert(
         check_sample(windows, recipe, head.weight.shape[0])
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
-        states = collect(model, to_distil_on, kept, processes)
+        with clock("hidden states"):
+            states = collect(model, to_distil_on, kept, processes)
         processes.release()
-        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe)
-        fidelity = _calibrate(converted, states, held_out, recipe)
+        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe, clock)
+        with clock("calibration"):
+            fidelity = _calibrate(converted, states, held_out, recipe)
     return Report(
         model=converted,
         recipe=recipe,
@@ -130,7 +145,31 @@ def convert(
         distilled_positions=states.shape[0],
         router_kl=router_kl,
         seconds=time.monotonic() - started,
+        step_seconds=clock.seconds,
     )
+
+
+class StepClock:
+    """Takes the wall time of steps.
+
+    Attributes:
+        seconds: of each step, by name.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no steps."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Take the time of what runs within.
+
+        Args:
+            step: its name.
+        """
+        started = time.monotonic()
+        yield
+        self.seconds[step] = time.monotonic() - started
 
 
 def head_of(model: PreTrainedModel) -> nn.Linear:
@@ -211,31 +250,70 @@ def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def _convert_head(
-    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe
+    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe, clock: StepClock
 ) -> tuple[TopKExpertsForCausalLM, float]:
     """Make the converted model; its router's KL divergence comes with it."""
     dense = head_of(model)
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
-    probabilities = token_probabilities(states, weight, bias)
+    with clock("token statistics"):
+        statistics = token_statistics(states, weight, bias)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)  # of what a router starts from
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
-    reserved = place_tokens(head, recipe, specials, states, probabilities)
-    router_kl = distil_router(head, recipe, states, expert_masses(states, weight, bias, groups_of(head)))
-    swap_in_missed(head, states, probabilities, reserved)
+    with clock("partition"):
+        reserved = place_tokens(head, recipe, specials, statistics)
+    with clock("experts' masses"):
+        masses = expert_masses(states, weight, bias, groups_of(head))
+    with clock("distillation"):
+        router_kl = distil_router(head, recipe, Sample(states, masses, statistics.probabilities, reserved))
     converted.config.router_int8 = recipe.router_int8
-    fit_tail(head, states, probabilities)
+    with clock("tail"):
+        fit_tail(head, states, statistics.probabilities)
     cast_additions(head)
     return converted, router_kl
 
 
-def distil_router(head: TopKExpertsHead, recipe: Recipe, states: Tensor, masses: Tensor) -> float:
-    """Start, train and store a head's router as a recipe says; see [`train_router`]."""
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What a router is distilled from.
+
+    Attributes:
+        states: hidden states, [N, d].
+        masses: of the experts as tokens are placed at first, and of the always-on tokens.
+        probabilities: mean probability of each token, [V].
+        reserved: always-on tokens that only keep a place, int64 [places].
+    """
+
+    states: Tensor
+    masses: Masses
+    probabilities: Tensor
+    reserved: Tensor
+
+
+def distil_router(head: TopKExpertsHead, recipe: Recipe, sample: Sample) -> float:
+    """Start, train and store a head's router as a recipe says, and make always-on what it misses; see [`train_router`].
+
+    Args:
+        head: with its tokens placed; router and ids are set in place.
+        recipe: resolved.
+        sample: what to distil from.
+
+    Returns:
+        The KL divergence at the end, in nats.
+    """
     start_router(head)
-    router_kl = train_router(
-        head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
-    )
+    states, masses, seed = sample.states, sample.masses.log_sums, recipe.seed
+    last_steps = round(LAST_STEPS * recipe.distill_steps) if len(sample.reserved) else 0
+    steps, rate = recipe.distill_steps - last_steps, recipe.learning_rate
+    router_kl = train_router(head.router, states, masses, steps, recipe.batch_size, rate, seed)
+    changed = swap_in_missed(head, states, sample.masses.best, sample.probabilities, sample.reserved)
+    if changed and last_steps:
+        masses, places, groups = masses.clone(), [*changed, head.num_experts], groups_of(head)
+        bias = None if head.bias is None else head.bias.detach()
+        masses[:, places] = expert_masses(states, head.weight.detach(), bias, [groups[one] for one in places]).log_sums
+        rate *= LAST_LEARNING_RATE
+        router_kl = train_router(head.router, states, masses, last_steps, recipe.batch_size, rate, seed + 1)
     if recipe.router_int8:
         head.router.to_int8(head.weight.dtype)
     return router_kl
@@ -243,12 +321,14 @@ def distil_router(head: TopKExpertsHead, recipe: Recipe, states: Tensor, masses:
 
 def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
     """Choose k if the recipe has a target, fit what depends on it, and measure."""
-    target = target_of(recipe)
+    target, fidelity = target_of(recipe), None
     if target and recipe.num_experts_per_tok is None:
-        choose_num_experts(converted, held_out, target)
-    fit_combiner(converted.head, states, recipe.seed)
-    cast_additions(converted.head)
-    fidelity = measure_fidelity(converted, held_out)
+        fidelity = choose_num_experts(converted, held_out, target)
+    if recipe.combine == "learned":
+        fit_combiner(converted.head, states, recipe.seed)
+        cast_additions(converted.head)
+        fidelity = None
+    fidelity = fidelity or measure_fidelity(converted, held_out)
     if target:
         check_target(fidelity, target, converted.head.num_experts_per_tok)
     if recipe.sparse_max_positions is None:

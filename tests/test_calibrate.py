@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_topk import TopKExpertsForCausalLM
-from hf_topk.convert import pipeline, promise
-from hf_topk.convert.calibrate import Target, choose_num_experts, experts_needed, lower_bound
+from hf_topk.convert import calibrate, promise
+from hf_topk.convert.calibrate import Target, choose_num_experts, highest_agreement, lower_bound, rank_experts
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -57,7 +57,7 @@ def test_lower_bound_of_full_agreement() -> None:
 def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
     model, windows = tiny_converted(), some_windows()
     head = model.head
-    needed = experts_needed(model, windows).tolist()
+    needed = rank_experts(model, windows).experts_needed.tolist()
     expected = []
     for window in windows:
         with torch.no_grad():
@@ -72,6 +72,20 @@ def test_experts_needed_is_the_rank_of_the_dense_argmax() -> None:
     assert max(needed) > 2
 
 
+@pytest.mark.parametrize("tail", ["low_rank", "none"])
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_the_highest_agreement_lets_the_tail_win_but_not_lose(num_experts: int, tail: str) -> None:
+    model, windows = tiny_converted(num_experts_per_tok=num_experts, tail=tail), some_windows()
+    dense = rank_experts(model, windows)
+    with torch.no_grad():
+        agrees = model.head.sparse_logits(dense.states).argmax(dim=-1) == dense.best
+    expected = (agrees | (dense.experts_needed <= num_experts)).double().mean()
+    highest = highest_agreement(model.head, dense)
+    assert highest == pytest.approx(float(expected))
+    measured = measure_fidelity(model, windows).agreement
+    assert (highest == measured) if tail == "none" else (1 > highest >= measured)
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.85, 0.95])
 @pytest.mark.parametrize("tail", ["low_rank", "none"])
 def test_k_is_the_smallest_that_reaches_the_target(share: float, tail: str) -> None:
@@ -79,7 +93,8 @@ def test_k_is_the_smallest_that_reaches_the_target(share: float, tail: str) -> N
     bounds = [bound_at(model, k) for k in range(1, NUM_EXPERTS + 1)]
     assert bounds == sorted(bounds)
     expected = next(k for k, bound in enumerate(bounds, 1) if bound >= share)
-    choose_num_experts(model, some_windows(), Target(share))
+    measured = choose_num_experts(model, some_windows(), Target(share))
+    assert measured == measure_fidelity(model, some_windows())
     assert model.head.num_experts_per_tok == model.config.num_experts_per_tok == expected
 
 
@@ -182,10 +197,10 @@ def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pyt
         return measure_fidelity(model, some)
 
     monkeypatch.setattr(promise, "measure_fidelity", watched)
-    monkeypatch.setattr(pipeline, "measure_fidelity", watched)
+    monkeypatch.setattr(calibrate, "measure_fidelity", watched)
     recipe = Recipe.from_dict({**QUICK, "held_out": 0.25, "target_agreement": 0.9, "allow_below_target": True})
     outcome = promise.try_split(tiny_dense(), None, recipe, windows, 0)
-    held_out, tested = seen
+    held_out, tested = seen[0], seen[-1]
     assert (len(held_out), len(tested)) == (4, 4)
     assert not held_out & tested
     assert outcome.positions == 4 * 64

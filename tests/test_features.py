@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_topk.convert import Recipe, convert
 from hf_topk.convert import distill as distillation
-from hf_topk.convert.distill import groups_of, mean_states, token_probabilities
+from hf_topk.convert.distill import groups_of, token_statistics
 from hf_topk.convert.features import choose_always_on, place_tokens, share_out
 from hf_topk.convert.partition import partition
 from hf_topk.convert.recipe import PartitionType
@@ -28,9 +28,9 @@ def some_states(count: int = 40) -> Tensor:
 def shared_out(kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """Experts, the weight and token probabilities."""
     weight, states = tiny_dense().get_output_embeddings().weight.detach(), some_states()
-    probabilities = token_probabilities(states, weight, None)
+    statistics = token_statistics(states, weight, None)
     recipe = Recipe(partition=kind, expert_size=16)
-    return share_out(recipe, ALWAYS_ON, states, weight, None, probabilities), weight, probabilities
+    return share_out(recipe, ALWAYS_ON, weight, statistics), weight, statistics.probabilities
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)
@@ -56,25 +56,26 @@ def test_rows_and_context_are_kmeans_on_their_features() -> None:
     experts, weight, _ = shared_out("rows")
     assert torch.equal(experts, routed[partition(weight[routed], 16, 0)])
     experts, weight, _ = shared_out("context")
-    contexts = mean_states(some_states(), weight, None)
+    contexts = token_statistics(some_states(), weight, None).contexts
     assert torch.equal(experts, routed[partition(contexts[routed], 16, 0)])
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_mean_states_are_weighted_by_probability(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contexts_are_mean_states_weighted_by_probability(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "ROWS_AT_ONCE", 7)  # so that blocks have edges
+    monkeypatch.setattr(distillation, "LOGIT_BYTES_AT_ONCE", 4 * VOCAB_SIZE * 9)
     states, weight = some_states(), tiny_dense().get_output_embeddings().weight.detach() * 0.1
     bias = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(5)) if has_bias else None
     logits = (states @ weight.t() + (0.0 if bias is None else bias)).double()
     probabilities = logits.exp() / logits.exp().sum(dim=-1, keepdim=True)
     expected = torch.stack([(p.unsqueeze(-1) * states).sum(dim=0) / p.sum() for p in probabilities.t()])
-    torch.testing.assert_close(mean_states(states, weight, bias), expected.float())
+    torch.testing.assert_close(token_statistics(states, weight, bias).contexts, expected.float())
 
 
 def test_a_token_that_is_likely_nowhere_has_a_context() -> None:
     bias = torch.zeros(VOCAB_SIZE)
     bias[5] = -1e4  # its probability is 0 in any float type
-    assert mean_states(some_states(), torch.ones(VOCAB_SIZE, 32), bias).isfinite().all()
+    assert token_statistics(some_states(), torch.ones(VOCAB_SIZE, 32), bias).contexts.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", PARTITIONS)
@@ -105,7 +106,7 @@ def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on:
     recipe = Recipe(expert_size=16, num_always_on=num_always_on, partition=kind).resolve(VOCAB_SIZE)
     head = tiny_converted(num_experts=recipe.num_experts(VOCAB_SIZE), num_always_on=num_always_on).head
     specials = [7, 0, 1]
-    place_tokens(head, recipe, specials, some_states(), token_probabilities(some_states(), head.weight, None))
+    place_tokens(head, recipe, specials, token_statistics(some_states(), head.weight, None))
     assert head.num_always_on == num_always_on
     assert set(specials[:num_always_on]) <= set(head.always_on_ids.tolist())
     assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))

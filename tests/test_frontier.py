@@ -33,7 +33,7 @@ def test_coverage_is_a_count_of_what_is_scored(num_always_on: int, num_experts: 
     scores = torch.randn(40, num_experts, generator=torch.Generator().manual_seed(7))
     probabilities = F.linear(states, head.weight.detach()).softmax(dim=-1)
     best = probabilities.argmax(dim=-1)
-    masses = expert_masses(states, head.weight.detach(), None, groups)
+    masses = expert_masses(states, head.weight.detach(), None, groups).log_sums
     found = coverage(scores, [1, 3, num_experts], masses, groups, best)
     for k, (agreement, mass) in zip([1, 3, num_experts], found, strict=True):
         agreed, covered = [], []

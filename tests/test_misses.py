@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_topk import TopKExpertsHead
 from hf_topk.convert import Recipe, misses
-from hf_topk.convert.distill import groups_of, token_probabilities
+from hf_topk.convert.distill import expert_masses, groups_of, token_statistics
 from hf_topk.convert.features import place_tokens
 
 
@@ -25,7 +25,13 @@ def placed(
     head = tiny_converted(num_experts=num_experts, expert_size=expert_size, num_always_on=num_always_on).head
     head.requires_grad_(False)
     states = states_of(head)
-    return head, place_tokens(head, recipe, list(specials), states, token_probabilities(states, head.weight, None))
+    return head, place_tokens(head, recipe, list(specials), token_statistics(states, head.weight, None))
+
+
+def swap_in_missed(head: TopKExpertsHead, states: Tensor, reserved: Tensor) -> list[int]:
+    best = expert_masses(states, head.weight, None, groups_of(head)).best
+    probabilities = token_statistics(states, head.weight, None).probabilities
+    return misses.swap_in_missed(head, states, best, probabilities, reserved)
 
 
 def missed_positions(head: TopKExpertsHead, states: Tensor) -> int:
@@ -41,7 +47,8 @@ def test_every_token_has_one_place_and_special_ones_stay(num_always_on: int, exp
     head, reserved = placed(num_always_on, expert_size)
     before, short = head.expert_ids.clone(), head.expert_ids[-1].clone()
     states = states_of(head)
-    misses.swap_in_missed(head, states, token_probabilities(states, head.weight, None), reserved)
+    changed = swap_in_missed(head, states, reserved)
+    assert changed == [one for one in range(head.num_experts) if not head.expert_ids[one].equal(before[one])]
     assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))
     assert (head.always_on_ids.diff() > 0).all()
     if num_always_on:
@@ -58,8 +65,8 @@ def test_every_token_has_one_place_and_special_ones_stay(num_always_on: int, exp
 def test_fewer_positions_are_missed() -> None:
     head, reserved = placed(24)
     states = states_of(head)
-    probabilities, before = token_probabilities(states, head.weight, None), missed_positions(head, states)
-    misses.swap_in_missed(head, states, probabilities, reserved)
+    before = missed_positions(head, states)
+    swap_in_missed(head, states, reserved)
     after = missed_positions(head, states)
     assert after < 0.95 * before
 
@@ -70,7 +77,7 @@ def test_the_most_missed_tokens_are_those_that_are_chosen() -> None:
     head.weight[routed] *= 5  # so that it is the argmax where its row is the state
     states = torch.cat([states_of(head)[:10], head.weight[routed].expand(200, -1)])
     head.router.bias[0] = -1e6  # its expert is never scored
-    misses.swap_in_missed(head, states, token_probabilities(states, head.weight, None), reserved)
+    swap_in_missed(head, states, reserved)
     assert routed in head.always_on_ids
 
 
@@ -79,5 +86,5 @@ def test_special_tokens_are_never_given_up() -> None:
     head, reserved = placed(12, specials=specials)
     assert len(reserved) == 2
     states = states_of(head)
-    misses.swap_in_missed(head, states, token_probabilities(states, head.weight, None), reserved)
+    swap_in_missed(head, states, reserved)
     assert set(specials) <= set(head.always_on_ids.tolist())

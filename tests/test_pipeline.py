@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_topk.convert import Recipe, Report, convert
 from hf_topk.convert import distill as distillation
 from hf_topk.convert.calibrate import split_by_document
-from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_probabilities, train_router
+from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.fit_tail import fit_combiner, fit_tail
 from hf_topk.convert.hidden_states import HiddenStates, batches_of, collect
 from hf_topk.convert.pipeline import head_of, special_ids
@@ -131,8 +131,9 @@ def test_own_text_leaves_the_random_state_alone(tmp_path: Path) -> None:
 
 def test_token_probabilities_are_the_mean_softmax(head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(distillation, "LOGIT_BYTES_AT_ONCE", 4 * VOCAB_SIZE * 70)
     states = some_states()
-    got = token_probabilities(states, head.weight, head.bias)
+    got = token_statistics(states, head.weight, head.bias).probabilities
     expected = F.linear(states, head.weight, head.bias).softmax(dim=-1).mean(dim=0)
     torch.testing.assert_close(got, expected.detach())
     assert float(got.sum()) == pytest.approx(1, abs=1e-5)
@@ -149,7 +150,9 @@ def test_masses_are_the_log_sum_exp_of_each_expert(
     logits = F.linear(states, head.weight, head.bias)
     groups = [*(sorted(set(ids.tolist())) for ids in head.expert_ids), head.always_on_ids.tolist()]
     expected = torch.stack([logits[:, ids].logsumexp(dim=-1) for ids in groups], dim=-1)
-    torch.testing.assert_close(got, expected.detach())
+    torch.testing.assert_close(got.log_sums, expected.detach())
+    likeliest = logits.argmax(dim=-1).tolist()
+    assert all(token in groups[group] for token, group in zip(likeliest, got.best.tolist(), strict=True))
 
 
 def test_groups_hold_every_token_once(head: TopKExpertsHead) -> None:
@@ -194,7 +197,7 @@ def test_training_brings_the_router_nearer_to_the_dense_head(kind: str, magnitud
     states = some_states() * magnitude
     head.weight.data.div_(magnitude)
     start_router(head)
-    masses = expert_masses(states, head.weight, head.bias, groups_of(head))
+    masses = expert_masses(states, head.weight, head.bias, groups_of(head)).log_sums
     before = router_kl(head, states, masses)
     last = train_router(head.router, states, masses, 200, 64, 1e-2, 0)
     after = router_kl(head, states, masses)
@@ -207,7 +210,7 @@ def test_training_leaves_the_mean_rows(kind: str, learned: set[str]) -> None:
     head = short_head(kind)
     start_router(head)
     before = {name: tensor.clone() for name, tensor in head.router.state_dict().items()}
-    masses = expert_masses(some_states(), head.weight, head.bias, groups_of(head))
+    masses = expert_masses(some_states(), head.weight, head.bias, groups_of(head)).log_sums
     loss = train_router(head.router, some_states(), masses, 20, 64, 1e-2, 0)
     after = head.router.state_dict()
     assert {name for name in before if not torch.allclose(after[name], before[name])} == learned
@@ -259,7 +262,7 @@ def test_a_prior_tail_is_the_log_of_the_mean_probability() -> None:
 def test_a_learned_combiner_does_not_add_divergence(tail: str) -> None:
     model = tiny_converted(combine="learned", tail=tail)
     states = some_states()
-    probabilities = token_probabilities(states, model.head.weight, None)
+    probabilities = token_statistics(states, model.head.weight, None).probabilities
     start_router(model.head)
     fit_tail(model.head, states, probabilities)
 

@@ -133,7 +133,7 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
         best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
         sums.agreed += int((best_sparse == best).sum())
         # Where a logit is large, softmax has taken the log-sum-exp off it.
-        log_z = (some_sparse.float() - log_q).gather(1, best_sparse) - (some_dense.float() - log_p).gather(1, best)
+        log_z = _log_sum_exp_at(some_sparse, log_q, best_sparse) - _log_sum_exp_at(some_dense, log_p, best)
         sums.log_z += float(log_z.sum())
         sums.log_z_absolute += float(log_z.abs().sum())
         for log, top, bins in ((log_p, best, sums.dense_bins), (log_q, best_sparse, sums.sparse_bins)):
@@ -144,6 +144,11 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
         sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
     sums.positions += len(token_ids)
     sums.predicted += len(token_ids) - 1
+
+
+def _log_sum_exp_at(logits: Tensor, log: Tensor, which: Tensor) -> Tensor:
+    """Logits less their log-softmax, which is the log-sum-exp: [T, V] at `which`, [T, 1]."""
+    return logits.gather(1, which).float() - log.gather(1, which)
 
 
 def _add_to_bins(bins: Tensor, confidence: Tensor, is_right: Tensor, counts: Tensor) -> None:
