@@ -67,7 +67,7 @@ def bench(
     """Measure a converted model beside its dense model and the methods of others.
 
     Args:
-        own: a converted model; its generation config is replaced by an empty one.
+        own: a converted model; its head mode becomes "auto" and its generation config an empty one.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
 
@@ -85,7 +85,7 @@ def bench(
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
     stats = decoding.stats
     return {
-        **_circumstances(own),
+        **_circumstances(models, own),
         **{name: timed[name].figures() for name in ("head", "e2e", "e2e_compiled", "sampling")},
         "batches": {size: {**head.figures(), **e2e.figures()} for size, (head, e2e) in batches.items()},
         "ratios": {
@@ -100,7 +100,10 @@ def bench(
         "added_memory_share": models.sparse.head.added_bytes() / own.head.dense_bytes(),
         "added_memory_share_default_tail": own.head.added_bytes() / own.head.dense_bytes(),
         "wrapper_overhead_us": 1e6 * wrapper_overhead(),
-        "spread": {name: one.quartiles() for name, one in timed.items()},
+        "spread": {
+            **{name: one.quartiles() for name, one in timed.items()},
+            "batches": {size: {**head.quartiles(), **e2e.quartiles()} for size, (head, e2e) in batches.items()},
+        },
     }
 
 
@@ -132,7 +135,7 @@ class _Timed:
 
     def ratios(self) -> Figures:
         ours = [name for name in self.spreads if name.startswith(OURS) and not name.endswith("_compiled")]
-        others = [name for name in ("dense", *self.names) if name in self.spreads]
+        others = [name for name in dict.fromkeys(("dense", *self.names)) if name in self.spreads]
         ratios: Figures = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
         for name in ours:
             if f"{name}_compiled" in self.spreads:
@@ -149,14 +152,14 @@ class _Timed:
 
 
 def _times(spreads: dict[str, Spread]) -> _Timed:
-    return _Timed(spreads, "ms", BASELINES)
+    return _Timed(spreads, "ms", ("dense", *BASELINES))
 
 
 def _rates(spreads: dict[str, Spread]) -> _Timed:
     return _Timed(spreads, "tok_s")
 
 
-def _circumstances(own: TopKExpertsForCausalLM) -> Figures:
+def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
     head = own.head
     return {
         "machine": _machine(),
@@ -164,7 +167,7 @@ def _circumstances(own: TopKExpertsForCausalLM) -> Figures:
         "dtype": str(own.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "sizes": {
-            "parameters": own.base.num_parameters(),
+            "parameters": models.dense.num_parameters(),
             "vocab_size": head.out_features,
             "hidden_size": head.in_features,
             "num_experts": head.num_experts,

@@ -73,7 +73,7 @@ class Heads:
         runs = {**self._runs, **self._sparse_runs(), **(extra or {})}
         if self._int8 is not None:
             runs |= {"int8_eager": self._int8, "int8_compiled": compiled(self._int8, self.states[:size])}
-        spreads = head_seconds(runs, self.states, size, rounds, f"Timing heads on {size} positions")
+        spreads = head_seconds(runs, self.states, size, rounds, f"Timing the head, {size} at once")
         for name, ways in BEST_OF.items():
             if ways[0] in spreads:
                 spreads[name] = min((spreads[way] for way in ways), key=lambda spread: spread.median)
