@@ -73,7 +73,7 @@ def random_states(models: Competitors) -> Tensor:
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    return bench(tiny_converted(), random_states, Choices(batches=(1, 3, 32), without=("int8",), rounds=2))
+    return bench(tiny_converted(), random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
 
 
 # Shapes
@@ -202,6 +202,7 @@ def test_logits_without_a_head_are_those_of_the_rows_asked_for() -> None:
 def test_hnsw_finds_the_dense_argmax_when_it_looks_everywhere(has_bias: bool) -> None:
     weight, bias = torch.randn(300, 16), torch.randn(300) if has_bias else None
     hidden = torch.randn(7, 16)
+    pytest.importorskip("hnswlib")
     dense, logits = F.linear(hidden, weight, bias), HnswHead(weight, bias, ef=300, candidates=40)(hidden)
     assert torch.equal(logits.argmax(dim=-1), dense.argmax(dim=-1))
     found = logits.isfinite()
@@ -298,7 +299,7 @@ def test_lossless_time_is_drafts_and_dense_passes(monkeypatch: pytest.MonkeyPatc
 
 def test_every_key_is_there(figures: dict[str, Any]) -> None:
     assert set(figures["head"]) >= {*HEAD_KEYS, "sparse_default_tail_ms"}
-    assert figures["head"]["int8_ms"] is None
+    assert figures["head"]["int8_ms"] is figures["head"]["hnsw_ms"] is None
     assert set(figures["e2e"]) >= {*E2E_KEYS, "sparse_default_tail_tok_s", "lossless_default_tail_tok_s"}
     assert list(figures["batches"]) == ["1", "3", "32"]
     for medians in figures["batches"].values():
@@ -332,7 +333,7 @@ def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
             assert ratio == pytest.approx(1 / quotient if unit == "ms" else quotient)
             counted += 1
     assert counted > 30
-    for other in ("dense", "flashhead", "hnsw"):
+    for other in ("dense", "flashhead"):
         assert f"sparse_over_{other}" in figures["ratios"]["head"]
     for share in ("sparse", "sparse_default_tail", "lossless"):
         assert f"{share}_share_of_ceiling" in figures["ratios"]["e2e"]
@@ -347,7 +348,7 @@ def test_medians_lie_within_their_quartiles(figures: dict[str, Any]) -> None:
 def test_compiled_decoding_is_measured() -> None:
     torch.compiler.reset()
     models = Competitors.of(tiny_converted(tiny_dense(num_hidden_layers=1), tail="prior"))
-    spreads = Decoding(models, rounds=1).compiled()
+    spreads = Decoding(models, rounds=1).compiled(backend="eager")
     assert set(spreads) == {"dense", "sparse", "no_head"}
     assert all(model._compiled_call is not None for model in (models.dense, models.sparse, models.no_head))
 
@@ -362,7 +363,7 @@ def test_measures_a_converted_model(tmp_path: Path) -> None:
         text=str(text), positions=600, window_length=32, expert_size=16, distill_steps=5, router_rank=4, tail_rank=4
     )
     convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
-    options = ("--rounds", 1, "--batches", "2", "--without", "int8", "--threads", 1)
+    options = ("--rounds", 1, "--batches", "2", "--without", "int8", "--without", "hnsw", "--threads", 1)
     done = run_script(tmp_path, "bench", "out", *options, "--json", "--plot", "plot.svg")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
@@ -416,6 +417,31 @@ def test_refuses_in_one_line(
     assert printed.out == ""
     assert printed.err.count("\n") == 1, printed.err
     assert all(part in printed.err for part in parts), printed.err
+
+
+def test_int8_is_the_better_of_eager_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def dense_in_its_place(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        built.append(weight)
+        return lambda hidden: F.linear(hidden, weight, bias)
+
+    monkeypatch.setattr(bench_head, "int8_head", dense_in_its_place)
+    monkeypatch.setattr(bench_head, "compiled", lambda run, example: run)
+    for is_there in (True, False):
+        monkeypatch.setattr(bench_head, "has_compiler", lambda is_there=is_there: is_there)
+        models = Competitors.of(tiny_converted())
+        spreads = bench_head.Heads(models, random_states(models), ("flashhead", "hnsw")).batch(2, rounds=3)
+        ways = ["int8_eager", "int8_compiled"][: 1 + is_there]
+        assert [name for name in spreads if name.startswith("int8_")] == ways
+        assert spreads["int8"].median == min(spreads[way].median for way in ways)
+    assert [weight.shape for weight in built] == [(100, 32)] * 2
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, and there is none"):
+        Choices(compile=True)
 
 
 def test_a_plot_needs_matplotlib(

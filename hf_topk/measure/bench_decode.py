@@ -60,9 +60,13 @@ class Decoding:
         renamed = {names[name]: decoder for name, decoder in decoders.items()}
         return self._measure(renamed, f"Decoding a batch of {size}", size)
 
-    def compiled(self) -> dict[str, Spread]:
-        """Greedy decoding compiled as a whole, with a static cache, by `generate` itself."""
-        compile_config = CompileConfig(fullgraph=True, mode="default")
+    def compiled(self, backend: str = "inductor") -> dict[str, Spread]:
+        """Greedy decoding compiled as a whole, with a static cache, by `generate` itself.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
         compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
         choices = {"cache_implementation": "static", "compile_config": compile_config}
         decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **choices)
