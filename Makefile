@@ -52,7 +52,7 @@ export LOWER_BOUNDS
 $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 	mkdir -p $(OLDEST)
 	$(PYTHON) -c "$$LOWER_BOUNDS" > $@
-	grep -E '^(hnswlib|hypothesis|matplotlib|mypy|pyarrow|pytest|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
+	grep -E '^(hypothesis|matplotlib|mypy|pyarrow|pytest|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
 
 $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)

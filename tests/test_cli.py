@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_topk.convert import Recipe, convert_checkpoint
 
 SCRIPT = Path(sys.executable).with_name("hf-topk")
-COMMANDS = ("convert", "evaluate", "inspect", "generate", "demo")
+COMMANDS = ("convert", "evaluate", "inspect", "generate", "bench", "demo")
 EVALUATE_KEYS = [
     "agreement",
     "top5_containment",

@@ -4,6 +4,9 @@ Each is a callable from hidden states [N, d]. FlashHead's returns the next token
 to make logits of them; all others return logits, [N, V].
 """
 
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +53,11 @@ def int8_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
     holder = nn.Sequential(linear)  # only what is inside of a module is quantised
     quantize_(holder, Int8WeightOnlyConfig())
     return holder
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that `torch.compile` needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def compiled(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], Any]:

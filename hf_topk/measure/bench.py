@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..modeling_topk_experts import TopKExpertsForCausalLM
-from .baselines import BASELINES
+from .baselines import BASELINES, has_compiler
 from .bench_decode import Decoding, wrapper_overhead
 from .bench_head import Heads
 from .competitors import Competitors
@@ -26,7 +26,8 @@ from .timing import Spread
 BATCHES = (1, 2, 4, 8, 16, 32)
 ROUNDS = 8
 HEAD_ROUNDS_A_ROUND = 5
-OURS = ("sparse", "lossless", "auto")
+OURS = ("sparse", "lossless", "auto")  # names begin so
+OTHERS = ("dense", *BASELINES, "dense_compiled")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 
 Figures = dict[str, Any]
@@ -43,7 +44,7 @@ class Choices:
         rounds: of decoding; heads are timed in five times as many.
 
     Raises:
-        InputError: when there is no such baseline, or a number is out of range.
+        InputError: when there is no such baseline, a number is out of range, or no compiler to compile with.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -55,6 +56,8 @@ class Choices:
         for name in self.without:
             if name not in BASELINES:
                 raise InputError(f"unknown baseline '{name}': choose one of {', '.join(BASELINES)}")
+        if self.compile and not has_compiler():
+            raise InputError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
         for size in self.batches:
             if size not in range(1, BATCHES[-1] + 1):
                 raise InputError(f"a batch of {size} is not measured: choose from 1 to {BATCHES[-1]}")
@@ -67,7 +70,7 @@ def bench(
     """Measure a converted model beside its dense model and the methods of others.
 
     Args:
-        own: a converted model; its generation config is replaced by an empty one.
+        own: a converted model; its head mode becomes "auto" and its generation config an empty one.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
 
@@ -85,7 +88,7 @@ def bench(
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
     stats = decoding.stats
     return {
-        **_circumstances(own),
+        **_circumstances(models, own),
         **{name: timed[name].figures() for name in ("head", "e2e", "e2e_compiled", "sampling")},
         "batches": {size: {**head.figures(), **e2e.figures()} for size, (head, e2e) in batches.items()},
         "ratios": {
@@ -100,7 +103,10 @@ def bench(
         "added_memory_share": models.sparse.head.added_bytes() / own.head.dense_bytes(),
         "added_memory_share_default_tail": own.head.added_bytes() / own.head.dense_bytes(),
         "wrapper_overhead_us": 1e6 * wrapper_overhead(),
-        "spread": {name: one.quartiles() for name, one in timed.items()},
+        "spread": {
+            **{name: one.quartiles() for name, one in timed.items()},
+            "batches": {size: {**head.quartiles(), **e2e.quartiles()} for size, (head, e2e) in batches.items()},
+        },
     }
 
 
@@ -131,12 +137,9 @@ class _Timed:
         }
 
     def ratios(self) -> Figures:
-        ours = [name for name in self.spreads if name.startswith(OURS) and not name.endswith("_compiled")]
-        others = [name for name in ("dense", *self.names) if name in self.spreads]
+        ours = [name for name in self.spreads if name.startswith(OURS)]
+        others = [name for name in OTHERS if name in self.spreads]
         ratios: Figures = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
-        for name in ours:
-            if f"{name}_compiled" in self.spreads:
-                ratios[f"{name}_over_dense_compiled"] = self._ratio(f"{name}_compiled", "dense_compiled")
         if "no_head" in self.spreads:
             ratios |= {f"{name}_share_of_ceiling": self._ratio(name, "no_head") for name in ours}
             ratios["ceiling_over_dense"] = self._ratio("no_head", "dense")
@@ -149,14 +152,14 @@ class _Timed:
 
 
 def _times(spreads: dict[str, Spread]) -> _Timed:
-    return _Timed(spreads, "ms", BASELINES)
+    return _Timed(spreads, "ms", ("dense", *BASELINES))
 
 
 def _rates(spreads: dict[str, Spread]) -> _Timed:
     return _Timed(spreads, "tok_s")
 
 
-def _circumstances(own: TopKExpertsForCausalLM) -> Figures:
+def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
     head = own.head
     return {
         "machine": _machine(),
@@ -164,7 +167,7 @@ def _circumstances(own: TopKExpertsForCausalLM) -> Figures:
         "dtype": str(own.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "sizes": {
-            "parameters": own.base.num_parameters(),
+            "parameters": models.dense.num_parameters(),
             "vocab_size": head.out_features,
             "hidden_size": head.in_features,
             "num_experts": head.num_experts,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..head import TopKExpertsHead
 from ..lossless import LosslessStats
-from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, int8_head, random_flashhead
+from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
 from .competitors import Competitors
 from .timing import Spread, head_seconds
 
@@ -72,11 +72,13 @@ class Heads:
         """
         runs = {**self._runs, **self._sparse_runs(), **(extra or {})}
         if self._int8 is not None:
-            runs |= {"int8_eager": self._int8, "int8_compiled": compiled(self._int8, self.states[:size])}
-        spreads = head_seconds(runs, self.states, size, rounds, f"Timing heads on {size} positions")
+            runs["int8_eager"] = self._int8
+            if has_compiler():
+                runs["int8_compiled"] = compiled(self._int8, self.states[:size])
+        spreads = head_seconds(runs, self.states, size, rounds, f"Timing the head, {size} at once")
         for name, ways in BEST_OF.items():
-            if ways[0] in spreads:
-                spreads[name] = min((spreads[way] for way in ways), key=lambda spread: spread.median)
+            if measured := [spreads[way] for way in ways if way in spreads]:
+                spreads[name] = min(measured, key=lambda spread: spread.median)
         return spreads
 
     def _sparse_runs(self) -> dict[str, Head]:

@@ -9,11 +9,14 @@ Rows = dict[str, str]
 
 NAMES = {
     "dense": "dense",
+    "dense_compiled": "dense, compiled",
     "int8": "int8 (torchao)",
     "flashhead": "FlashHead's method",
     "hnsw": "HNSW",
     "sparse": "sparse, tail prior",
+    "sparse_compiled": "sparse, tail prior, compiled",
     "sparse_default_tail": "sparse, default tail",
+    "sparse_default_tail_compiled": "sparse, default tail, compiled",
     "auto": "auto, tail prior",
     "auto_default_tail": "auto, default tail",
     "lossless": "lossless, tail prior",

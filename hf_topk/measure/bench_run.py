@@ -13,10 +13,10 @@ from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
 from .bench_plot import check_plot, write_plot
 from .competitors import Competitors, recorded_states
-from .random_experts import OTHER_LOGIT_STD, convert_at_random
-from .shapes import WEIGHT_STD, random_model, shape_config
+from .random_experts import convert_at_random, state_size
+from .shapes import random_model, shape_config
 
-STATES = 2048
+STATES = 1024
 TEXTS_AT_ONCE = 32
 
 
@@ -76,8 +76,7 @@ def _random_model(shape: str, dtype: torch.dtype) -> TopKExpertsForCausalLM:
 
 def _random_states(models: Competitors) -> Tensor:
     head = models.sparse.head
-    size = OTHER_LOGIT_STD / (WEIGHT_STD * head.in_features**0.5)
-    return (size * torch.randn(STATES, head.in_features)).to(head.weight.dtype)
+    return (state_size(head.in_features) * torch.randn(STATES, head.in_features)).to(head.weight.dtype)
 
 
 def _own_states(models: Competitors) -> Tensor:

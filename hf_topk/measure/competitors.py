@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..modeling_topk_experts import TopKExpertsForCausalLM
+from ..progress import progress
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Competitors:
 
     @classmethod
     def of(cls, own: TopKExpertsForCausalLM) -> "Competitors":
-        """Make them from a converted model, whose generation config is replaced by an empty one."""
+        """Make them from a converted model, whose head mode becomes "auto" and whose generation config an empty one."""
         head = own.head
         linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = head.weight, head.bias
@@ -38,6 +39,7 @@ class Competitors:
         is_prior = own.config.tail == "prior"
         sparse = own if is_prior else _with_prior_tail(own, dense)
         made = cls(dense, sparse, None if is_prior else own, no_head)
+        sparse.head_mode = own.head_mode = "auto"
         for model in (dense, sparse, own, no_head):
             model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         return made
@@ -90,7 +92,7 @@ def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_l
 
     Args:
         model: a dense model.
-        positions: states to record; batches are written to their end.
+        positions: states to record, and a few more if they do not fill the last step.
         batch: texts that are written side by side.
         prompt_length: random tokens that each starts with.
 
@@ -98,15 +100,18 @@ def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_l
         States, [P, d].
     """
     head = cast(nn.Linear, model.get_output_embeddings())
-    states: list[Tensor] = []
-
-    def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        states.append(arguments[0][:, -1].clone())
-
     prompts = torch.randint(head.out_features, (batch, prompt_length))
-    hook = head.register_forward_pre_hook(record)
-    try:
-        model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=-(-positions // batch))  # type: ignore[operator]
-    finally:
-        hook.remove()
+    steps = -(-positions // batch)
+    states: list[Tensor] = []
+    with progress("Recording hidden states", steps, "steps") as advance:
+
+        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            states.append(arguments[0][:, -1].clone())
+            advance()
+
+        hook = head.register_forward_pre_hook(record)
+        try:
+            cast(Any, model).generate(prompts, do_sample=True, top_k=0, max_new_tokens=steps)
+        finally:
+            hook.remove()
     return torch.cat(states)

@@ -93,7 +93,7 @@ def quiet(run: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
 def head_seconds(
     runs: Mapping[str, Callable[[Tensor], Any]], states: Tensor, positions: int, rounds: int, description: str
 ) -> dict[str, Spread]:
-    """Time heads on hidden states that none of them has seen in the round before.
+    """Time heads, in each round on other hidden states.
 
     Args:
         runs: heads, from hidden states [N, d].
