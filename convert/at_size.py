@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_topk.cli import main
 from hf_topk.errors import InputError
@@ -101,7 +101,7 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
     common = vectors(1)
     own = 1 - SHARE_OF_CLUSTER - SHARE_OF_LIKELIHOOD
     norm = LOGIT_DEVIATION / float(spectrum.pow(4).mean().sqrt())  # of a row
-    model = LlamaForCausalLM(config).bfloat16()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     weight = model.lm_head.weight.data
     with progress("Making the head", vocab_size, "tokens") as advance:
         for start in range(0, vocab_size, ROWS_AT_ONCE):
@@ -123,7 +123,13 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
 
 
 def sample_windows(frequencies: Tensor, positions: int, seed: int) -> list[Window]:
-    """Token ids drawn by their frequencies, a document a window; drawn tokens, [V], to windows."""
+    """Draw token ids, every window a document of its own.
+
+    Args:
+        frequencies: how often each token is drawn, in any unit, [V].
+        positions: tokens of all windows together.
+        seed: of the drawing.
+    """
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.multinomial(frequencies, positions, replacement=True, generator=generator)
     return [Window(number, tuple(ids.tolist())) for number, ids in enumerate(token_ids.split(WINDOW_LENGTH))]
