@@ -102,7 +102,7 @@ class Heads:
         passes = stats.dense_passes_per_token
         block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
         extra: dict[str, Head] = {
-            "draft": self._sparse.draft_logits,
+            "draft": lambda hidden: self._sparse.draft_logits(hidden, is_greedy=True),
             "dense_block": lambda _: self._sparse.dense_logits(block),
         }
         if is_compiled:

@@ -13,10 +13,9 @@ from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
 from .bench_plot import check_plot, write_plot
 from .competitors import Competitors, recorded_states
-from .random_experts import convert_at_random, state_size
+from .random_experts import STATES, convert_at_random, random_states
 from .shapes import random_model, shape_config
 
-STATES = 1024
 TEXTS_AT_ONCE = 32
 
 
@@ -59,7 +58,7 @@ def run_bench(
     torch.manual_seed(0)
     if shape is not None:
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
-        figures = bench(own, _random_states, choices)
+        figures = bench(own, lambda models: random_states(models.sparse.head), choices)
     else:
         own = load_converted(str(directory), dtype=dtype)[0]
         figures = bench(own, _own_states, choices)
@@ -72,11 +71,6 @@ def run_bench(
 def _random_model(shape: str, dtype: torch.dtype) -> TopKExpertsForCausalLM:
     shape_config(shape)
     return convert_at_random(random_model(shape, dtype))
-
-
-def _random_states(models: Competitors) -> Tensor:
-    head = models.sparse.head
-    return (state_size(head.in_features) * torch.randn(STATES, head.in_features)).to(head.weight.dtype)
 
 
 def _own_states(models: Competitors) -> Tensor:
