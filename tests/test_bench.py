@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import run_main, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from test_cli import run_script
+from test_shapes import TINY
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.errors import InputError
@@ -21,28 +22,10 @@ from hf_topk.measure.baselines import HnswHead, MissingPackageError, int8_head, 
 from hf_topk.measure.bench import Choices, bench
 from hf_topk.measure.bench_decode import Decoding
 from hf_topk.measure.competitors import Competitors, NoHead, recorded_states
-from hf_topk.measure.random_experts import SHARE_OF_ROWS, convert_at_random
-from hf_topk.measure.shapes import SHAPES, random_model, shape_config
+from hf_topk.measure.random_experts import convert_at_random
+from hf_topk.measure.shapes import SHAPES, random_model
 from hf_topk.measure.timing import Spread, TokenClock, interleaved
 
-PARAMETERS = {
-    "gemma-3-270m": 268_098_176,
-    "gemma-3-1b": 999_885_952,
-    "llama-3.2-1b": 1_235_814_400,
-    "qwen3-0.6b": 596_049_920,
-    "qwen2.5-0.5b": 494_032_768,
-    "smollm2-135m": 134_515_008,
-}
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 20_000,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 HEAD_KEYS = {f"{name}_ms" for name in ("dense", "int8", "flashhead", "hnsw", "sparse", "lossless")}
 E2E_KEYS = {f"{name}_tok_s" for name in ("dense", "sparse", "lossless", "no_head")}
 
@@ -76,59 +59,7 @@ def figures() -> dict[str, Any]:
     return bench(tiny_converted(), random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
 
 
-# Shapes
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_the_published_parameter_counts(shape: str) -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape_config(shape))
-    assert model.num_parameters() == PARAMETERS[shape]
-
-
-def test_gemma_attends_to_all_in_one_layer_of_six() -> None:
-    for shape, layers in (("gemma-3-270m", 18), ("gemma-3-1b", 26)):
-        config = shape_config(shape)
-        full = [number for number, kind in enumerate(config.layer_types) if kind == "full_attention"]
-        assert full == list(range(5, layers, 6))
-        assert config.sliding_window == 512
-
-
-def test_refuses_an_unknown_shape() -> None:
-    with pytest.raises(InputError, match=r"unknown shape 'gpt-5': choose one of gemma-3-270m"):
-        shape_config("gpt-5")
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen2"])
-def test_random_model_is_tied_and_finite(model_type: str, tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SHAPES, tiny_shape, {**TINY, "model_type": model_type})
-    model = random_model(tiny_shape, torch.bfloat16)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    state = torch.randn(1, 1, 32).bfloat16()
-    torch.testing.assert_close(model.model.norm(state).float(), F.rms_norm(state.float(), (32,)), atol=0.05, rtol=0)
-    logits = [model(input_ids=torch.tensor([[token]])).logits for token in (5, 6)]
-    assert logits[0].isfinite().all()
-    assert not torch.equal(*logits)
-
-
-# A conversion at random
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_random_conversion_is_whole_and_shares_the_weights(
-    model_type: str, tiny_shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(SHAPES, tiny_shape, {**TINY, "model_type": model_type})
-    dense = random_model(tiny_shape, torch.float32)
-    head = convert_at_random(dense).head
-    assert head.weight is dense.get_output_embeddings().weight
-    assert torch.cat([head.always_on_ids, head.expert_ids.flatten()]).unique().tolist() == list(range(20_000))
-    rows = head.num_always_on + head.num_experts_per_tok * head.expert_size
-    assert 0 <= rows - SHARE_OF_ROWS * 20_000 < head.expert_size
-    assert head.router.mean_rows.dtype == torch.int8
-    one, other = (set(some.tolist()) for some in head.pick(torch.randn(2, 32))[1])
-    assert one != other
+# The competitors
 
 
 def test_most_drafts_of_a_random_model_are_accepted(tiny_shape: str) -> None:
@@ -137,9 +68,6 @@ def test_most_drafts_of_a_random_model_are_accepted(tiny_shape: str) -> None:
     assert decoding.stats.tokens == 3 * 32
     assert decoding.stats.acceptance > 0.8
     assert decoding.stats.dense_passes_per_token < 0.3
-
-
-# The competitors
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])

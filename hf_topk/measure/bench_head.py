@@ -59,18 +59,21 @@ class Heads:
         except MissingPackageError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
 
-    def batch(self, size: int, rounds: int, extra: dict[str, Head] | None = None) -> dict[str, Spread]:
+    def batch(self, size: int, rounds: int) -> dict[str, Spread]:
         """Time all heads on so many positions.
 
         Args:
             size: positions in a call.
             rounds: calls of each.
-            extra: further heads to time beside them.
 
         Returns:
             Seconds a call by name; `dense` and `int8` are the faster of the ways to run them.
         """
-        runs = {**self._runs, **self._sparse_runs(), **(extra or {})}
+        torch.compiler.reset()  # torch compiles a function for so many sizes and then no more
+        return self._time(size, rounds, {})
+
+    def _time(self, size: int, rounds: int, extra: dict[str, Head]) -> dict[str, Spread]:
+        runs = {**self._runs, **self._sparse_runs(), **extra}
         if self._int8 is not None:
             runs["int8_eager"] = self._int8
             if has_compiler():
@@ -109,7 +112,7 @@ class Heads:
             runs = {"dense": self._sparse.dense_logits, **self._sparse_runs()}
             chosen = ("dense", "sparse", "sparse_default_tail")
             extra |= {f"{name}_compiled": compiled(runs[name], self.states[:1]) for name in chosen if name in runs}
-        spreads = self.batch(1, rounds, extra)
+        spreads = self._time(1, rounds, extra)
         draft, dense = spreads["draft"], spreads["dense_block"]
         steps = stats.body_steps_per_token
         spreads["lossless"] = Spread(
