@@ -3,6 +3,7 @@
 All that is compared runs in interleaved rounds, and every ratio is one of medians from the same rounds.
 """
 
+import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from .baselines import BASELINES, has_compiler
-from .bench_decode import Decoding, wrapper_overhead
+from .bench_decode import Decoding, step_overheads
 from .bench_head import Heads
 from .competitors import Competitors
 from .timing import Spread
@@ -102,7 +103,7 @@ def bench(
         },
         "added_memory_share": models.sparse.head.added_bytes() / own.head.dense_bytes(),
         "added_memory_share_default_tail": own.head.added_bytes() / own.head.dense_bytes(),
-        "wrapper_overhead_us": 1e6 * wrapper_overhead(),
+        "step_overhead_ms": {name: 1000 * seconds for name, seconds in step_overheads().items()},
         "spread": {
             **{name: one.quartiles() for name, one in timed.items()},
             "batches": {size: {**head.quartiles(), **e2e.quartiles()} for size, (head, e2e) in batches.items()},

@@ -1,6 +1,7 @@
 """Decoding end to end, with `generate` as it is."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -104,36 +105,42 @@ def _decoder(model: Any, **choices: Any) -> Decoder:
     return run
 
 
-def wrapper_overhead(rounds: int = OVERHEAD_ROUNDS) -> float:
+def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
     """What the converted model's own Python adds to one step of decoding.
 
-    A Llama of one tiny layer runs one position as it is and converted, both with a head that has its logits already, so
-    that nothing but the wrapper and the way to the head is in the difference.
+    A Llama of one layer, so tiny that there is next to nothing to compute, runs one position as it is and converted.
+    `wrapper` has a head that has its logits already, so that nothing but the wrapper and the way to the head is in the
+    difference; `sparse` has the sparse head, whose every operation is started from Python.
 
     Args:
         rounds: steps of each.
 
     Returns:
-        The difference of the medians, in seconds.
+        The differences of the medians, in seconds.
     """
     sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_attention_heads=1))
-    wrapped = TopKExpertsForCausalLM.from_dense(
-        dense, TopKExpertsConfig(text_config=dense.config, num_experts=16, expert_size=16, tail="prior")
-    )
-    plain = Competitors.of(wrapped).no_head
+    config = TopKExpertsConfig(text_config=dense.config, num_experts=16, expert_size=16, tail="prior")
+    wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
+    wrapped.head.router.to_int8(torch.float32)
+    models = Competitors.of(wrapped)
+    no_head = NoHead(256, torch.float32)
 
-    def step(model: Any) -> Callable[[Tensor], None]:
+    def step(model: Any, stand_in: Any = None) -> Callable[[Tensor], None]:
         def run(tokens: Tensor) -> None:
-            model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+            with nullcontext() if stand_in is None else wrapped.head.replaced_by(stand_in):
+                model(input_ids=tokens, use_cache=False, logits_to_keep=1)
 
         return run
 
-    with wrapped.head.replaced_by(NoHead(256, torch.float32)):
-        spreads = interleaved(
-            {"plain": step(plain), "wrapped": step(wrapped)},
-            lambda: torch.randint(256, (1, 1)),
-            rounds,
-            "Timing the wrapper",
-        )
-    return spreads["wrapped"].median - spreads["plain"].median
+    runs = {
+        "no_head": step(models.no_head),
+        "dense": step(models.dense),
+        "wrapper": step(wrapped, no_head),
+        "sparse": step(wrapped, wrapped.head.forward_for_argmax),
+    }
+    spreads = interleaved(runs, lambda: torch.randint(256, (1, 1)), rounds, "Timing the wrapper")
+    return {
+        "wrapper": spreads["wrapper"].median - spreads["no_head"].median,
+        "sparse": spreads["sparse"].median - spreads["dense"].median,
+    }

@@ -53,7 +53,7 @@ def tables(figures: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 
 def _circumstances(figures: dict[str, Any]) -> Rows:
-    sizes, lossless = figures["sizes"], figures["lossless"]
+    sizes, lossless, overhead = figures["sizes"], figures["lossless"], figures["step_overhead_ms"]
     scored = sizes["num_always_on"] + sizes["num_experts_per_tok"] * sizes["expert_size"]
     return {
         "machine": f"{figures['machine']}; {figures['threads']} threads, {figures['dtype']}",
@@ -66,7 +66,7 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "
         f"{lossless['body_steps_per_token']:.3f} steps of the body a token, {lossless['acceptance']:.1%} of the drafts "
         "accepted",
-        "wrapper": f"{figures['wrapper_overhead_us']:.0f} microseconds of Python a step",
+        "a step's own Python": f"{overhead['wrapper']:.3f} ms of the wrapper, {overhead['sparse']:.3f} ms with the head",
     }
 
 
