@@ -3,7 +3,6 @@
 All that is compared runs in interleaved rounds, and every ratio is one of medians from the same rounds.
 """
 
-import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator

@@ -66,7 +66,7 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "
         f"{lossless['body_steps_per_token']:.3f} steps of the body a token, {lossless['acceptance']:.1%} of the drafts "
         "accepted",
-        "a step's own Python": f"{overhead['wrapper']:.3f} ms of the wrapper, {overhead['sparse']:.3f} ms with the head",
+        "a step's own Python": f"{overhead['wrapper']:.3f} ms the wrapper, {overhead['sparse']:.3f} ms with the head",
     }
 
 
