@@ -32,9 +32,9 @@ WINDOW_LENGTH = 200
 ROWS_AT_ONCE = 4096
 NOISE_VECTORS = 4096
 DIRECTIONS_AT_HALF = 64  # from here on directions have less than half the energy of the first one
-SHARE_OF_CLUSTER, SHARE_OF_LIKELIHOOD = 0.4, 0.1  # of a row's energy
+SHARE_OF_CLUSTER, SHARE_OF_LIKELIHOOD = 0.6, 0.1  # of a row's energy
 LOGIT_DEVIATION, LIKELIHOOD_DEVIATION = 2.0, 1.5  # of logits far from a state's own token, and of what frequency adds
-NEARNESS = (0.7, 2.2)  # how far a state goes towards its row, over what makes it as likely as all others together
+NEARNESS = (1.0, 2.2)  # how far a state goes towards its row, over what makes it as likely as all others together
 
 
 class StatesNearRows(nn.Embedding):

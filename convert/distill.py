@@ -127,7 +127,9 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
 
 def product_type(weight: Tensor) -> torch.dtype:
     """The type that many logits are made in: bfloat16 if the head is and its products are fast, else fp32."""
-    is_fast = weight.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    is_fast = (
+        weight.device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    )  # not in all versions of torch
     return torch.bfloat16 if weight.dtype == torch.bfloat16 and is_fast else torch.float32
 
 

@@ -38,8 +38,12 @@ from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
+<<<<<<< HEAD
 STATES_TIMED = 1024
 LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
+=======
+ROWS_AT_ONCE = 1 << 14
+>>>>>>> helper-d
 LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
@@ -185,7 +189,8 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 def _check_finite(head: nn.Linear) -> None:
     for name, tensor in (("weight", head.weight), ("bias", head.bias)):
-        if tensor is not None and not tensor.isfinite().all():
+        # Row by row of many: a look at all at once takes twice the head's memory.
+        if tensor is not None and not all(rows.isfinite().all() for rows in tensor.split(ROWS_AT_ONCE)):
             raise InputError(
                 f"the head's {name} holds NaN or infinite values: the checkpoint is damaged, fetch it again"
             )
