@@ -38,12 +38,9 @@ from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
 
-<<<<<<< HEAD
 STATES_TIMED = 1024
 LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
-=======
 ROWS_AT_ONCE = 1 << 14
->>>>>>> helper-d
 LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
