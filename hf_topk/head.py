@@ -33,7 +33,7 @@ class TopKExpertsHead(nn.Linear):
     Attributes:
         weight: W, [V, d]; `bias`: [V] or None: the dense head's own.
         always_on_ids: token ids scored at every position, [A] int64.
-        expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id at its end.
+        expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for unscored tokens, or None for minus infinity.
         head_mode: "auto", "sparse" or "dense".
@@ -58,8 +58,7 @@ class TopKExpertsHead(nn.Linear):
         _check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
-        self.head_mode = config.head_mode
-        self.combine = config.combine
+        self.head_mode, self.combine = config.head_mode, config.combine
         self.num_experts_per_tok = config.num_experts_per_tok
         self.routed_mass = config.routed_mass
         self.sparse_max_positions = config.sparse_max_positions
@@ -208,19 +207,18 @@ class TopKExpertsHead(nn.Linear):
     def _scored(self, hidden: Tensor) -> "Scored":
         """Route, and compute what is scored."""
         always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)  # (N, A)
-        scores, top, is_used = self._pick(hidden, always)
-        top_scores = scores.gather(1, top)  # (N, k)
+        scores, top, top_scores, is_used = self._pick(hidden, always)
         routed = expert_dot(hidden, self.weight, self.bias, self.expert_ids, top)  # (N, k, S)
-        mass = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
+        masses = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
+        disagreement = top_scores - masses
+        if is_used is not None:
+            masses, top_scores = (values.masked_fill(~is_used, -torch.inf) for values in (masses, top_scores))
         # The offset aligns the router with what was computed.
-        mass_used, scores_used = (
-            values if is_used is None else values.masked_fill(~is_used, -torch.inf) for values in (mass, top_scores)
-        )
-        offset = mass_used.logsumexp(dim=-1, keepdim=True) - scores_used.logsumexp(dim=-1, keepdim=True)
-        shifts, tail_scores = self._combine(scores, top, top_scores - mass, offset)
+        offset = masses.logsumexp(dim=-1, keepdim=True) - top_scores.logsumexp(dim=-1, keepdim=True)
+        shifts, tail_scores = self._combine(scores, top, disagreement, offset)
         if shifts is not None:
-            routed, mass_used = (routed + shifts.unsqueeze(-1)).to(routed.dtype), mass_used + shifts
-        return Scored(always, routed, top, tail_scores, mass_used)
+            routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
+        return Scored(always, routed, top, tail_scores, masses)
 
     def _may_win(self, scored: "Scored") -> bool:
         """Whether an unscored token could be the likeliest: none is likelier than all of its expert."""
@@ -253,13 +251,16 @@ class TopKExpertsHead(nn.Linear):
             [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
             no position uses are left out.
         """
-        return self._pick(hidden, shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids))
+        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
+        scores, top, _, is_used = self._pick(hidden, always)
+        return scores, top, is_used
 
-    def _pick(self, hidden: Tensor, always: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _pick(self, hidden: Tensor, always: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As [`pick`], with the scores of what is picked third, given the logits of the always-on tokens."""
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
         if self.routed_mass >= 1:
-            return scores, top, None
+            return scores, top, top_scores, None
         certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
         total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
         reached = (certain - total).exp() + (top_scores - total).exp().cumsum(dim=-1)
@@ -268,7 +269,7 @@ class TopKExpertsHead(nn.Linear):
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
             most = int(is_used.sum(dim=-1).amax()) if len(hidden) else 1
             top, is_used = top[:, :most], is_used[:, :most]
-        return scores, top, is_used
+        return scores, top, scores.gather(1, top), is_used
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""

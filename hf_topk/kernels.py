@@ -1,6 +1,7 @@
 """The inner loops of the sparse head, as plain torch: exact logits of gathered rows, and products of few bits."""
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 # Elements of gathered rows held at once; beyond it positions are worked off in turns.
 GATHERED_ELEMENTS_AT_ONCE = 1 << 24
 # Bytes of gathered rows that stay in the processor's cache between their copy and their product.
-CACHED_BYTES = 1 << 20
+CACHED_BYTES = 3 << 20
 # From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
 ROWS_UNPACKED_AT_ONCE = 1 << 16  # as many as stay in the processor's cache
@@ -88,28 +89,50 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 
-def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
+class Rounded(NamedTuple):
+    """Inputs that were rounded to int8 beforehand, for several products.
+
+    Attributes:
+        numbers: [N, r] int8.
+        scales: what a step of each row is worth, fp32 [N, 1].
+    """
+
+    numbers: Tensor
+    scales: Tensor
+
+
+def rounded_for(inputs: Tensor, factors: Tensor) -> Tensor | Rounded:
+    """Inputs as [`int8_logits`] takes them at least cost where they are multiplied with several matrices.
+
+    Args:
+        inputs: [N, r], any float type.
+        factors: one of the matrices, [R, r] int8.
+    """
+    return _round_to_int8(inputs) if _multiplies_int8(inputs, factors) else inputs
+
+
+def int8_logits(inputs: Tensor | Rounded, factors: Tensor, scales: Tensor) -> Tensor:
     """Product with an int8 matrix whose rows have a scale each; the inputs are rounded to int8 as well.
 
     The integer product is exact, so this equals [`int8_logits_reference`] bit for bit up to 1040 columns.
 
     Args:
-        inputs: [N, r], any float type.
+        inputs: [N, r], any float type, or what [`rounded_for`] made of them.
         factors: [R, r] int8.
         scales: [R], any float type.
 
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
+    if isinstance(inputs, Rounded):
+        return torch._int_mm(inputs.numbers, factors.t()).float().mul_(scales).mul_(inputs.scales)
     if _runs_on_triton(inputs):
         from .triton_kernels import int8_logits as on_triton
 
         return on_triton(inputs, factors, scales)
     if not _multiplies_int8(inputs, factors):
         return int8_logits_reference(inputs, factors, scales)
-    rounded, input_scales = _round_to_int8(inputs)
-    products = torch._int_mm(rounded, factors.t())
-    return products.float() * scales.float() * input_scales
+    return int8_logits(_round_to_int8(inputs), factors, scales)
 
 
 def int8_logits_reference(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
@@ -188,10 +211,10 @@ def _multiplies_int8(inputs: Tensor, matrix: Tensor) -> bool:
     return inputs.device.type == "cpu" and matrix.shape[-1] > 1 and not needs_gradient
 
 
-def _round_to_int8(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each row to 127 steps of its largest magnitude: int8 [N, r] and fp32 scales [N, 1]."""
+def _round_to_int8(inputs: Tensor) -> Rounded:
+    """Round each row to 127 steps of its largest magnitude."""
     steps, scales = _steps(inputs)
-    return steps.round().to(torch.int8), scales
+    return Rounded(steps.round_().to(torch.int8), scales)
 
 
 def _round_through(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,6 +225,6 @@ def _round_through(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _steps(inputs: Tensor) -> tuple[Tensor, Tensor]:
     inputs = inputs.float()
-    largest = inputs.detach().abs().amax(dim=-1, keepdim=True)
-    scales = largest.clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    largest = torch.linalg.vector_norm(inputs.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    scales = largest.clamp_min_(torch.finfo(torch.float32).tiny).div_(127.0)
     return inputs / scales, scales

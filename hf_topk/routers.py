@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .kernels import int8_logits
+from .kernels import Rounded, int8_logits, rounded_for
 
 SMALLEST_SCALE = 1e-30
 
@@ -41,12 +41,17 @@ class Router(nn.Module):
         """The parameters that distillation learns."""
         return list(self.parameters())
 
-    def product(self, name: str, inputs: Tensor) -> Tensor:
-        """Multiply with the matrix of a name: [N, columns] of any float type to fp32 [N, rows]."""
+    def product(self, name: str, inputs: Tensor | Rounded) -> Tensor:
+        """Multiply with the matrix of a name: [N, columns] of any float type, or rounded, to fp32 [N, rows]."""
         matrix = getattr(self, name).flatten(0, -2)
-        if matrix.dtype == torch.int8:
+        if isinstance(inputs, Rounded) or matrix.dtype == torch.int8:
             return int8_logits(inputs, matrix, getattr(self, f"{name}_scales").flatten())
         return F.linear(inputs.float(), matrix.float())
+
+    def for_products(self, name: str, hidden: Tensor) -> Tensor | Rounded:
+        """Hidden states, rounded once for the products with all matrices like the one of a name where they are int8."""
+        matrix = getattr(self, name)
+        return rounded_for(hidden, matrix) if matrix.dtype == torch.int8 else hidden
 
     @torch.no_grad()
     def to_int8(self, dtype: torch.dtype) -> None:
@@ -126,7 +131,8 @@ class LowRankRouter(LinearRouter):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        return super().forward(hidden) + self.product("up", self.product("down", hidden))
+        inputs = self.for_products("down", hidden)
+        return self.product("mean_rows", inputs) + self.product("up", self.product("down", inputs)) + self.bias.float()
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
@@ -156,8 +162,9 @@ class MlpRouter(LowRankRouter):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        features = F.gelu(self.product("down", hidden) + self.down_bias.float())
-        return LinearRouter.forward(self, hidden) + self.product("up", features)
+        inputs = self.for_products("down", hidden)
+        features = F.gelu(self.product("down", inputs) + self.down_bias.float())
+        return self.product("mean_rows", inputs) + self.product("up", features) + self.bias.float()
 
     def trainable(self) -> list[nn.Parameter]:
         """All of it."""

@@ -85,9 +85,12 @@ class Heads:
         return spreads
 
     def _sparse_runs(self) -> dict[str, Head]:
-        runs: dict[str, Head] = {"sparse": self._sparse.sparse_logits, "auto": _auto(self._sparse)}
-        if self._default is not None:
-            runs |= {"sparse_default_tail": self._default.sparse_logits, "auto_default_tail": _auto(self._default)}
+        heads = {"": self._sparse} | ({} if self._default is None else {"_default_tail": self._default})
+        runs: dict[str, Head] = {}
+        for tail, head in heads.items():
+            runs[f"sparse{tail}"] = head.greedy_logits
+            runs[f"sparse{tail}_all_logits"] = head.sparse_logits
+            runs[f"auto{tail}"] = _auto(head)
         return runs
 
     def one_position(self, stats: LosslessStats, rounds: int, is_compiled: bool) -> dict[str, Spread]:
@@ -109,9 +112,10 @@ class Heads:
             "dense_block": lambda _: self._sparse.dense_logits(block),
         }
         if is_compiled:
-            runs = {"dense": self._sparse.dense_logits, **self._sparse_runs()}
-            chosen = ("dense", "sparse", "sparse_default_tail")
-            extra |= {f"{name}_compiled": compiled(runs[name], self.states[:1]) for name in chosen if name in runs}
+            runs = {"dense": self._sparse.dense_logits, "sparse": self._sparse.sparse_logits}
+            if self._default is not None:
+                runs["sparse_default_tail"] = self._default.sparse_logits
+            extra |= {f"{name}_compiled": compiled(run, self.states[:1]) for name, run in runs.items()}
         spreads = self._time(1, rounds, extra)
         draft, dense = spreads["draft"], spreads["dense_block"]
         steps = stats.body_steps_per_token
