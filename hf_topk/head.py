@@ -206,9 +206,9 @@ class TopKExpertsHead(nn.Linear):
 
     def _scored(self, hidden: Tensor) -> "Scored":
         """Route, and compute what is scored."""
-        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)  # (N, A)
-        scores, top, top_scores, is_used = self._pick(hidden, always)
-        routed = expert_dot(hidden, self.weight, self.bias, self.expert_ids, top)  # (N, k, S)
+        scores, top, top_scores, is_used = self._pick(hidden)
+        # Logits [N, A] and [N, k, S].
+        always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
         masses = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
         if is_used is not None:
@@ -251,16 +251,16 @@ class TopKExpertsHead(nn.Linear):
             [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
             no position uses are left out.
         """
-        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
-        scores, top, _, is_used = self._pick(hidden, always)
+        scores, top, _, is_used = self._pick(hidden)
         return scores, top, is_used
 
-    def _pick(self, hidden: Tensor, always: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As [`pick`], with the scores of what is picked third, given the logits of the always-on tokens."""
+    def _pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As [`pick`], with the scores of what is picked third."""
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
         if self.routed_mass >= 1:
             return scores, top, top_scores, None
+        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
         certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
         total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
         reached = (certain - total).exp() + (top_scores - total).exp().cumsum(dim=-1)

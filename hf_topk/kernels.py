@@ -46,8 +46,10 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     return logits if bias is None else logits + bias[rows]
 
 
-def expert_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, expert_ids: Tensor, experts: Tensor) -> Tensor:
-    """Exact logits of the tokens of chosen experts, each position with experts of its own.
+def expert_dot(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, expert_ids: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exact logits of some tokens at every position, and of the tokens of experts that each position chose.
 
     In eager mode on a CPU each expert's rows are read once, however many positions chose it; elsewhere, where shapes
     must not depend on what was chosen, this is [`gather_dot`].
@@ -56,18 +58,25 @@ def expert_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, expert_ids: 
         hidden: hidden states h, [N, d].
         weight: the head W, [V, d].
         bias: the head's bias, [V], or None.
+        shared_ids: token ids to score at every position, [A] int64.
         expert_ids: token ids of each expert, [M, S] int64.
         experts: the chosen experts, [N, k] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, k, S].
+        Logits in the type of `hidden`, [N, A] and [N, k, S].
     """
+    num_shared, expert_size = len(shared_ids), expert_ids.shape[1]
     if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return gather_dot(hidden, weight, bias, expert_ids[experts].flatten(1)).unflatten(-1, (-1, expert_ids.shape[1]))
+        rows = torch.cat([shared_ids.expand(len(experts), -1), expert_ids[experts].flatten(1)], dim=-1)
+        logits = gather_dot(hidden, weight, bias, rows)
+        return logits[:, :num_shared], logits[:, num_shared:].unflatten(-1, (-1, expert_size))
     chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
-    logits = shared_rows_dot(hidden, weight, bias, expert_ids[chosen].flatten())
-    logits = logits.unflatten(-1, (-1, expert_ids.shape[1]))
-    return logits if place is None else logits.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_ids.shape[1]))
+    rows = torch.cat([shared_ids, expert_ids[chosen].flatten()])
+    logits = shared_rows_dot(hidden, weight, bias, rows)
+    routed = logits[:, num_shared:].unflatten(-1, (-1, expert_size))
+    if place is not None:
+        routed = routed.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_size))
+    return logits[:, :num_shared], routed
 
 
 def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

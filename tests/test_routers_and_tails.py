@@ -291,7 +291,9 @@ def test_gather_dot_equals_reference(
     positions=st.integers(1, 9),
     num_experts=st.integers(1, 12),
     expert_size=st.integers(1, 5),
+    num_shared=st.integers(0, 4),
     biased=st.booleans(),
+    compiles=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     cached_bytes=st.sampled_from([0, 100, 1 << 20]),
     whole=st.sampled_from([0, 0.5, math.inf]),
@@ -302,7 +304,9 @@ def test_expert_dot_equals_gather_dot(
     positions: int,
     num_experts: int,
     expert_size: int,
+    num_shared: int,
     biased: bool,
+    compiles: bool,
     dtype: torch.dtype,
     cached_bytes: int,
     whole: float,
@@ -310,16 +314,23 @@ def test_expert_dot_equals_gather_dot(
 ) -> None:
     """On all its paths: one position, several that share experts, rows in blocks, and through the whole head."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, num_experts * expert_size, 8).to(dtype)
-    bias = normal(seed + 2, len(weight)).to(dtype) if biased else None
-    expert_ids = torch.randperm(len(weight), generator=generator).view(num_experts, expert_size)
+    vocab_size = num_shared + num_experts * expert_size
+    hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, vocab_size, 8).to(dtype)
+    bias = normal(seed + 2, vocab_size).to(dtype) if biased else None
+    shared_ids, expert_ids = torch.randperm(vocab_size, generator=generator).split(
+        [num_shared, vocab_size - num_shared]
+    )
+    expert_ids = expert_ids.view(num_experts, expert_size)
     k = data.draw(st.integers(1, num_experts))
     experts = torch.stack([torch.randperm(num_experts, generator=generator)[:k] for _ in range(positions)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
         patch.setattr(kernels, "SHARE_WORTH_ALL_ROWS", whole)
-        logits = kernels.expert_dot(hidden, weight, bias, expert_ids, experts)
+        patch.setattr(torch.compiler, "is_compiling", lambda: compiles)
+        shared, logits = kernels.expert_dot(hidden, weight, bias, shared_ids, expert_ids, experts)
+    assert shared.shape == (positions, num_shared)
     assert logits.shape == (positions, k, expert_size)
+    assert_exact_logits(shared, hidden, weight, bias, shared_ids.expand(positions, -1))
     assert_exact_logits(logits.flatten(1), hidden, weight, bias, expert_ids[experts].flatten(1))
 
 
@@ -327,9 +338,10 @@ def test_an_expert_that_several_positions_chose_is_gathered_once(monkeypatch: py
     gathered: list[int] = []
     shared = kernels.shared_rows_dot
     monkeypatch.setattr(kernels, "shared_rows_dot", lambda *inputs: gathered.append(len(inputs[3])) or shared(*inputs))
-    expert_ids = torch.arange(40).view(10, 4)
-    kernels.expert_dot(normal(0, 3, 8), normal(1, 40, 8), None, expert_ids, torch.tensor([[1, 2], [2, 1], [2, 7]]))
-    assert gathered == [3 * 4]
+    shared_ids, expert_ids = torch.arange(40, 45), torch.arange(40).view(10, 4)
+    experts = torch.tensor([[1, 2], [2, 1], [2, 7]])
+    kernels.expert_dot(normal(0, 3, 8), normal(1, 45, 8), None, shared_ids, expert_ids, experts)
+    assert gathered == [5 + 3 * 4]
 
 
 def assert_exact_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> None:
