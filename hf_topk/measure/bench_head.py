@@ -1,5 +1,6 @@
 """The head by itself: dense, the methods of others, ours."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..head import TopKExpertsHead
+from ..kernels import shared_rows_dot
 from ..lossless import LosslessStats
 from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
 from .competitors import Competitors
 from .timing import Spread, head_seconds
 
 Head = Callable[[Tensor], Any]
+
+PICKS = 256  # states whose picks the parts go through
 
 # Named in the results by the faster of its ways to run.
 BEST_OF = {"dense": ("dense_bfloat16", "dense_float32"), "int8": ("int8_eager", "int8_compiled")}
@@ -110,6 +114,7 @@ class Heads:
         extra: dict[str, Head] = {
             "draft": lambda hidden: self._sparse.draft_logits(hidden, is_greedy=True),
             "dense_block": lambda _: self._sparse.dense_logits(block),
+            **_parts(self._sparse, self.states),
         }
         if is_compiled:
             runs = {"dense": self._sparse.dense_logits, "sparse": self._sparse.sparse_logits}
@@ -135,6 +140,22 @@ def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
         return F.linear(hidden.to(dtype), weight, bias)
 
     return run
+
+
+def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
+    """Parts of the sparse head by themselves: the router, the copy of the rows that are scored, and that with products.
+
+    The rows are those that other states pick, found beforehand.
+    """
+    picked = itertools.cycle(head.pick(states[:PICKS])[1].split(1))
+
+    def gather(_: Tensor) -> Tensor:
+        return head.weight.index_select(0, head.scored_ids(next(picked))[0])
+
+    def gather_dot(hidden: Tensor) -> Tensor:
+        return shared_rows_dot(hidden, head.weight, head.bias, head.scored_ids(next(picked))[0])
+
+    return {"part_router": head.router, "part_gather": gather, "part_gather_dot": gather_dot}
 
 
 def _auto(head: TopKExpertsHead) -> Head:
