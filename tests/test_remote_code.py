@@ -37,7 +37,7 @@ print(json.dumps({"module": type(model).__module__, "dense": type(dense).__name_
 @pytest.fixture
 def converted(tmp_path: Path) -> Path:
     tiny_checkpoint(tmp_path / "model")
-    recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), **QUICK)
+    recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), num_experts_per_tok=4, **QUICK)
     convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
     return tmp_path / "out"
 
