@@ -231,8 +231,9 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         is_lossless = self._asks_for_lossless(lossless, generation_config)
         if not is_lossless:
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
-        # A forward that was compiled would not ask what stands in for the head.
-        with head.replaced_by(head.dense_logits), torch.compiler.set_stance("force_eager"):
+        # A forward that was compiled would not ask what stands in for the head. The stance is one of all threads.
+        stance = torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+        with head.replaced_by(head.dense_logits), stance:
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
@@ -241,6 +242,16 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         if lossless not in (None, True, False):
             raise InputError(f"lossless is {lossless!r}, must be true or false")
         return bool(lossless)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether what leads to the head was compiled."""
+        path = f"{self.base_model_prefix}.{self.head_name}"
+        return any(
+            module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+            for name, module in self.named_modules()
+            if path.startswith(name)
+        )
 
     @property
     def _is_lossless(self) -> bool:
