@@ -28,7 +28,7 @@ from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
 
 from .dense import load_dense
-from .distill import expert_masses, groups_of, token_statistics, without_repeats
+from .distill import Masses, expert_masses, groups_of, token_statistics, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .misses import swap_in_missed
@@ -115,9 +115,8 @@ def measure_frontier(
         reserved = place_tokens(placed, case, specials, statistics)
         masses = expert_masses(states, weight, bias, groups_of(placed))
         for router in (*get_args(RouterType), ORACLE):
-            routed = _routed_head(
-                dense, case, router, placed, Sample(states, masses, statistics.probabilities, reserved)
-            )
+            own = Masses(masses.log_sums.clone(), masses.best)
+            routed = _routed_head(dense, case, router, placed, Sample(states, own, statistics.probabilities, reserved))
             yield from _points_of_router(case, router, routed, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
 

@@ -282,7 +282,7 @@ class Sample:
 
     Attributes:
         states: hidden states, [N, d].
-        masses: of the experts as tokens are placed at first, and of the always-on tokens.
+        masses: of the experts as tokens are placed, and of the always-on tokens; kept up to date where tokens move.
         probabilities: mean probability of each token, [V].
         reserved: always-on tokens that only keep a place, int64 [places].
     """
@@ -311,7 +311,7 @@ def distil_router(head: TopKExpertsHead, recipe: Recipe, sample: Sample) -> floa
     router_kl = train_router(head.router, states, masses, steps, recipe.batch_size, rate, seed)
     changed = swap_in_missed(head, states, sample.masses.best, sample.probabilities, sample.reserved)
     if changed and last_steps:
-        masses, places, groups = masses.clone(), [*changed, head.num_experts], groups_of(head)
+        places, groups = [*changed, head.num_experts], groups_of(head)
         bias = None if head.bias is None else head.bias.detach()
         masses[:, places] = expert_masses(states, head.weight.detach(), bias, [groups[one] for one in places]).log_sums
         rate *= LAST_LEARNING_RATE
