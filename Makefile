@@ -1,15 +1,16 @@
-.PHONY: help demo test lint test-oldest clean FORCE
+.PHONY: help demo test test-tools lint test-oldest clean FORCE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
 PIP_INSTALL = bin/pip --disable-pip-version-check install
 # Strict, so that type checkers follow `convert/` to its installed name, `hf_topk.convert`.
-EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable '.[dev,datasets]'
+EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
 help:
 	@echo 'make demo         convert the bundled model and show what it gives'
 	@echo 'make test         run the tests; ARGS="-k head" passes options on to pytest'
+	@echo 'make test-tools   run the tests that need other tools: peft, lm-eval, an OpenAI client ...'
 	@echo 'make lint         check style, docstrings and types'
 	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
 	@echo 'make clean        remove everything that the above made'
@@ -19,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/pytest $(ARGS)
+
+test-tools: $(VENV)/tools-installed
+	$(VENV)/bin/pytest tests/tools $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
@@ -35,7 +39,11 @@ clean:
 $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/$(PIP_INSTALL) -c constraints.txt setuptools torch
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE)
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[dev,datasets]'
+	touch $@
+
+$(VENV)/tools-installed: $(VENV)/installed
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[tools]'
 	touch $@
 
 # Lower bounds become pins. Not torch's, whose old builds are gigabytes; the tools stay too.
@@ -57,7 +65,7 @@ $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt setuptools torch
-	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt $(EDITABLE)
+	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt $(EDITABLE) '.[dev,datasets]'
 	touch $@
 
 # A strict editable install links file by file, so a file that comes or goes asks for another; an edit does not.
