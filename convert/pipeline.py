@@ -20,6 +20,7 @@ from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
+from .agreement_plot import Point
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
 from .distill import (
     Masses,
@@ -33,6 +34,7 @@ from .distill import (
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
+from .hub import Uploaded
 from .misses import swap_in_missed
 from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
@@ -53,6 +55,7 @@ class Report:
         recipe: every choice, with none left open but what is measured: k, if there is a target agreement, and
             `sparse_max_positions`.
         fidelity: measured at k on held-out documents of the sample.
+        held_out: windows of these documents.
         num_experts: M.
         added_bytes: bytes that conversion adds to the model on disk.
         distilled_positions: positions that the router was distilled on.
@@ -60,17 +63,22 @@ class Report:
             of distillation.
         seconds: wall time of the conversion.
         step_seconds: wall time of each step, by name.
+        curve: agreement and bytes read around k; empty where only k was measured.
+        uploaded: where the model is on the Hub, if it was pushed.
     """
 
     model: TopKExpertsForCausalLM
     recipe: Recipe
     fidelity: Fidelity
+    held_out: list[Window]
     num_experts: int
     added_bytes: int
     distilled_positions: int
     router_kl: float
     seconds: float
     step_seconds: dict[str, float]
+    curve: list[Point] = dataclasses.field(default_factory=list)
+    uploaded: Uploaded | None = None
 
     def figures(self) -> dict[str, Any]:
         """All figures, ready for JSON but that some may not be finite."""
@@ -87,6 +95,7 @@ class Report:
             "distilled_positions": self.distilled_positions,
             "router_kl": self.router_kl,
             "seconds": round(self.seconds, 1),
+            "curve": [dataclasses.asdict(point) for point in self.curve],
         }
 
 
@@ -141,6 +150,7 @@ def convert(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
+        held_out=held_out,
         num_experts=converted.head.num_experts,
         added_bytes=converted.head.added_bytes(),
         distilled_positions=states.shape[0],

@@ -25,6 +25,7 @@ from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
 from hf_topk.text import Window
 
+from .hub import Destination, check_destination
 from .pipeline import check_sample, sample_from_text
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .source import Source, find_folder, open_source, read_json
@@ -45,6 +46,7 @@ class Plan:
         tokenizer: the model's, or None if it has none.
         windows: the sample; None if the model is to write it itself.
         text_fingerprint: of the sample text.
+        destination: where on the Hub the folder goes, if it does, with the owner named.
     """
 
     source: Source
@@ -53,9 +55,17 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None
     windows: list[Window] | None
     text_fingerprint: str
+    destination: Destination | None
 
 
-def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: bool = False) -> Plan:
+def preflight(
+    model: str | None,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    destination: Destination | None = None,
+) -> Plan:
     """Check a conversion.
 
     Args:
@@ -63,6 +73,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
         out: the folder to write.
         recipe: every choice.
         overwrite: whether `out` may be an earlier converted model.
+        destination: where on the Hub it is to be uploaded to, if it is.
 
     Raises:
         InputError: when anything speaks against the conversion; nothing has been written then.
@@ -71,6 +82,8 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
     name = "the bundled demo model" if model is None else model
     config = _dense_config(name, folder)
     _check_out(Path(out), folder, overwrite)
+    if destination:
+        destination = check_destination(destination)
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
@@ -79,7 +92,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
         _check_tokenizer(tokenizer, vocab_size)
     windows, text_fingerprint = _sample(resolved, tokenizer, vocab_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
-    return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint)
+    return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
 
 
 def _dense_config(name: str, folder: Path) -> PreTrainedConfig:

@@ -23,6 +23,7 @@ from .checkpoint_names import NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
+from .hub_card import KeepsCard
 from .lossless import LosslessStats, sample
 from .nucleus import SelectingTopPLogitsWarper
 
@@ -43,7 +44,7 @@ ANSWERED_AS_THE_DENSE_CLASS = (
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class TopKExpertsPreTrainedModel(PreTrainedModel):
+class TopKExpertsPreTrainedModel(KeepsCard):
     """Loading and initialisation of converted models; see [`TopKExpertsForCausalLM`]."""
 
     config_class = TopKExpertsConfig
