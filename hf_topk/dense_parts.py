@@ -3,11 +3,28 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
+
 
 class DensePartsMixin:
     """The parts of the dense model, where Transformers and trainers look for them."""
 
     base: PreTrainedModel
+    config: TopKExpertsConfig
+
+    def check_tied_ends(self) -> None:
+        """Refuse adapters where they could not be merged: head and input embeddings are often one tensor.
+
+        Raises:
+            InputError: when they are, and an adapter was put around one of them.
+        """
+        ends = (self.base.get_output_embeddings(), self.base.get_input_embeddings())
+        if self.config.tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends):
+            raise InputError(
+                "there is an adapter around the head or the input embeddings, which are one tensor in this model, so "
+                "it cannot be merged: leave both out of what is adapted"
+            )
 
     @property
     def base_model(self) -> nn.Module:

@@ -77,6 +77,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
     _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
@@ -197,7 +198,11 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
 
         Returns:
             The dense model's output, with logits [B, T or `logits_to_keep`, V].
+
+        Raises:
+            InputError: when an adapter was put around a head that is tied to the input embeddings.
         """
+        self.check_tied_ends()
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
