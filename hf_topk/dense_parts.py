@@ -1,5 +1,9 @@
 """What a converted model answers by the dense model in it."""
 
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,3 +54,27 @@ class DensePartsMixin:
     def set_decoder(self, decoder: nn.Module) -> None:
         """Replace the dense model without its head."""
         self.base.set_decoder(decoder)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by the names of `state_dict`, or by those in checkpoints, which are the dense model's own.
+
+        Args:
+            state_dict: tensors by name.
+            strict: whether every name has to be there, and no other.
+            assign: whether to take the tensors themselves, not their values.
+
+        Returns:
+            The names that are missing, and those that are unexpected.
+
+        Raises:
+            InputError: when a router's matrix is in int8 and the other's in floats.
+        """
+        own = cast(Any, super()).state_dict()
+        renamed = {name if name in own else f"base.{name}": tensor for name, tensor in state_dict.items()}
+        for name in own.keys() & renamed.keys():
+            if (own[name].dtype == torch.int8) != (renamed[name].dtype == torch.int8):
+                raise InputError(
+                    f"'{name}' is {own[name].dtype} in the model and {renamed[name].dtype} in the checkpoint: what was "
+                    "saved inside `joint_training` is loaded inside it, and what was saved outside, outside"
+                )
+        return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from head_helpers import TAILS, dense_logits, make_head, make_hidden, scored_mask
 from helpers import tiny_converted, tiny_dense
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -276,3 +277,19 @@ def test_refuses_a_head_with_something_around_it() -> None:
     model.base.set_submodule("lm_head", torch.nn.Sequential(model.head))
     with pytest.raises(InputError, match=r"Sequential around the head.*merge"), model.joint_training():
         pass
+
+
+def test_loads_a_checkpoint_s_tensors_as_trainers_do(tmp_path: Path) -> None:
+    model, other = converted(), tiny_converted(tiny_dense(tied=True), router_type="low_rank")
+    torch.nn.init.normal_(model.base_model.layers[0].mlp.up_proj.weight)
+    torch.nn.init.normal_(model.head.router.up)
+    model.save_pretrained(tmp_path)
+    found = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert found.missing_keys == ["base.lm_head.weight"]  # tied
+    assert not found.unexpected_keys
+    for one in (model.state_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}):
+        assert all(tensor.equal(one[name]) for name, tensor in other.state_dict().items())
+        other.load_state_dict(one)
+    model.head.router.to_int8(torch.float32)
+    with pytest.raises(InputError, match=r"router\.\w+' is torch.float32 in the model and torch.int8"):
+        other.load_state_dict(model.state_dict(), strict=False)
