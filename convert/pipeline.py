@@ -347,6 +347,8 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
         most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
         converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
     converted.head.requires_grad_(True)
+    for added in converted.head.children():  # is trained in joint training alone
+        added.requires_grad_(False)
     return fidelity
 
 

@@ -76,6 +76,19 @@ class TopKExpertsConfig(PreTrainedConfig):
         """`text_config`, which is a configuration once this one is made."""
         return cast(PreTrainedConfig, self.text_config)
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether head and input embeddings are one tensor, as the dense model has it."""
+        return bool(getattr(self.dense_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, are_tied: bool) -> None:
+        self.dense_config.tie_word_embeddings = are_tied
+
+    def to_dict(self) -> dict[str, Any]:
+        """All entries; where tools look for it, whether embeddings are tied as well."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+
     def validate_head(self) -> None:
         """Check the sizes against one another.
 

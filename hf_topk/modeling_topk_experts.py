@@ -21,9 +21,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .checkpoint_names import NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
+from .dense_parts import DensePartsMixin
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
+from .joint_training import JointTrainingMixin
 from .lossless import LosslessStats, sample
 from .nucleus import SelectingTopPLogitsWarper
 
@@ -56,7 +58,7 @@ class TopKExpertsPreTrainedModel(KeepsCard):
     supports_gradient_checkpointing = True
 
 
-class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
+class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPreTrainedModel, GenerationMixin):
     """A dense causal language model whose output head reads only the experts its router picks.
 
     The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
@@ -76,6 +78,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
     _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
@@ -145,8 +148,18 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
     @property
     def head(self) -> TopKExpertsHead:
-        """The output head."""
-        return cast(TopKExpertsHead, self.base.get_submodule(self.head_name))
+        """The output head.
+
+        Raises:
+            InputError: when something else, such as an adapter, was put around it.
+        """
+        head = self.base.get_submodule(self.head_name)
+        if not isinstance(head, TopKExpertsHead):
+            raise InputError(
+                f"there is a {type(head).__module__}.{type(head).__name__} around the head, of which router and tail "
+                "know nothing: merge it first (in peft: merge_and_unload), or leave the head out of what is adapted"
+            )
+        return head
 
     @property
     def head_mode(self) -> HeadMode:
@@ -186,7 +199,11 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
         Returns:
             The dense model's output, with logits [B, T or `logits_to_keep`, V].
+
+        Raises:
+            InputError: when an adapter was put around a head that is tied to the input embeddings.
         """
+        self.check_tied_ends()
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -321,18 +338,6 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             load_config.weight_mapping.append(bare_names)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The dense model's input embeddings."""
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the dense model's input embeddings."""
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> TopKExpertsHead:
-        """The head, weight and experts and all."""
-        return self.head
-
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the dense head's rows; ids that are new become always-on.
 
@@ -341,14 +346,8 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         """
         self.head.take_over(new_embeddings)
         self.config.num_always_on = self.head.num_always_on
-
-    def get_decoder(self) -> nn.Module:
-        """The dense model without its head."""
-        return self.base.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the dense model without its head."""
-        self.base.set_decoder(decoder)
+        if hasattr(self.base, "vocab_size"):  # by which some dense models shape logits for the loss
+            self.base.vocab_size = self.head.out_features
 
 
 def name_of_head(dense: PreTrainedModel) -> str:
