@@ -25,6 +25,7 @@ from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .lossless import LosslessStats, sample
 from .nucleus import SelectingTopPLogitsWarper
+from .quantisation import mark_as_quantised
 
 # What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
 ANSWERED_AS_THE_DENSE_CLASS = (
@@ -140,6 +141,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             model.head.register_forward_pre_hook(_to_device_of_head)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
+        mark_as_quantised(model, dense)
         return model.eval()
 
     @property
