@@ -302,6 +302,25 @@ def push(
 
 
 @app.command()
+def serve(
+    directory: Directory,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
+    head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Answer what the dense model would, reading its head once a block.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda:0 ..., or auto: the accelerator if there is one.")] = "auto",
+) -> None:
+    """Serve a converted model to OpenAI clients, with the server of `transformers serve`."""
+    from .serving import serve as serve_model
+
+    quiet()
+    serve_model(directory, host, port, head_mode=head_mode, lossless=lossless, dtype=dtype, device=device)
+
+
+@app.command()
 def bench(
     directory: Annotated[
         str | None, typer.Argument(metavar="[DIR]", help="A converted model: a folder, or a Hub repository.")

@@ -108,6 +108,14 @@ class TopKExpertsConfig(PreTrainedConfig):
         if self.num_always_on < 0 or self.sparse_max_positions < 0:
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a dictionary, in which `text_config`, too, tells how the body was quantised: it loads by itself."""
+        entries = super().to_dict()
+        entries["text_config"].pop("quantization_config", None)
+        if "quantization_config" in entries:
+            entries["text_config"]["quantization_config"] = entries["quantization_config"]
+        return entries
+
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a folder's or repository's configuration, as [`PreTrainedConfig.get_config_dict`] does.

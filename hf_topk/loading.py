@@ -15,7 +15,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def load_converted(
-    name: str, num_experts_per_tok: int | None = None, dtype: str = "auto"
+    name: str, num_experts_per_tok: int | None = None, dtype: str = "auto", device_map: str | None = None
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer.
 
@@ -23,6 +23,7 @@ def load_converted(
         name: a folder, or a repository of the Hub.
         num_experts_per_tok: k in place of the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
+        device_map: the device to load onto, or "auto"; main memory if None.
 
     Raises:
         InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
@@ -38,7 +39,9 @@ def load_converted(
             )
         config.num_experts_per_tok = num_experts_per_tok
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
         model, found = loaded
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

@@ -14,11 +14,11 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    TopPLogitsWarper,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .adapted import adapt
 from .checkpoint_names import NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_parts import DensePartsMixin
@@ -27,7 +27,7 @@ from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .lossless import LosslessStats, sample
-from .nucleus import SelectingTopPLogitsWarper
+from .quantisation import mark_as_quantised
 
 # What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
 ANSWERED_AS_THE_DENSE_CLASS = (
@@ -144,6 +144,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             model.head.register_forward_pre_hook(_to_device_of_head)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
+        mark_as_quantised(model, dense)
         return model.eval()
 
     @property
@@ -298,12 +299,8 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)
-        if self._is_lossless:  # the very sums of the dense model
-            return found
-        for place, one in enumerate(found):
-            if type(one) is TopPLogitsWarper:
-                found[place] = SelectingTopPLogitsWarper(one.top_p, one.filter_value, one.min_tokens_to_keep)
-        return found
+        # Lossless, it is the very sums of the dense model.
+        return found if self._is_lossless else adapt(found, self.head.tail is not None)
 
     def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
         self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any

@@ -1,0 +1,14 @@
+"""Warnings that tools raise about one another are theirs; this package's own stay errors."""
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NOT_OURS = "ignore:::(?!hf_topk)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings(NOT_OURS))

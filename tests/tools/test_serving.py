@@ -1,0 +1,136 @@
+"""`hf-topk serve` over a socket, talked to by the `openai` client."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from helpers import tiny_converted, tiny_dense, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+PROMPT = "w3 w14 w15"
+MESSAGES: list[Any] = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w14 w15"}]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("serving") / "out"
+    tiny_converted(tiny_dense(tied=False), num_experts_per_tok=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return f"127.0.0.1:{one.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "hf_topk.cli", "serve", "out", "--port", address.partition(":")[2]]
+    with (folder.parent / "log").open("wb") as log:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen(command, cwd=folder.parent, stdout=log, stderr=log, env=environment)
+    try:
+        for _ in range(600):
+            said = (folder.parent / "log").read_text()
+            if "Uvicorn running" in said or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert f"serving model 'out' at http://{address}/v1" in said, said
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def client(server: subprocess.Popen[bytes], address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def expected(folder: Path, **choices: Any) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny_tokenizer()
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **choices)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def chat(client: openai.OpenAI, **choices: Any) -> Any:
+    asked = {"model": "out", "messages": MESSAGES, "max_tokens": NEW_TOKENS, "temperature": 0, **choices}
+    return client.chat.completions.create(**asked)
+
+
+def test_only_this_model_is_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["out"]
+
+
+def test_chat(client: openai.OpenAI, folder: Path) -> None:
+    answer = chat(client)
+    assert answer.model == "out"
+    assert answer.choices[0].message.content == expected(folder)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, NEW_TOKENS)
+
+
+def test_streamed_chat(client: openai.OpenAI, folder: Path) -> None:
+    chunks = list(chat(client, stream=True))
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts).split() == expected(folder).split()
+    assert sum(map(bool, texts)) >= NEW_TOKENS // 2
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_completion(client: openai.OpenAI, folder: Path) -> None:
+    answer = client.completions.create(model="out", prompt=PROMPT, max_tokens=NEW_TOKENS, temperature=0)
+    assert answer.choices[0].text == expected(folder)
+
+
+def test_lossless_chat(client: openai.OpenAI, folder: Path) -> None:
+    """Asked for in the request, by the field in which Transformers' server takes a generation config."""
+    config = {"lossless": True, "max_new_tokens": NEW_TOKENS, "eos_token_id": 0, "pad_token_id": 1}
+    answer = chat(client, extra_body={"generation_config": json.dumps(config)})
+    dense = expected(folder, lossless=True)
+    assert answer.choices[0].message.content == dense != expected(folder)
+
+
+def test_other_models_are_refused(client: openai.OpenAI, address: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(client, model="gpt2")
+    assert "'out'" in caught.value.response.text
+    with pytest.raises(openai.NotFoundError) as lacking:
+        client.with_options(base_url=f"http://{address}").post("/load_model", body={"model": "gpt2"}, cast_to=object)
+    assert "There is no model 'gpt2' here, only 'out'." in lacking.value.response.text
+
+
+def test_model_outlives_a_reset(client: openai.OpenAI, address: str) -> None:
+    before = chat(client).choices[0].message.content
+    client.with_options(base_url=f"http://{address}").post("/reset", cast_to=object)
+    assert chat(client).choices[0].message.content == before
+
+
+def test_second_server_at_the_same_port(server: subprocess.Popen[bytes], folder: Path, address: str) -> None:
+    command = [sys.executable, "-m", "hf_topk.cli", "serve", "out", "--port", address.partition(":")[2]]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"hf-topk: cannot listen at {address} (Address already in use)")
+
+
+def test_interrupt_ends_it(server: subprocess.Popen[bytes], client: openai.OpenAI, folder: Path) -> None:
+    chat(client)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(30) == 0
+    said = (folder.parent / "log").read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("INFO:")
