@@ -13,6 +13,8 @@ TailType = Literal["low_rank", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
+DENSE_SIZES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
 
 @strict
 class TopKExpertsConfig(PreTrainedConfig):
@@ -75,6 +77,16 @@ class TopKExpertsConfig(PreTrainedConfig):
     def dense_config(self) -> PreTrainedConfig:
         """`text_config`, which is a configuration once this one is made."""
         return cast(PreTrainedConfig, self.text_config)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The part of the dense model's configuration that is about text, as its own `get_text_config` has it."""
+        return self.dense_config.get_text_config(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # What `generate` and others ask any model's configuration for, and the dense model's has.
+        if "text_config" in self.__dict__ and (name in DENSE_SIZES or name.endswith("_token_id")):
+            return getattr(self.dense_config, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def validate_head(self) -> None:
         """Check the sizes against one another.
