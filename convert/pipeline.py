@@ -206,12 +206,22 @@ def _check_finite(head: nn.Linear) -> None:
 @torch.inference_mode()
 def _check_causal(model: PreTrainedModel) -> None:
     """Refuse encoders, which share classes with decoders: the state at a token must not depend on the next one."""
+    token_ids, name = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), type(model).__name__
     with tapped_head(model) as tap:
-        model(input_ids=torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), use_cache=False)
+        try:
+            model(input_ids=token_ids, use_cache=False)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{name} does not read text alone ({reason}): choose a causal language model") from error
+        if tap.states.shape[:-1] != token_ids.shape:
+            raise InputError(
+                f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "
+                "not one for each: choose a model that predicts one token at a time"
+            )
         one, other = tap.states[:, :2].float()
     if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
         raise InputError(
-            f"{type(model).__name__} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
+            f"{name} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
             "language model, or set `is_decoder` to true in config.json if it is meant as one"
         )
 

@@ -5,21 +5,14 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.dense_class import random_dense_model, writes_text
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
@@ -120,9 +113,8 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
 
 def _check_class(name: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
-    known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in _as_tuple(names)}
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not is_causal or (architectures and not known.intersection(architectures)):
+    is_known = not architectures or any(map(writes_text, architectures))
+    if config.is_encoder_decoder or not is_known:
         kind = architectures[0] if architectures else config.model_type
         raise InputError(
             f"{name} is a {kind}, which has no single vocabulary head that writes text: "
@@ -130,15 +122,11 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return names if isinstance(names, tuple) else (names,)
-
-
 def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """V and d, from a model without memory."""
     with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config)
-    weight = dense.get_submodule(name_of_head(dense)).weight
+        dense = random_dense_model(config)
+    weight = cast(torch.Tensor, dense.get_submodule(name_of_head(dense)).weight)
     return weight.shape[0], weight.shape[1]
 
 

@@ -13,6 +13,8 @@ TailType = Literal["low_rank", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
+DENSE_SIZES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
 
 @strict
 class TopKExpertsConfig(PreTrainedConfig):
@@ -85,9 +87,15 @@ class TopKExpertsConfig(PreTrainedConfig):
     def tie_word_embeddings(self, are_tied: bool) -> None:
         self.dense_config.tie_word_embeddings = are_tied
 
-    def to_dict(self) -> dict[str, Any]:
-        """All entries; where tools look for it, whether embeddings are tied as well."""
-        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The part of the dense model's configuration that is about text, as its own `get_text_config` has it."""
+        return self.dense_config.get_text_config(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # What `generate` and others ask any model's configuration for, and the dense model's has.
+        if "text_config" in self.__dict__ and (name in DENSE_SIZES or name.endswith("_token_id")):
+            return getattr(self.dense_config, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def validate_head(self) -> None:
         """Check the sizes against one another.
@@ -109,8 +117,8 @@ class TopKExpertsConfig(PreTrainedConfig):
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary, in which `text_config`, too, tells how the body was quantised: it loads by itself."""
-        entries = super().to_dict()
+        """All entries, and where tools look for them: ties of embeddings, and in `text_config` quantisation of the body."""
+        entries = {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
         entries["text_config"].pop("quantization_config", None)
         if "quantization_config" in entries:
             entries["text_config"]["quantization_config"] = entries["quantization_config"]

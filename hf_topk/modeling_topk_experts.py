@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -19,8 +17,9 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapted import adapt
-from .checkpoint_names import NamesUnder
+from .checkpoint_names import NamesThatFit, NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
+from .dense_class import ANSWERED_AS_THE_DENSE_CLASS, class_that_writes_text, generate_as, random_dense_model
 from .dense_parts import DensePartsMixin
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
@@ -28,20 +27,6 @@ from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .lossless import LosslessStats, sample
 from .quantisation import mark_as_quantised
-
-# What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
-ANSWERED_AS_THE_DENSE_CLASS = (
-    "_can_compile_fullgraph",
-    "_can_record_outputs",
-    "_compatible_flash_implementations",
-    "_is_stateful",
-    "_supports_attention_backend",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_sdpa",
-    "main_input_name",
-    "supports_gradient_checkpointing",
-)
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -96,11 +81,11 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
                 "convert the model first with `hf-topk convert MODEL OUT`"
             )
-        dense_class = _dense_class(config)
+        dense_class = class_that_writes_text(config.dense_config)
         for name in ANSWERED_AS_THE_DENSE_CLASS:
             setattr(self, name, getattr(dense_class, name, None))
         super().__init__(config)
-        self._adopt(AutoModelForCausalLM.from_config(config.dense_config))
+        self._adopt(random_dense_model(config.dense_config))
         self.post_init()
 
     def _adopt(self, dense: PreTrainedModel) -> None:
@@ -110,11 +95,13 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
         self.head_name = name_of_head(dense)
         head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
         dense.set_submodule(self.head_name, head)
+        generate_as(self, dense)
         self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
-        super().initialize_weights()
+        # Not by its own: for classes outside of Transformers it passes over modules that have no tensors themselves.
+        self.base.initialize_weights()
         self.head.reset_additions()
 
     @classmethod
@@ -129,11 +116,18 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
 
         Raises:
-            InputError: when the dense model has no single linear vocabulary head.
+            InputError: when the dense model has no single linear vocabulary head, or is of no class that Transformers
+                would load it as.
         """
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
         shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
+        twin.config.architectures = [type(dense).__name__]
+        if not isinstance(dense, class_that_writes_text(twin.config)):
+            raise InputError(
+                f"{type(dense).__name__} is not what Transformers loads a '{dense.config.model_type}' as "
+                "to write text: load the model with AutoModelForCausalLM"
+            )
         config.text_config = twin.config
         config.dtype = twin.config.dtype = dense.dtype
         with torch.device("meta"):
@@ -333,6 +327,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)
             bare_names = NamesUnder(dense.base_model_prefix, parent=model.base_model_prefix, but_not=children)
             load_config.weight_mapping.append(bare_names)
+        load_config.weight_mapping.append(NamesThatFit(load_config.weight_mapping[0], model.state_dict()))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -376,17 +371,6 @@ def name_of_head(dense: PreTrainedModel) -> str:
 
 def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(cast(Tensor, head.weight).device) for tensor in inputs)
-
-
-def _dense_class(config: TopKExpertsConfig) -> type[Any]:
-    try:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.dense_config)]
-    except KeyError:
-        raise InputError(
-            f"Transformers has no causal language model for model type '{config.dense_config.model_type}': "
-            "choose one that AutoModelForCausalLM can load"
-        ) from None
-    return cast(type[Any], found[0] if isinstance(found, tuple) else found)
 
 
 # Registered here, and not in the package, so that it covers copied code as well.
