@@ -117,7 +117,7 @@ class TopKExpertsConfig(PreTrainedConfig):
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
     def to_dict(self) -> dict[str, Any]:
-        """All entries; ties of embeddings, and in `text_config` quantisation of the body, are where tools look for them."""
+        """All entries, with ties of embeddings, and in `text_config` the body's quantisation, where tools look."""
         entries = {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
         entries["text_config"].pop("quantization_config", None)
         if "quantization_config" in entries:
