@@ -14,7 +14,7 @@ import yaml
 from helpers import QUICK, tiny_checkpoint, tiny_text
 from huggingface_hub import ModelCard
 
-from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.convert import Recipe, agreement_plot, convert_checkpoint
 from hf_topk.convert.agreement_plot import Point, draw, measure_around
 from hf_topk.convert.card import write_card
 from hf_topk.convert.source import open_source
@@ -111,7 +111,8 @@ def test_the_curve_is_measured_around_k(made: SimpleNamespace) -> None:
     report = made.report
     curve, head = report.curve, report.model.head
     assert [point.num_experts_per_tok for point in curve] == [1, 2, 4, head.num_experts]
-    assert curve[1] == Point(2, report.fidelity.agreement, report.fidelity.bytes_read)
+    fidelity = report.fidelity
+    assert curve[1] == Point(2, fidelity.agreement, fidelity.bytes_read, fidelity.positions)
     assert curve[-1].agreement == 1  # which is the dense head
     for below, above in pairwise(curve):
         assert below.bytes_read < above.bytes_read
@@ -134,11 +135,18 @@ def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> N
     set_num_experts(model, 2)
 
 
+def test_a_long_text_is_measured_in_part(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = made.report.fidelity.positions
+    monkeypatch.setattr(agreement_plot, "POSITIONS", total // 3)
+    curve = measure_around(made.report.model, made.report.held_out)
+    assert 0 < curve[0].positions <= total // 2
+
+
 def test_fewer_experts_are_fewer_bytes_where_mass_decides(made: SimpleNamespace) -> None:
     model = made.report.model
     model.head.routed_mass = 0.5
     try:
-        curve = measure_around(model, made.report.held_out, made.report.fidelity)
+        curve = measure_around(model, made.report.held_out)
     finally:
         model.head.routed_mass = 1.0
     assert curve[-1].bytes_read < made.report.curve[-1].bytes_read
@@ -156,10 +164,10 @@ def test_the_plot_has_every_point(made: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     "points",
     [
-        [Point(1, 0.5, 0.1)],
-        [Point(1, 1.0, 0.1), Point(2, 1.0, 0.2)],
-        [Point(1, 0.0, 0.1), Point(2, 1.0, 1.5)],
-        [Point(8, 0.9991, 0.120001), Point(16, 0.9992, 0.120002)],
+        [Point(1, 0.5, 0.1, 100)],
+        [Point(1, 1.0, 0.1, 100), Point(2, 1.0, 0.2, 100)],
+        [Point(1, 0.0, 0.1, 100), Point(2, 1.0, 1.5, 100)],
+        [Point(8, 0.9991, 0.120001, 100), Point(16, 0.9992, 0.120002, 100)],
     ],
 )
 def test_points_are_drawn_in_their_order_within_the_image(points: list[Point]) -> None:
