@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_topk.measure.fidelity import Fidelity, experts_scored
+from hf_topk.measure.fidelity import experts_scored
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
 from .calibrate import STATES_AT_ONCE, argmax, rank_experts, set_num_experts
 
-FACTORS = (1 / 4, 1 / 2, 2, 4)  # of the model's own k
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
+POSITIONS = 2048  # at most, or the windows that come next to so many
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 360, 70, 50, 30  # pixels
 TICKS = 5
 
@@ -27,41 +28,45 @@ class Point:
         num_experts_per_tok: k.
         agreement: on held-out documents of the sample.
         bytes_read: for a position, as a share of the dense head's.
+        positions: number of positions measured.
     """
 
     num_experts_per_tok: int
     agreement: float
     bytes_read: float
+    positions: int
 
 
 @torch.inference_mode()
-def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window], own: Fidelity) -> list[Point]:
-    """Agreement and bytes read at a quarter to four times the model's own k.
+def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window]) -> list[Point]:
+    """Agreement and bytes read at a quarter to four times the model's own k, on some of the held-out positions.
 
     Args:
         model: the converted model; its k is as it was once this returns.
         held_out: windows of documents that the router has not seen.
-        own: what was measured on them at the model's own k.
 
     Returns:
-        A point for each k, the model's own among them, in their order.
+        A point for each k, in their order.
     """
     head, chosen = model.head, model.head.num_experts_per_tok
-    others = {min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS} - {chosen}
-    points = [Point(chosen, own.agreement, own.bytes_read)]
-    dense = rank_experts(model, held_out)
-    total = len(dense.best)
-    with progress("Measuring at fewer and more experts", len(others) * total, "positions") as advance:
-        for k in others:
+    total = sum(len(window.token_ids) for window in held_out)
+    dense = rank_experts(model, held_out[:: math.ceil(total / POSITIONS)])
+    order = dense.experts_needed.argsort()  # positions of a kind together: few turns then need the tail
+    batches = [(dense.states[some], dense.best[some]) for some in order.split(STATES_AT_ONCE)]
+    numbers = sorted({min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS})
+    points = []
+    with progress("Measuring at fewer and more experts", len(numbers) * len(order), "positions") as advance:
+        for k in numbers:
             set_num_experts(model, k)
             agreed = scored = 0
-            for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
-                agreed += int((argmax(head.sparse_logits(states)) == best).sum())
+            for states, best in batches:
+                agreed += int((argmax(head.greedy_logits(states)) == best).sum())
                 scored += experts_scored(head, states)
                 advance(len(best))
-            points.append(Point(k, agreed / total, head.bytes_read(scored / total) / head.dense_bytes()))
+            bytes_read = head.bytes_read(scored / len(order)) / head.dense_bytes()
+            points.append(Point(k, agreed / len(order), bytes_read, len(order)))
     set_num_experts(model, chosen)
-    return sorted(points, key=lambda point: point.num_experts_per_tok)
+    return points
 
 
 def draw(points: list[Point], chosen: int) -> str:

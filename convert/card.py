@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -89,7 +90,7 @@ def _base_metadata(folder: Path) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError):  # a card without readable metadata is no reason not to convert
+    except (ValueError, OSError, yaml.YAMLError):  # a card without readable metadata is no reason not to convert
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}
 

@@ -84,7 +84,7 @@ def _convert_checkpoint(
         if not goes_on:
             _start_anew(work, fingerprint)
         report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work, processes=processes)
-        report.curve = measure_around(report.model, report.held_out, report.fidelity)
+        report.curve = measure_around(report.model, report.held_out)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there

@@ -1,6 +1,7 @@
 """The model card of a converted model comes along where it is uploaded, and names the repository it is in."""
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ def named(card: str, repository: str, *names: str | None) -> str:
     Args:
         card: its text, metadata and all.
         repository: "owner/name".
-        *names: what the snippets may load from now, beside the name in the metadata.
+        *names: what the snippets may load from now, beside the name in its heading.
     """
-    with suppress(ValueError):  # a card without readable metadata is a card all the same
-        names = (*names, getattr(ModelCard(card).data, "model_name", None))
+    heading = re.search("^# (.+)$", card, re.MULTILINE)
+    names = (*names, heading[1] if heading else None)
     for name in filter(None, names):
         card = card.replace(f'from_pretrained("{name}"', f'from_pretrained("{repository}"')
     return card
