@@ -60,6 +60,7 @@ HINTS: dict[str, dict[str, Any]] = {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
     },
+    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "num_buckets": 2},
     "xlstm": {"hidden_size": 128},
@@ -124,6 +125,8 @@ def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
             choices[field.name] = type(value)(**_smaller(value))
         elif field.name in kinds:  # each kind of layer, the last ones where there are too many
             choices[field.name] = (kinds[field.name][:1] * layers + kinds[field.name])[-layers:]
+        elif name == "rope_parameters" and "mrope_section" in default.ignore_keys_at_rope_validation:
+            choices[field.name] = {**value, "mrope_section": _sections(value.get("partial_rotary_factor", 1.0))}
         elif isinstance(value, list | tuple) and len(value) == depth and isinstance(field.default, list | tuple):
             choices[field.name] = value[:layers]
         elif name in FLAGS:
@@ -146,6 +149,12 @@ def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
 def _is_of_layers(value: Any, depth: Any) -> bool:
     """Whether a value says of each layer what kind it is."""
     return isinstance(value, list | tuple) and len(value) == depth and isinstance(value[0], str)
+
+
+def _sections(rotary_share: float) -> list[int]:
+    """How the pairs of a head that are rotated are shared out among the three axes of an image."""
+    pairs = int(HEAD_WIDTH * rotary_share) // 2
+    return [pairs // 3, pairs // 3, pairs - 2 * (pairs // 3)]
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,17 @@ TailType = Literal["low_rank", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
-DENSE_SIZES = ("hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "vocab_size")
+# Which other code asks of any model's configuration. Not all: Transformers checks and saves what it finds.
+AS_IN_THE_DENSE_MODEL = (
+    "audio_token_id",
+    "hidden_size",
+    "image_token_id",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "video_token_id",
+    "vocab_size",
+)
 
 
 @strict
@@ -92,8 +102,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         return self.dense_config.get_text_config(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        # What `generate` and others ask any model's configuration for, and the dense model's has.
-        if "text_config" in self.__dict__ and (name in DENSE_SIZES or name.endswith("_token_id")):
+        if name in AS_IN_THE_DENSE_MODEL and "text_config" in self.__dict__:
             return getattr(self.dense_config, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 

@@ -119,6 +119,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             InputError: when the dense model has no single linear vocabulary head, or is of no class that Transformers
                 would load it as.
         """
+        name_of_head(dense)
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
         shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
@@ -318,6 +319,10 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
         return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Which arguments there are, Transformers reads off the signature of `forward`.
+        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
