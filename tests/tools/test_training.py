@@ -26,7 +26,7 @@ PROSE = Path(demo.__file__).parent / "kwaidan.txt"
 TO_TRAIN_ON, HELD_OUT = (argparse, ast, typing, zipfile), (inspect, textwrap)
 WINDOW_LENGTH = 128
 CHOICES: dict[str, Any] = {
-    "max_steps": 12,
+    "max_steps": 16,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-3,
@@ -51,8 +51,8 @@ def rows_of(windows: list[Window]) -> list[dict[str, list[int]]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model, converted in a hurry."""
     out = tmp_path_factory.mktemp("books") / "out"
-    choices = {"partition": "frequency", "positions": 8_000, "distill_steps": 200}
-    convert_checkpoint(None, out, Recipe(text=str(PROSE), num_experts_per_tok=8, sparse_max_positions=16, **choices))
+    recipe = Recipe(text=str(PROSE), positions=8_000, distill_steps=200, num_experts_per_tok=8, sparse_max_positions=16)
+    convert_checkpoint(None, out, recipe)
     return out
 
 
