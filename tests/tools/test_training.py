@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers import tiny_converted
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -118,3 +120,22 @@ def test_router_follows_the_model(
     assert found.agreement > before.agreement - 0.01
     assert found.agreement > without.agreement + 0.05
     assert found.kl < 0.6 * without.kl
+
+
+def test_resumes_where_it_was(tmp_path: Path) -> None:
+    """What a trainer saves inside the context it loads there, by the names on disk."""
+    ids = torch.randint(2, 98, (32, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(**given: Any) -> dict[str, Tensor]:
+        model = tiny_converted()
+        model.head.router.to_int8(torch.float32)
+        model.config.router_int8 = True
+        choices = {**CHOICES, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        with model.joint_training():
+            Trainer(model, TrainingArguments(str(tmp_path), **choices), train_dataset=rows).train(**given)
+        return model.state_dict()
+
+    whole, resumed = train(), train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(tensor.equal(whole[name]) for name, tensor in resumed.items())
+    assert not whole["base.lm_head.router.bias"].equal(tiny_converted().head.router.bias)
