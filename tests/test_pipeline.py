@@ -346,6 +346,8 @@ def test_the_dense_model_is_not_changed(model_type: str, tied: bool) -> None:
     assert all(torch.equal(after[name][1], tensor) for name, (_, tensor) in before.items())
     assert torch.equal(dense(token_ids).logits, logits)
     assert report.model.head.weight is head.weight
+    trained = {id(parameter) for parameter in report.model.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in dense.parameters()}
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

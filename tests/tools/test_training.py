@@ -13,21 +13,22 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers import tiny_converted
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint, demo
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
-from hf_topk.text import make_windows
+from hf_topk.text import Window, make_windows
 
 PROSE = Path(demo.__file__).parent / "kwaidan.txt"
-# Everyone has the sources of Python's own library, and the bundled model has read none of them.
+# Everyone has the sources of Python's own library, and the bundled model was trained on prose.
 TO_TRAIN_ON, HELD_OUT = (argparse, ast, typing, zipfile), (inspect, textwrap)
 WINDOW_LENGTH = 128
-STEPS = 40
 CHOICES: dict[str, Any] = {
-    "max_steps": STEPS,
+    "max_steps": 16,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "learning_rate": 1e-3,
@@ -35,69 +36,106 @@ CHOICES: dict[str, Any] = {
     "report_to": [],
     "save_strategy": "no",
     "disable_tqdm": True,
-    "per_device_eval_batch_size": 4,
 }
 
 
-def sources(modules: tuple[Any, ...]) -> list[str]:
-    return [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
+def windows_of(modules: tuple[Any, ...], tokenizer: Any, positions: int | None = None) -> list[Window]:
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
+    windows = make_windows(sources, tokenizer, WINDOW_LENGTH, positions, seed=0)
+    return [window for window in windows if len(window.token_ids) == WINDOW_LENGTH]
+
+
+def rows_of(windows: list[Window]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": list(window.token_ids), "labels": list(window.token_ids)} for window in windows]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, converted in a hurry."""
     out = tmp_path_factory.mktemp("books") / "out"
-    recipe = Recipe(text=str(PROSE), positions=8_000, distill_steps=300, num_experts_per_tok=8, sparse_max_positions=16)
-    convert_checkpoint(None, str(out), recipe)
+    recipe = Recipe(text=str(PROSE), positions=8_000, distill_steps=200, num_experts_per_tok=8, sparse_max_positions=16)
+    convert_checkpoint(None, out, recipe)
     return out
 
 
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder)
-
-
 class Run:
-    """One model, trained and measured."""
+    """A model that is trained on Python sources, and measured on others."""
 
-    def __init__(self, folder: Path, tokenizer: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.model: TopKExpertsForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._windows = make_windows(sources(HELD_OUT), tokenizer, WINDOW_LENGTH, 4_000, seed=0)
-        self.held_out = rows_of(self._windows)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.held_out = windows_of(HELD_OUT, self.tokenizer, 2_000)
 
-    def measure(self) -> Fidelity:
-        return measure_fidelity(self.model.eval(), self._windows)
-
-
-def rows_of(windows: list[Any]) -> list[dict[str, Any]]:
-    whole = [list(window.token_ids) for window in windows if len(window.token_ids) == WINDOW_LENGTH]
-    return [{"input_ids": ids, "labels": ids} for ids in whole]
-
-
-def train(run: Run, tokenizer: Any, how: type[Trainer], jointly: bool, tmp_path: Path) -> dict[str, float]:
-    """Train, and evaluate before and after: what the trainer says of it."""
-    texts = sources(TO_TRAIN_ON)
-    rows = rows_of(make_windows(texts, tokenizer, WINDOW_LENGTH, None, seed=1))
-    torch.manual_seed(0)
-    if how is SFTTrainer:
-        config = SFTConfig(str(tmp_path), max_length=WINDOW_LENGTH, **CHOICES)
-        data = {"train_dataset": Dataset.from_list(rows), "eval_dataset": Dataset.from_list(run.held_out)}
-        trainer = SFTTrainer(run.model, config, processing_class=tokenizer, **data)
-    else:
-        trainer = Trainer(
-            run.model, TrainingArguments(str(tmp_path), **CHOICES), train_dataset=rows, eval_dataset=run.held_out
+    def measure(self, what: str) -> Fidelity:
+        found = measure_fidelity(self.model.eval(), self.held_out)
+        print(
+            f"\n{what}: agreement {found.agreement:.2%}, KL {found.kl:.3f}, "
+            f"perplexity {found.perplexity_dense:.0f} dense, {found.perplexity_sparse:.0f} sparse"
         )
-    before = trainer.evaluate()["eval_loss"]
-    with run.model.joint_training() if jointly else nullcontext():
-        trainer.train()
-    return {"before": before, "after": trainer.evaluate()["eval_loss"]}
+        return found
+
+    def train(self, by: type[Trainer], jointly: bool, folder: Path) -> tuple[float, float]:
+        """Train; the trainer's `eval_loss` before and after."""
+        torch.manual_seed(0)
+        data = [rows_of(windows_of(TO_TRAIN_ON, self.tokenizer)), rows_of(self.held_out)]
+        if by is SFTTrainer:
+            config = SFTConfig(str(folder), max_length=WINDOW_LENGTH, **CHOICES)
+            sets = [Dataset.from_list(rows) for rows in data]
+            trainer = SFTTrainer(self.model, config, None, *sets, processing_class=self.tokenizer)
+        else:
+            trainer = Trainer(self.model, TrainingArguments(str(folder), **CHOICES), None, *data)
+        before = trainer.evaluate()["eval_loss"]
+        with self.model.joint_training() if jointly else nullcontext():
+            trainer.train()
+        return before, trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("how", [Trainer, SFTTrainer])
-def test_router_follows_the_model(how: type[Trainer], folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    found = {}
-    for jointly in (False, True):
-        run = Run(folder, tokenizer)
-        before = run.measure()
-        losses = train(run, tokenizer, how, jointly, tmp_path)
-        found[jointly] = (losses, before, run.measure())
-        print(how.__name__, jointly, losses, before, found[jointly][2], sep="\n")
+@pytest.fixture(scope="module")
+def before(folder: Path) -> Fidelity:
+    return Run(folder).measure("before")
+
+
+@pytest.fixture(scope="module")
+def without(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fidelity:
+    """Trained by a trainer that knows nothing of the router."""
+    run = Run(folder)
+    first, last = run.train(Trainer, False, tmp_path_factory.mktemp("run"))
+    assert last < first - 1
+    return run.measure("Trainer, without joint training")
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # by TRL itself
+@pytest.mark.parametrize("by", [Trainer, SFTTrainer])
+def test_router_follows_the_model(
+    by: type[Trainer], folder: Path, before: Fidelity, without: Fidelity, tmp_path: Path
+) -> None:
+    run = Run(folder)
+    first, last = run.train(by, True, tmp_path)
+    assert last < first - 1
+    run.model.save_pretrained(tmp_path / "trained")
+    run.model = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert run.model.config.router_int8
+    found = run.measure(f"{by.__name__}, joint training")
+    assert found.perplexity_dense < 0.5 * before.perplexity_dense
+    assert found.agreement > before.agreement - 0.01
+    assert found.agreement > without.agreement + 0.05
+    assert found.kl < 0.6 * without.kl
+
+
+def test_resumes_where_it_was(tmp_path: Path) -> None:
+    """What a trainer saves inside the context it loads there, by the names on disk."""
+    ids = torch.randint(2, 98, (32, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(**given: Any) -> dict[str, Tensor]:
+        model = tiny_converted()
+        model.head.router.to_int8(torch.float32)
+        model.config.router_int8 = True
+        choices = {**CHOICES, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        with model.joint_training():
+            Trainer(model, TrainingArguments(str(tmp_path), **choices), train_dataset=rows).train(**given)
+        return model.state_dict()
+
+    whole, resumed = train(), train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(tensor.equal(whole[name]) for name, tensor in resumed.items())
+    assert not whole["base.lm_head.router.bias"].equal(tiny_converted().head.router.bias)
