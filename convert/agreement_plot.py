@@ -15,7 +15,7 @@ from hf_topk.text import Window
 from .calibrate import STATES_AT_ONCE, argmax, rank_experts, set_num_experts
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
-POSITIONS = 2048  # at most, or the windows that come next to so many
+POSITIONS = 2048  # about so many at most
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # pixels; the last four are margins
 TICKS = 5
 

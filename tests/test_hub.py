@@ -140,13 +140,17 @@ def test_a_revision_is_a_branch_of_its_own(run: Run, hub: Hub) -> None:
     assert "config.json" in hub.files("me/x", "k/4")
 
 
-def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub) -> None:
+def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub, here: Path) -> None:
     hub.repositories["them/x"] = Repository()
     done = run("push", "out", "them/x", "--create-pr")
     assert (done.code, done.out) == (0, f"{hub.url}/them/x/discussions/1\n")
     assert set(hub.files("them/x")) == {".gitattributes"}
     assert "config.json" in hub.files("them/x", "refs/pr/1")
     assert snippets_of(hub.files("them/x", "refs/pr/1")["README.md"]) == {"them/x"}
+    before = hub.repositories["them/x"].at("refs/pr/1").oid
+    (here / "out" / "more.txt").write_text("x")
+    assert run("push", "out", "them/x", "--revision", "refs/pr/1").code == 0  # to go on with it
+    assert hub.repositories["them/x"].at("refs/pr/1").oid != before
 
 
 def test_pushes_to_an_organization(run: Run, hub: Hub) -> None:
