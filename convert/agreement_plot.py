@@ -15,8 +15,8 @@ from hf_topk.text import Window
 from .calibrate import STATES_AT_ONCE, argmax, rank_experts, set_num_experts
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
-POSITIONS = 2048  # at most, or the windows that come next to so many
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 360, 70, 50, 30  # pixels
+POSITIONS = 2048  # about so many at most
+WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # pixels; the last four are margins
 TICKS = 5
 
 
@@ -78,8 +78,8 @@ def draw(points: list[Point], chosen: int) -> str:
     """
     x_ticks = _ticks([100 * point.bytes_read for point in points])
     y_ticks = _ticks([100 * point.agreement for point in points], most=100)
-    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - MARGIN)
-    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, MARGIN)
+    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     places = [(across(100 * point.bytes_read), up(100 * point.agreement), point) for point in points]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
@@ -88,8 +88,8 @@ def draw(points: list[Point], chosen: int) -> str:
         width=WIDTH,
         height=HEIGHT,
         left=LEFT,
-        right=WIDTH - MARGIN,
-        top=MARGIN,
+        right=WIDTH - RIGHT,
+        top=TOP,
         bottom=HEIGHT - BOTTOM,
         x_ticks=[(across(tick), f"{tick:.6g}") for tick in x_ticks],
         y_ticks=[(up(tick), f"{tick:.6g}") for tick in y_ticks],

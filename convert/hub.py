@@ -23,13 +23,12 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.errors import INTERRUPTED, InputError, TopKExpertsError
 from hf_topk.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
 from .source import open_source, read_json
 
-INTERRUPTED = 130  # exit code, as shells have it
 MAY_WRITE = ("write", "admin")  # roles of tokens that may write all that their owner may
 CACHES = ("__pycache__",)
 
@@ -137,7 +136,7 @@ def upload(folder: Path, destination: Destination) -> Uploaded:
             print(f"Uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {repository}", file=sys.stderr)
             if not destination.create_pr:
                 api.create_repo(repository, private=destination.private or None, exist_ok=True)
-                if destination.revision and not destination.revision.startswith("refs/"):
+                if destination.revision and not _is_pull_request(destination.revision):
                     api.create_branch(repository, branch=destination.revision, exist_ok=True)
             made = api.create_commit(
                 repository,
@@ -197,15 +196,20 @@ def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
             f"{name} is there and public: make it private at {constants.ENDPOINT}/{name}/settings, choose another "
             "name, or leave out --private"
         )
-    if not destination.create_pr:
-        _check_may_write(name, user)
-    if destination.revision and destination.revision.startswith("refs/"):
+    if _is_pull_request(destination.revision):
         api.repo_info(name, revision=destination.revision)
+    elif not destination.create_pr:
+        _check_may_write(name, user)
+
+
+def _is_pull_request(revision: str | None) -> bool:
+    """Whether a revision is a pull request that is there, to which who opened it may write."""
+    return revision is not None and revision.startswith("refs/")
 
 
 def _check_new_repository(destination: Destination, user: dict[str, Any]) -> None:
     name = destination.repository
-    if destination.create_pr or (destination.revision or "").startswith("refs/"):
+    if destination.create_pr or _is_pull_request(destination.revision):
         raise InputError(
             f"there is no repository {name} that {user['name']} can see, so no pull request can be made there: check "
             "the name, or push without --create-pr"
@@ -250,10 +254,9 @@ def _for_the_hub(path: Path, repository: str) -> bytes | None:
     if path.name == CARD_FILE:
         return named(path.read_text(encoding="utf-8"), repository).encode()
     if path.name == RECIPE_FILE:
-        with suppress(yaml.YAMLError, AttributeError, KeyError):  # somebody's own file
+        with suppress(yaml.YAMLError, KeyError, TypeError):  # somebody's own file
             choices = yaml.safe_load(path.read_text(encoding="utf-8"))
-            choices["text"] = public_name(choices["text"])
-            return yaml.safe_dump(choices, sort_keys=False).encode()
+            return yaml.safe_dump({**choices, "text": public_name(choices["text"])}, sort_keys=False).encode()
     return None
 
 
@@ -267,7 +270,7 @@ def _command(folder: Path, destination: Destination) -> str:
 
 @contextmanager
 def _explained(what: str, kind: type[TopKExpertsError], ending: str = "") -> Iterator[None]:
-    """Turns the client's errors into one line each, without addresses, which may hold keys."""
+    """Turns the client's errors into one line each."""
     try:
         yield
     except TopKExpertsError:

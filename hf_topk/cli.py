@@ -9,10 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import InputError, TopKExpertsError
+from .errors import INTERRUPTED, InputError, TopKExpertsError
 from .output import print_json, print_table, quiet
-
-INTERRUPTED = 130  # exit code, as shells have it
 
 app = typer.Typer(
     name="hf-topk",

@@ -1,5 +1,7 @@
 """What goes wrong on a user's side, as exceptions whose message names the cause and the way out."""
 
+INTERRUPTED = 130  # exit code, as shells have it
+
 
 class TopKExpertsError(Exception):
     """Something that a user can cause or cure went wrong; the CLI prints it in one line and exits with 1."""

@@ -92,13 +92,31 @@ def hub(server: Hub) -> Hub:
 def environment_of(server: Hub, home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     # The other way to store files, Xet, is a service of its own.
-    return {**kept, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return {
+        **kept,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_TOKEN_PATH": str(token_path(home)),
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps what it keeps; no token is put there."""
+    """Where the client keeps what it keeps, but for the token that `hf auth login` saves."""
     return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def login(home: Path) -> Iterator[None]:
+    """Logs in as `hf auth login` does."""
+    token_path(home).write_text(TOKEN)
+    yield
+    token_path(home).unlink()
+
+
+def token_path(home: Path) -> Path:
+    return home.with_name("token")
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +125,7 @@ def runner(server: Hub, home: Path) -> Iterator[subprocess.Popen[str]]:
     command, pipe = [sys.executable, "-c", RUNNER], subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         yield process
-        process.stdin.close()
+        process.kill()
 
 
 @pytest.fixture

@@ -36,7 +36,6 @@ class Commit:
 @dataclass
 class Repository:
     private: bool = False
-    gated: bool = False
     revisions: dict[str, Commit] = field(default_factory=lambda: {"main": Commit("0" * 40, {".gitattributes": b""})})
     history: list[Commit] = field(default_factory=list)
 
@@ -56,6 +55,7 @@ class Fault:
     status: int | None = None
     times: int = 1000
     message: str = "out of order"
+    code: str | None = None
 
 
 @dataclass
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.status is None:
                     self.close_connection = True
                     return
-                raise HubError(fault.status, fault.message)
+                raise HubError(fault.status, fault.message, fault.code)
             for method, pattern, answer in ROUTES:
                 if method in (self.command, "GET" if self.command == "HEAD" else None) and (
                     found := re.fullmatch(pattern, self.route)
@@ -289,10 +289,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
 
     def resolve(self, name: str, revision: str, path: str) -> bytes:
-        found = self.repository(name)
-        if found.gated and not self.owns(name):
-            raise HubError(403, "Access to this model is restricted", "GatedRepo")
-        commit = found.at(revision)
+        commit = self.repository(name).at(revision)
         self.found_headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound")

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from hf_topk.convert import Recipe
 
-SCRIPT = Path(sys.executable).with_name("hf-topk")
 PUSH = ("push", "out", "me/x")
 LOAD = """
 import importlib.util, json, sys
@@ -52,17 +50,15 @@ def snippets_of(card: bytes) -> set[str]:
 # There and back
 
 
-def test_converts_pushes_and_loads_with_and_without_the_package(hub: Hub, here: Path, tmp_path: Path) -> None:
-    environment = environment_of(hub, tmp_path / "home")
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "token").write_text(TOKEN)  # where `hf auth login` puts it
-    command = [str(SCRIPT), "convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", "x", "--json"]
-    run = partial(subprocess.run, cwd=here, env=environment, capture_output=True, text=True, check=False)
-    done = run(command)
-    assert done.returncode == 0, done.stderr
-    check_no_token(TOKEN, done.stdout, done.stderr, here)
+@pytest.mark.usefixtures("login")
+def test_converts_pushes_and_loads_with_and_without_the_package(
+    run: Run, hub: Hub, here: Path, home: Path, tmp_path: Path
+) -> None:
+    done = run("convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", "x", "--json", token="")
+    assert done.code == 0, done.err
+    check_no_token(TOKEN, done.out, done.err, here, home)
     commit = hub.repositories["me/x"].at("main")
-    assert json.loads(done.stdout)["url"] == f"{hub.url}/me/x/commit/{commit.oid}"
+    assert json.loads(done.out)["url"] == f"{hub.url}/me/x/commit/{commit.oid}"
     assert not hub.repositories["me/x"].private
 
     local = {name: data for name, data in contents(here / "new").items() if name not in ("README.md", "recipe.yaml")}
@@ -80,7 +76,9 @@ def test_converts_pushes_and_loads_with_and_without_the_package(hub: Hub, here: 
         (sys.executable, "import hf_topk", ""),
         (bare, "", ", trust_remote_code=True"),
     ):
-        done = run([str(python), "-c", LOAD.format(before=before, choices=choices)], cwd=tmp_path)
+        command = [str(python), "-c", LOAD.format(before=before, choices=choices)]
+        environment = environment_of(hub, home)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["tokens"] == expected[0].tolist()
@@ -142,13 +140,17 @@ def test_a_revision_is_a_branch_of_its_own(run: Run, hub: Hub) -> None:
     assert "config.json" in hub.files("me/x", "k/4")
 
 
-def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub) -> None:
+def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub, here: Path) -> None:
     hub.repositories["them/x"] = Repository()
     done = run("push", "out", "them/x", "--create-pr")
     assert (done.code, done.out) == (0, f"{hub.url}/them/x/discussions/1\n")
     assert set(hub.files("them/x")) == {".gitattributes"}
     assert "config.json" in hub.files("them/x", "refs/pr/1")
     assert snippets_of(hub.files("them/x", "refs/pr/1")["README.md"]) == {"them/x"}
+    before = hub.repositories["them/x"].at("refs/pr/1").oid
+    (here / "out" / "more.txt").write_text("x")
+    assert run("push", "out", "them/x", "--revision", "refs/pr/1").code == 0  # to go on with it
+    assert hub.repositories["them/x"].at("refs/pr/1").oid != before
 
 
 def test_pushes_to_an_organization(run: Run, hub: Hub) -> None:

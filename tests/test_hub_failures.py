@@ -11,6 +11,15 @@ from hub_fixtures import TOKEN, Done, Run
 from hub_server import Fault, Hub, Repository
 
 PUSH = ("push", "out", "me/x")
+INTERRUPTED = """
+import hf_topk.convert.hub
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+hf_topk.convert.hub._files = stop
+hf_topk.cli.main()
+"""
 
 
 # What fails half-way
@@ -72,6 +81,15 @@ def test_a_passing_failure_is_got_over(run: Run, hub: Hub) -> None:
     assert "config.json" in hub.files("me/x")
 
 
+def test_an_interrupted_upload_says_how_to_go_on(run: Run) -> None:
+    done = run(*PUSH, script=INTERRUPTED)
+    assert done.code == 130
+    assert done.err == (
+        "hf-topk: the upload to me/x was interrupted; out is whole: push it again with `hf-topk push out me/x`\n"
+    )
+    assert repeats(done, run).code == 0
+
+
 # What is refused before anything is done
 
 
@@ -115,6 +133,12 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
     ),
     "down": (PUSH, lambda hub: hub.faults.append(Fault("GET", "/api/", 503)), TOKEN, ("status 503", "wait")),
     "too many": (PUSH, lambda hub: hub.faults.append(Fault("GET", "/api/", 429)), TOKEN, ("too many requests",)),
+    "gated": (
+        PUSH,
+        lambda hub: hub.faults.append(Fault("GET", "/api/models/", 403, code="GatedRepo")),
+        TOKEN,
+        ("the repository is gated", "ask for access"),
+    ),
     "no folder": (("push", "gone", "me/x"), lambda hub: None, TOKEN, ("there is no folder gone",)),
     "no model": (("push", ".", "me/x"), lambda hub: None, TOKEN, ("no config.json",)),
     "dense": (("push", "model", "me/x"), lambda hub: None, TOKEN, ("model is a dense model ('llama')",)),
