@@ -1,7 +1,8 @@
 """Makes converted models: see [`convert`] for one in memory, [`convert_checkpoint`] for a folder."""
 
+from .hub import Destination
 from .pipeline import Report, convert
 from .recipe import Recipe
 from .run import convert_checkpoint
 
-__all__ = ["Recipe", "Report", "convert", "convert_checkpoint"]
+__all__ = ["Destination", "Recipe", "Report", "convert", "convert_checkpoint"]

@@ -23,12 +23,12 @@ from hf_topk.progress import Advance, progress
 from .card import write_card
 from .dense import DeviceMap, keep_ends_in_memory
 from .pipeline import Report
+from .recipe import RECIPE_FILE
 from .source import BYTES_AT_ONCE, Source
 
 COMPANION_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
 COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 WRITTEN_ANEW = ("config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME)
-RECIPE_FILE = "recipe.yaml"
 FIGURES_FILE = "figures.json"
 PROBE_LENGTH = 8  # tokens that the reloaded model is tried on
 

@@ -5,8 +5,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from hf_topk.dense_class import class_that_writes_text, config_for
 from hf_topk.errors import InputError
 
 from .source import Source
@@ -55,8 +56,10 @@ def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTraine
         InputError: when a tensor is missing or of the wrong shape, or memory does not suffice.
     """
     config = AutoConfig.from_pretrained(source.folder)
+    dense_class = class_that_writes_text(config)
+    config = config_for(dense_class, config)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = dense_class.from_pretrained(
             source.folder, config=config, dtype="auto", device_map=device_map, output_loading_info=True
         )
         dense, found = loaded

@@ -84,6 +84,7 @@ def _levels(values: Tensor, bits: Tensor) -> Tensor:
 
 def _steps(factors: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
     """The step of each direction that rounds its factors with the least square error, weighted: [n, r] to [r]."""
+    weights = weights.clamp_min(SMALLEST_PROBABILITY)  # where always-on tokens have it all
     weights = weights / weights.sum()
     deviation = (weights @ factors.square()).sqrt().clamp_min(SMALLEST_SCALE)
     candidates = deviation * torch.tensor(STEPS_TRIED, device=factors.device).unsqueeze(-1)  # (tried, r)

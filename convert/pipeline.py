@@ -20,6 +20,7 @@ from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 from hf_topk.text import Window, fingerprint, make_windows, read_documents
 
+from .agreement_plot import Point
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
 from .distill import (
     Masses,
@@ -33,6 +34,7 @@ from .distill import (
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
 from .hidden_states import HiddenStates, collect, tapped_head
+from .hub import Uploaded
 from .misses import swap_in_missed
 from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
@@ -53,6 +55,7 @@ class Report:
         recipe: every choice, with none left open but what is measured: k, if there is a target agreement, and
             `sparse_max_positions`.
         fidelity: measured at k on held-out documents of the sample.
+        held_out: windows of these documents.
         num_experts: M.
         added_bytes: bytes that conversion adds to the model on disk.
         distilled_positions: positions that the router was distilled on.
@@ -60,17 +63,22 @@ class Report:
             of distillation.
         seconds: wall time of the conversion.
         step_seconds: wall time of each step, by name.
+        curve: agreement and bytes read around k; empty where only k was measured.
+        uploaded: where the model is on the Hub, if it was pushed.
     """
 
     model: TopKExpertsForCausalLM
     recipe: Recipe
     fidelity: Fidelity
+    held_out: list[Window]
     num_experts: int
     added_bytes: int
     distilled_positions: int
     router_kl: float
     seconds: float
     step_seconds: dict[str, float]
+    curve: list[Point] = dataclasses.field(default_factory=list)
+    uploaded: Uploaded | None = None
 
     def figures(self) -> dict[str, Any]:
         """All figures, ready for JSON but that some may not be finite."""
@@ -87,6 +95,7 @@ class Report:
             "distilled_positions": self.distilled_positions,
             "router_kl": self.router_kl,
             "seconds": round(self.seconds, 1),
+            "curve": [dataclasses.asdict(point) for point in self.curve],
         }
 
 
@@ -141,6 +150,7 @@ def convert(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
+        held_out=held_out,
         num_experts=converted.head.num_experts,
         added_bytes=converted.head.added_bytes(),
         distilled_positions=states.shape[0],
@@ -196,12 +206,22 @@ def _check_finite(head: nn.Linear) -> None:
 @torch.inference_mode()
 def _check_causal(model: PreTrainedModel) -> None:
     """Refuse encoders, which share classes with decoders: the state at a token must not depend on the next one."""
+    token_ids, name = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), type(model).__name__
     with tapped_head(model) as tap:
-        model(input_ids=torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), use_cache=False)
+        try:
+            model(input_ids=token_ids, use_cache=False)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{name} does not read text alone ({reason}): choose a causal language model") from error
+        if tap.states.shape[:-1] != token_ids.shape:
+            raise InputError(
+                f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "
+                "not one for each: choose a model that predicts one token at a time"
+            )
         one, other = tap.states[:, :2].float()
     if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
         raise InputError(
-            f"{type(model).__name__} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
+            f"{name} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
             "language model, or set `is_decoder` to true in config.json if it is meant as one"
         )
 
@@ -337,6 +357,8 @@ def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list
         most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
         converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
     converted.head.requires_grad_(True)
+    for added in converted.head.children():  # is trained in joint training alone
+        added.requires_grad_(False)
     return fidelity
 
 

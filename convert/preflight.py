@@ -5,26 +5,20 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.dense_class import random_dense_model, writes_text
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
 from hf_topk.text import Window
 
+from .hub import Destination, check_destination
 from .pipeline import check_sample, sample_from_text
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .source import Source, find_folder, open_source, read_json
@@ -45,6 +39,7 @@ class Plan:
         tokenizer: the model's, or None if it has none.
         windows: the sample; None if the model is to write it itself.
         text_fingerprint: of the sample text.
+        destination: where on the Hub the folder goes, if it does, with the owner named.
     """
 
     source: Source
@@ -53,9 +48,17 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase | None
     windows: list[Window] | None
     text_fingerprint: str
+    destination: Destination | None
 
 
-def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: bool = False) -> Plan:
+def preflight(
+    model: str | None,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    destination: Destination | None = None,
+) -> Plan:
     """Check a conversion.
 
     Args:
@@ -63,6 +66,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
         out: the folder to write.
         recipe: every choice.
         overwrite: whether `out` may be an earlier converted model.
+        destination: where on the Hub it is to be uploaded to, if it is.
 
     Raises:
         InputError: when anything speaks against the conversion; nothing has been written then.
@@ -71,6 +75,8 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
     name = "the bundled demo model" if model is None else model
     config = _dense_config(name, folder)
     _check_out(Path(out), folder, overwrite)
+    if destination:
+        destination = check_destination(destination)
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
@@ -79,7 +85,7 @@ def preflight(model: str | None, out: str | Path, recipe: Recipe, *, overwrite: 
         _check_tokenizer(tokenizer, vocab_size)
     windows, text_fingerprint = _sample(resolved, tokenizer, vocab_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
-    return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint)
+    return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
 
 
 def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
@@ -107,9 +113,8 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
 
 def _check_class(name: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
-    known = {one for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for one in _as_tuple(names)}
-    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not is_causal or (architectures and not known.intersection(architectures)):
+    is_known = not architectures or any(map(writes_text, architectures))
+    if config.is_encoder_decoder or not is_known:
         kind = architectures[0] if architectures else config.model_type
         raise InputError(
             f"{name} is a {kind}, which has no single vocabulary head that writes text: "
@@ -117,15 +122,11 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
         )
 
 
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return names if isinstance(names, tuple) else (names,)
-
-
 def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
     """V and d, from a model without memory."""
     with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config)
-    weight = dense.get_submodule(name_of_head(dense)).weight
+        dense = random_dense_model(config)
+    weight = cast(torch.Tensor, dense.get_submodule(name_of_head(dense)).weight)
     return weight.shape[0], weight.shape[1]
 
 

@@ -16,6 +16,7 @@ from hf_topk.errors import InputError
 PartitionType = Literal["rows", "frequency", "context"]
 
 SELF = "self"
+RECIPE_FILE = "recipe.yaml"
 ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256}
 ALWAYS_ON = 256
 LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held to
@@ -202,6 +203,16 @@ class Recipe:
     def num_experts(self, vocab_size: int) -> int:
         """M for a vocabulary of V tokens, once resolved."""
         return math.ceil((vocab_size - (self.num_always_on or 0)) / self.expert_size)
+
+
+def public_name(text: str) -> str:
+    """The sample text's name without the folders that it is in; a data set's name as it is.
+
+    Args:
+        text: as the recipe names it.
+    """
+    path = Path(text).expanduser()
+    return path.name if path.is_absolute() or path.exists() else text
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

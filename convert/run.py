@@ -7,10 +7,12 @@ from typing import Any
 
 from hf_topk.errors import InputError, TopKExpertsError
 
+from .agreement_plot import measure_around
 from .calibrate import TargetNotReachedError
 from .checkpoint import write_checkpoint
 from .dense import DeviceMap, check_device_map
 from .hidden_states import read_record, write_record
+from .hub import Destination, upload
 from .pipeline import Report, convert
 from .preflight import Plan, preflight
 from .processes import Processes, launched_processes
@@ -27,6 +29,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     device_map: DeviceMap | None = None,
+    destination: Destination | None = None,
 ) -> Report:
     """Convert a dense checkpoint into a folder that loads with `AutoModelForCausalLM.from_pretrained`.
 
@@ -40,6 +43,7 @@ def convert_checkpoint(
         overwrite: whether to replace an earlier converted model, and to throw away an interrupted conversion.
         resume: whether to go on with an interrupted conversion of the same model, text and recipe.
         device_map: where the dense model goes, as `from_pretrained` takes it; main memory if None.
+        destination: where on the Hub the folder is uploaded to, if it is.
 
     Returns:
         The converted model and its figures.
@@ -48,10 +52,11 @@ def convert_checkpoint(
         InputError: when an input is refused; nothing has been written then.
         TargetNotReachedError: when the target agreement is not reached; nothing has been written then.
         TopKExpertsError: when writing fails; what was computed is kept for `resume`.
+        UploadError: when the upload fails; the folder is whole then.
     """
     check_device_map(device_map)
     with launched_processes() as processes:
-        return _convert_checkpoint(model, Path(out), recipe, overwrite, resume, device_map, processes)
+        return _convert_checkpoint(model, Path(out), recipe, overwrite, resume, device_map, destination, processes)
 
 
 def _convert_checkpoint(
@@ -61,6 +66,7 @@ def _convert_checkpoint(
     overwrite: bool,
     resume: bool,
     device_map: DeviceMap | None,
+    destination: Destination | None,
     processes: Processes,
 ) -> Report:
     if not out.name or ".." in out.parts:  # '.', 'a/../b': what lies beside it needs the folder's own name
@@ -69,7 +75,7 @@ def _convert_checkpoint(
     missing = [folder for folder in work.parents if not folder.exists()]
     if work.exists() and not (resume or overwrite):
         raise InputError(f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite")
-    plan = preflight(model, out, recipe, overwrite=overwrite)
+    plan = preflight(model, out, recipe, overwrite=overwrite, destination=destination)
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)
     place = processes.place(device_map)
@@ -78,6 +84,7 @@ def _convert_checkpoint(
         if not goes_on:
             _start_anew(work, fingerprint)
         report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work, processes=processes)
+        report.curve = measure_around(report.model, report.held_out)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there
@@ -90,6 +97,8 @@ def _convert_checkpoint(
         ) from error
     write_checkpoint(report, plan.source, plan.out, place)
     shutil.rmtree(work)
+    if plan.destination:
+        report.uploaded = upload(plan.out, plan.destination)
     return report
 
 

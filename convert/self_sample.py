@@ -121,7 +121,9 @@ def _start_tokens(dense: PreTrainedModel) -> Tensor:
     start = start[0] if isinstance(start, list) else start
     shape = (DOCUMENTS_AT_ONCE, 1)
     if start is None:
-        vocab_size = cast(Tensor, dense.get_input_embeddings().weight).shape[0]
+        # Either can have rows that the other has not.
+        ends = (dense.get_input_embeddings(), dense.get_output_embeddings())
+        vocab_size = min(cast(Tensor, end.weight).shape[0] for end in ends)
         return torch.randint(vocab_size, shape, device=dense.device)
     return torch.full(shape, start, device=dense.device)
 

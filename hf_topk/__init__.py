@@ -5,7 +5,7 @@ Importing this package registers the converted models with Transformers' Auto cl
 
 import pkgutil
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError, TopKExpertsError
@@ -30,3 +30,5 @@ TopKExpertsConfig.register_for_auto_class()
 TopKExpertsForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
+# Converted models of which the dense one looks at images; `AutoModelForCausalLM` loads these too.
+AutoModelForImageTextToText.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError, TopKExpertsError
+from .output import print_json, print_table, quiet
 
 INTERRUPTED = 130  # exit code, as shells have it
 
@@ -24,6 +25,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")]
+Revision = Annotated[str | None, typer.Option(help="Branch of the repository. [default: main]")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of committing.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
 
 
@@ -101,6 +105,13 @@ def convert(
             "device over all, main memory and disk. [default: main memory]"
         ),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Upload the result to this repository of the Hub; checked at the start."),
+    ] = None,
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
     as_json: Json = False,
@@ -108,7 +119,7 @@ def convert(
     """Convert a dense language model; the result loads with AutoModelForCausalLM."""
     from .convert.processes import help_first_process, is_helper
 
-    _quiet()
+    quiet()
     if is_helper():
         help_first_process()
         return
@@ -121,7 +132,9 @@ def convert(
     keys = {field.name for field in dataclasses.fields(Recipe)}
     choices |= {name: value for name, value in context.params.items() if name in keys and value is not None}
     chosen = Recipe.from_dict(choices)
-    from .convert import convert_checkpoint
+    if not push_to_hub and (private or revision or create_pr):
+        raise InputError("--private, --revision and --create-pr say where to push to: give --push-to-hub REPO as well")
+    from .convert import Destination, convert_checkpoint
 
     out = paths[-1]
     report = convert_checkpoint(
@@ -131,13 +144,15 @@ def convert(
         overwrite=overwrite,
         resume=resume,
         device_map=device_map,
+        destination=Destination(push_to_hub, private, revision, create_pr) if push_to_hub else None,
     )
+    on_the_hub = {"url": report.uploaded.url} if report.uploaded else {}
     if as_json:
-        _print_json({"out": out, **report.figures(), "recipe": report.recipe.to_dict()})
+        print_json({"out": out, **on_the_hub, **report.figures(), "recipe": report.recipe.to_dict()})
         return
     figures = report.figures()
     added = figures["added_bytes_share"]
-    _print_table(
+    print_table(
         f"Wrote {out}",
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
@@ -149,6 +164,7 @@ def convert(
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
             "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",
             "time": f"{figures['seconds']:.0f} s",
+            **on_the_hub,
         },
     )
 
@@ -176,7 +192,7 @@ def evaluate(
     from .measure.fidelity import measure_fidelity, readable_length
     from .text import make_windows, read_documents
 
-    _quiet()
+    quiet()
     documents = read_documents(text)
     model, tokenizer = load_converted(directory, num_experts_per_tok, dtype)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
@@ -194,9 +210,9 @@ def evaluate(
             f"of the body, {compared.acceptance:.1%} of the drafts accepted",
         }
     if as_json:
-        _print_json(figures)
+        print_json(figures)
         return
-    _print_table(
+    print_table(
         f"{directory} on {fidelity.positions:,} positions of {text}",
         {
             "agreement": f"{fidelity.agreement:.2%} (same likeliest token as the dense head)",
@@ -217,7 +233,7 @@ def inspect(directory: Directory) -> None:
     """Show the experts with some of their tokens, the recipe, and the figures of the conversion."""
     from .inspection import describe
 
-    _quiet()
+    quiet()
     for line in describe(directory):
         print(line)
 
@@ -240,7 +256,7 @@ def generate(
 
     from .loading import load_converted
 
-    _quiet()
+    quiet()
     model, tokenizer = load_converted(directory)
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
     inputs = tokenizer(prompt, return_tensors="pt")
@@ -266,6 +282,26 @@ def generate(
 
 
 @app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model's folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; made if there is none.")],
+    private: Private = False,
+    revision: Revision = None,
+    create_pr: CreatePr = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a converted model to the Hub, in one commit."""
+    from .convert.hub import Destination, push
+
+    quiet()
+    uploaded = push(directory, Destination(repository, private, revision, create_pr))
+    if as_json:
+        print_json(dataclasses.asdict(uploaded))
+    else:
+        print(uploaded.url)
+
+
+@app.command()
 def serve(
     directory: Directory,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
@@ -280,7 +316,7 @@ def serve(
     """Serve a converted model to OpenAI clients, with the server of `transformers serve`."""
     from .serving import serve as serve_model
 
-    _quiet()
+    quiet()
     serve_model(directory, host, port, head_mode=head_mode, lossless=lossless, dtype=dtype, device=device)
 
 
@@ -314,14 +350,14 @@ def bench(
     from .measure.bench_report import batch_sizes, tables
     from .measure.bench_run import run_bench
 
-    _quiet()
+    quiet()
     choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)
     figures = run_bench(directory, shape, choices, dtype=dtype, threads=threads, plot=plot)
     if as_json:
-        _print_json(figures)
+        print_json(figures)
         return
     for title, rows in tables(figures):
-        _print_table(title, rows)
+        print_table(title, rows)
 
 
 @app.command()
@@ -329,7 +365,7 @@ def demo() -> None:
     """Convert the bundled model, measure it, and write the same text with the dense and the sparse head."""
     from .convert.demo.run import run_demo
 
-    _quiet()
+    quiet()
     run_demo()
 
 
@@ -346,38 +382,6 @@ def main(command: Callable[[], Any] = app) -> None:
             raise
         print("hf-topk: interrupted; an interrupted conversion goes on with --resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def _quiet() -> None:
-    """Keep the notes of Transformers and accelerate off the screen, and bars out of files."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    from .figures import as_json
-
-    print(as_json(value))
-
-
-def _print_table(title: str, rows: dict[str, str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if not sys.stdout.isatty():
-        print(title)
-        print("\n".join(f"{name}: {value}" for name, value in rows.items()))
-        return
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
 
 
 if __name__ == "__main__":  # `accelerate launch -m hf_topk.cli`

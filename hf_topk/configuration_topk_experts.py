@@ -13,6 +13,18 @@ TailType = Literal["low_rank", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
+# Which other code asks of any model's configuration. Not all: Transformers checks and saves what it finds.
+AS_IN_THE_DENSE_MODEL = (
+    "audio_token_id",
+    "hidden_size",
+    "image_token_id",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "video_token_id",
+    "vocab_size",
+)
+
 
 @strict
 class TopKExpertsConfig(PreTrainedConfig):
@@ -76,6 +88,24 @@ class TopKExpertsConfig(PreTrainedConfig):
         """`text_config`, which is a configuration once this one is made."""
         return cast(PreTrainedConfig, self.text_config)
 
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether head and input embeddings are one tensor, as the dense model has it."""
+        return bool(getattr(self.dense_config, "tie_word_embeddings", False))
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, are_tied: bool) -> None:
+        self.dense_config.tie_word_embeddings = are_tied
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The part of the dense model's configuration that is about text, as its own `get_text_config` has it."""
+        return self.dense_config.get_text_config(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in AS_IN_THE_DENSE_MODEL and "text_config" in self.__dict__:
+            return getattr(self.dense_config, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
     def validate_head(self) -> None:
         """Check the sizes against one another.
 
@@ -96,8 +126,8 @@ class TopKExpertsConfig(PreTrainedConfig):
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary, in which `text_config`, too, tells how the body was quantised: it loads by itself."""
-        entries = super().to_dict()
+        """All entries, with ties of embeddings, and in `text_config` the body's quantisation, where tools look."""
+        entries = {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
         entries["text_config"].pop("quantization_config", None)
         if "quantization_config" in entries:
             entries["text_config"]["quantization_config"] = entries["quantization_config"]

@@ -65,14 +65,14 @@ class TopKExpertsHead(nn.Linear):
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
-        self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank)
+        self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank).requires_grad_(False)
         if config.router_int8:
             self.router.to_int8(self.weight.dtype)
         self.tail = None
         if config.tail != "none":
             self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
         if config.combine == "learned":
-            self.combiner = LearnedCombiner(num_experts)
+            self.combiner = LearnedCombiner(num_experts).requires_grad_(False)
         self._stand_ins: dict[int, Callable[[Tensor], Tensor]] = {}
         self._reset_ids()
 
@@ -85,10 +85,10 @@ class TopKExpertsHead(nn.Linear):
         init.copy_(self.expert_ids, torch.cat([slots, padding]).view_as(self.expert_ids))
 
     def reset_additions(self) -> None:
-        """Set what conversion adds, and was not loaded, to experts of neighbouring ids that all score alike."""
+        """Freeze what conversion adds, and set what was not loaded to experts of neighbouring ids, all scored alike."""
         self._reset_ids()
         for added in self.children():
-            cast(Any, added).reset_parameters()
+            cast(Any, added).requires_grad_(False).reset_parameters()
 
     @property
     def num_experts(self) -> int:
@@ -209,7 +209,7 @@ class TopKExpertsHead(nn.Linear):
         scores, top, top_scores, is_used = self._pick(hidden)
         # Logits [N, A] and [N, k, S].
         always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
-        masses = self._mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
+        masses = self.mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
         if is_used is not None:
             masses, top_scores = (values.masked_fill(~is_used, -torch.inf) for values in (masses, top_scores))
@@ -292,13 +292,13 @@ class TopKExpertsHead(nn.Linear):
             return within
         if not self._has_short_experts:
             return within.log_softmax(dim=-1)
-        return within - self._mask_padding(within, self.expert_ids).logsumexp(dim=-1, keepdim=True)
+        return within - self.mask_padding(within, self.expert_ids).logsumexp(dim=-1, keepdim=True)
 
     @property
     def _has_short_experts(self) -> bool:
         return self.num_experts * self.expert_size != self.out_features - self.num_always_on
 
-    def _mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
+    def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
         """Give the repeated ids of short experts no mass: values and ids [..., S]."""
         if not self._has_short_experts:
             return values

@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError
+from .hub_card import read_beside
 from .loading import load_converted
 
 TOKENS_SHOWN = 12
@@ -36,11 +34,13 @@ def describe(name: str) -> Iterator[str]:
     yield f"reads {head.bytes_read() / head.dense_bytes():.1%} of the dense head's bytes for a position"
     yield ""
     yield "Recipe"
-    yield from (f"  {line}" for line in _read(name, "recipe.yaml").splitlines())
+    yield from (f"  {line}" for line in read_beside(name, "recipe.yaml").splitlines())
     yield ""
     yield "Figures, on held-out documents of the sample"
     yield from (
-        f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}" for key, value in figures.items()
+        f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}"
+        for key, value in figures.items()
+        if not isinstance(value, list)
     )
     yield ""
     yield "Experts"
@@ -51,7 +51,7 @@ def describe(name: str) -> Iterator[str]:
 
 def _figures(name: str) -> dict[str, Any]:
     try:
-        return dict(json.loads(_read(name, "figures.json") or "{}"))
+        return dict(json.loads(read_beside(name, "figures.json") or "{}"))
     except (ValueError, TypeError) as error:
         raise InputError(f"figures.json of {name} is damaged ({error}): remove it, or fetch the model again") from error
 
@@ -61,14 +61,3 @@ def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     step = max(1, len(ids) // TOKENS_SHOWN)
     tokens = " ".join(repr(tokenizer.decode([token])) for token in ids[::step][:TOKENS_SHOWN])
     return f"{tokens} ... ({len(ids)} tokens)" if len(ids) > TOKENS_SHOWN else tokens
-
-
-def _read(name: str, file: str) -> str:
-    """A small file that lies beside the weights; empty if there is none."""
-    path = Path(name).expanduser() / file
-    if not path.parent.is_dir():
-        try:
-            path = Path(hf_hub_download(name, file))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
-            return ""
-    return path.read_text(encoding="utf-8") if path.is_file() else ""

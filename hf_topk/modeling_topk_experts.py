@@ -8,8 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -19,31 +17,21 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapted import adapt
-from .checkpoint_names import NamesUnder
+from .checkpoint_names import NamesThatFit, NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
+from .dense_class import ANSWERED_AS_THE_DENSE_CLASS, class_that_writes_text, generate_as, random_dense_model
+from .dense_parts import DensePartsMixin
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
+from .hub_card import KeepsCard
+from .joint_training import JointTrainingMixin
 from .lossless import LosslessStats, sample
 from .quantisation import mark_as_quantised
-
-# What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
-ANSWERED_AS_THE_DENSE_CLASS = (
-    "_can_compile_fullgraph",
-    "_can_record_outputs",
-    "_compatible_flash_implementations",
-    "_is_stateful",
-    "_supports_attention_backend",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_sdpa",
-    "main_input_name",
-    "supports_gradient_checkpointing",
-)
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
-class TopKExpertsPreTrainedModel(PreTrainedModel):
+class TopKExpertsPreTrainedModel(KeepsCard):
     """Loading and initialisation of converted models; see [`TopKExpertsForCausalLM`]."""
 
     config_class = TopKExpertsConfig
@@ -55,7 +43,7 @@ class TopKExpertsPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
 
 
-class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
+class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPreTrainedModel, GenerationMixin):
     """A dense causal language model whose output head reads only the experts its router picks.
 
     The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
@@ -75,6 +63,7 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
     _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
@@ -92,11 +81,11 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
                 "convert the model first with `hf-topk convert MODEL OUT`"
             )
-        dense_class = _dense_class(config)
+        dense_class = class_that_writes_text(config.dense_config)
         for name in ANSWERED_AS_THE_DENSE_CLASS:
             setattr(self, name, getattr(dense_class, name, None))
         super().__init__(config)
-        self._adopt(AutoModelForCausalLM.from_config(config.dense_config))
+        self._adopt(random_dense_model(config.dense_config))
         self.post_init()
 
     def _adopt(self, dense: PreTrainedModel) -> None:
@@ -106,11 +95,13 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         self.head_name = name_of_head(dense)
         head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
         dense.set_submodule(self.head_name, head)
+        generate_as(self, dense)
         self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
-        super().initialize_weights()
+        # Not by its own: for classes outside of Transformers it passes over modules that have no tensors themselves.
+        self.base.initialize_weights()
         self.head.reset_additions()
 
     @classmethod
@@ -125,11 +116,19 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
 
         Raises:
-            InputError: when the dense model has no single linear vocabulary head.
+            InputError: when the dense model has no single linear vocabulary head, or is of no class that Transformers
+                would load it as.
         """
+        name_of_head(dense)
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
         shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
+        twin.config.architectures = [type(dense).__name__]
+        if not isinstance(dense, class_that_writes_text(twin.config)):
+            raise InputError(
+                f"{type(dense).__name__} is not what Transformers loads a '{dense.config.model_type}' as "
+                "to write text: load the model with AutoModelForCausalLM"
+            )
         config.text_config = twin.config
         config.dtype = twin.config.dtype = dense.dtype
         with torch.device("meta"):
@@ -145,8 +144,18 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
     @property
     def head(self) -> TopKExpertsHead:
-        """The output head."""
-        return cast(TopKExpertsHead, self.base.get_submodule(self.head_name))
+        """The output head.
+
+        Raises:
+            InputError: when something else, such as an adapter, was put around it.
+        """
+        head = self.base.get_submodule(self.head_name)
+        if not isinstance(head, TopKExpertsHead):
+            raise InputError(
+                f"there is a {type(head).__module__}.{type(head).__name__} around the head, of which router and tail "
+                "know nothing: merge it first (in peft: merge_and_unload), or leave the head out of what is adapted"
+            )
+        return head
 
     @property
     def head_mode(self) -> HeadMode:
@@ -186,7 +195,11 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
 
         Returns:
             The dense model's output, with logits [B, T or `logits_to_keep`, V].
+
+        Raises:
+            InputError: when an adapter was put around a head that is tied to the input embeddings.
         """
+        self.check_tied_ends()
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -312,6 +325,10 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
         return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Which arguments there are, Transformers reads off the signature of `forward`.
+        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
+
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
         # Some dense checkpoints (GPT-2, BLOOM) name their tensors as the model without a head does.
@@ -320,19 +337,8 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
             children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)
             bare_names = NamesUnder(dense.base_model_prefix, parent=model.base_model_prefix, but_not=children)
             load_config.weight_mapping.append(bare_names)
+        load_config.weight_mapping.append(NamesThatFit(load_config.weight_mapping[0], model.state_dict()))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The dense model's input embeddings."""
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the dense model's input embeddings."""
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> TopKExpertsHead:
-        """The head, weight and experts and all."""
-        return self.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the dense head's rows; ids that are new become always-on.
@@ -342,14 +348,8 @@ class TopKExpertsForCausalLM(TopKExpertsPreTrainedModel, GenerationMixin):
         """
         self.head.take_over(new_embeddings)
         self.config.num_always_on = self.head.num_always_on
-
-    def get_decoder(self) -> nn.Module:
-        """The dense model without its head."""
-        return self.base.get_decoder()
-
-    def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the dense model without its head."""
-        self.base.set_decoder(decoder)
+        if hasattr(self.base, "vocab_size"):  # by which some dense models shape logits for the loss
+            self.base.vocab_size = self.head.out_features
 
 
 def name_of_head(dense: PreTrainedModel) -> str:
@@ -381,17 +381,6 @@ def name_of_head(dense: PreTrainedModel) -> str:
 
 def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(tensor.to(cast(Tensor, head.weight).device) for tensor in inputs)
-
-
-def _dense_class(config: TopKExpertsConfig) -> type[Any]:
-    try:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config.dense_config)]
-    except KeyError:
-        raise InputError(
-            f"Transformers has no causal language model for model type '{config.dense_config.model_type}': "
-            "choose one that AutoModelForCausalLM can load"
-        ) from None
-    return cast(type[Any], found[0] if isinstance(found, tuple) else found)
 
 
 # Registered here, and not in the package, so that it covers copied code as well.

@@ -19,7 +19,8 @@ def why_not_rolled_back(cache: Any) -> str | None:
     Args:
         cache: what the model keeps of the prefix, after the prompt was read.
     """
-    if cache is None or not any(type(layer) in KNOWN_LAYERS for layer in getattr(cache, "layers", ())):
+    attending = [layer for layer in getattr(cache, "layers", ()) if type(layer) in KNOWN_LAYERS]
+    if not any(layer.is_initialized for layer in attending):
         return "there is no cache of attention states"
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         return f"its {type(cache).__name__} cannot be rolled back"

@@ -68,6 +68,16 @@ class Router(nn.Module):
             self.register_buffer(name, codes)
             self.register_buffer(f"{name}_scales", scales)
 
+    @torch.no_grad()
+    def to_float(self) -> None:
+        """Keep every int8 matrix as floats, of the type of its scales, from now on, so that it can be trained."""
+        matrices = {name: codes for name, codes in self.named_buffers() if codes.dtype == torch.int8}
+        for name, codes in matrices.items():
+            scales = getattr(self, f"{name}_scales")
+            delattr(self, name)
+            delattr(self, f"{name}_scales")
+            self.register_parameter(name, nn.Parameter((codes.float() * scales.float().unsqueeze(-1)).to(scales.dtype)))
+
 
 class LinearRouter(Router):
     """One learned row an expert, started at the mean of its rows: scores = R h + b."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_topk.convert import Recipe, convert_checkpoint
 
 SCRIPT = Path(sys.executable).with_name("hf-topk")
-COMMANDS = ("convert", "evaluate", "inspect", "generate", "bench", "demo")
+COMMANDS = ("convert", "evaluate", "inspect", "generate", "push", "bench", "demo")
 EVALUATE_KEYS = [
     "agreement",
     "top5_containment",
@@ -147,8 +147,14 @@ def test_help_names_every_option(printed: Callable[..., tuple[str, str]], monkey
     text, _ = printed("convert", "--help")
     for option in ("--text", "--expert-size", "--num-experts-per-tok", "--router", "--tail", "--combine", "--recipe"):
         assert option in text
-    for option in ("--resume", "--overwrite", "--json"):
+    for option in ("--push-to-hub", "--private", "--revision", "--create-pr", "--resume", "--overwrite", "--json"):
         assert option in text
+
+
+@pytest.mark.parametrize("arguments", [("push", "out", "me/x"), ("convert", "model", "new", "--push-to-hub", "me/x")])
+def test_does_not_push_offline(arguments: tuple[str, ...], refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(*arguments, parts=("cannot push to me/x offline", "HF_HUB_OFFLINE", "hf-topk push DIR REPO"))
 
 
 @pytest.mark.parametrize("arguments", [("zorglub",), ("convert",), ("evaluate", "out"), ("generate", "out", "--x")])

@@ -3,19 +3,20 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare_environment import python_without_the_package
 from helpers import QUICK, tiny_checkpoint, tiny_text
 from transformers import AutoModelForCausalLM
 
 from hf_topk.convert import Recipe, convert_checkpoint
 
 LOAD = """
-import json, sys
-sys.modules["hf_topk"] = sys.modules["triton"] = None  # as if they were not installed
+import importlib.util, json, sys
+assert importlib.util.find_spec("hf_topk") is None
+sys.modules["triton"] = None  # as if it was not installed either
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -44,8 +45,9 @@ def converted(tmp_path: Path) -> Path:
 
 def check_loads_without_the_package(folder: Path, modules: Path) -> None:
     assert (folder / "triton_kernels.py").is_file()  # nothing imports it before it is needed
+    python = python_without_the_package(modules.with_name("bare"))
     environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOAD, str(folder)]
+    command = [str(python), "-c", LOAD, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -102,7 +102,7 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         for window in windows:
             token_ids = torch.tensor([window.token_ids], device=model.device)
             dense, sparse = model(input_ids=token_ids, use_cache=False).logits
-            sums.experts_scored += _experts_scored(head, heads.hidden)
+            sums.experts_scored += experts_scored(head, heads.hidden)
             sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden)
             _add(sums, dense, sparse, token_ids[0])
             advance(len(window.token_ids))
@@ -162,8 +162,13 @@ def _calibration_error(bins: Tensor, predicted: int) -> float:
     return float((bins[:, 0] - bins[:, 1]).abs().sum()) / max(1, predicted)
 
 
-def _experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
-    """How many experts are scored at all positions together: hidden [N, d]."""
+def experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
+    """How many experts are scored at all positions together.
+
+    Args:
+        head: the sparse head.
+        hidden: hidden states, [N, d].
+    """
     if head.routed_mass >= 1:  # no need to ask the router once more
         return len(hidden) * head.num_experts_per_tok
     _, picked, is_used = head.pick(hidden)

@@ -1,0 +1,121 @@
+"""Agreement against bytes read: measured at a few k around the model's own, and drawn."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_topk.measure.fidelity import experts_scored
+from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import progress
+from hf_topk.text import Window
+
+from .calibrate import STATES_AT_ONCE, argmax, rank_experts, set_num_experts
+
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
+POSITIONS = 2048  # at most, or the windows that come next to so many
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 640, 360, 70, 50, 30  # pixels
+TICKS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the sparse head reaches at one k.
+
+    Attributes:
+        num_experts_per_tok: k.
+        agreement: on held-out documents of the sample.
+        bytes_read: for a position, as a share of the dense head's.
+        positions: number of positions measured.
+    """
+
+    num_experts_per_tok: int
+    agreement: float
+    bytes_read: float
+    positions: int
+
+
+@torch.inference_mode()
+def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window]) -> list[Point]:
+    """Agreement and bytes read at a quarter to four times the model's own k, on some of the held-out positions.
+
+    Args:
+        model: the converted model; its k is as it was once this returns.
+        held_out: windows of documents that the router has not seen.
+
+    Returns:
+        A point for each k, in their order.
+    """
+    head, chosen = model.head, model.head.num_experts_per_tok
+    total = sum(len(window.token_ids) for window in held_out)
+    dense = rank_experts(model, held_out[:: math.ceil(total / POSITIONS)])
+    order = dense.experts_needed.argsort()  # positions of a kind together: few turns then need the tail
+    batches = [(dense.states[some], dense.best[some]) for some in order.split(STATES_AT_ONCE)]
+    numbers = sorted({min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS})
+    points = []
+    with progress("Measuring at fewer and more experts", len(numbers) * len(order), "positions") as advance:
+        for k in numbers:
+            set_num_experts(model, k)
+            agreed = scored = 0
+            for states, best in batches:
+                agreed += int((argmax(head.greedy_logits(states)) == best).sum())
+                scored += experts_scored(head, states)
+                advance(len(best))
+            bytes_read = head.bytes_read(scored / len(order)) / head.dense_bytes()
+            points.append(Point(k, agreed / len(order), bytes_read, len(order)))
+    set_num_experts(model, chosen)
+    return points
+
+
+def draw(points: list[Point], chosen: int) -> str:
+    """The points as an SVG image.
+
+    Args:
+        points: in the order of their bytes.
+        chosen: the model's own k, which stands out.
+    """
+    x_ticks = _ticks([100 * point.bytes_read for point in points])
+    y_ticks = _ticks([100 * point.agreement for point in points], most=100)
+    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - MARGIN)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, MARGIN)
+    places = [(across(100 * point.bytes_read), up(100 * point.agreement), point) for point in points]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    return environment.get_template("agreement.svg.jinja").render(
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - MARGIN,
+        top=MARGIN,
+        bottom=HEIGHT - BOTTOM,
+        x_ticks=[(across(tick), f"{tick:.6g}") for tick in x_ticks],
+        y_ticks=[(up(tick), f"{tick:.6g}") for tick in y_ticks],
+        places=places,
+        chosen=chosen,
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Takes values to pixels."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def __call__(self, value: float) -> float:
+        return round(self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first), 1)
+
+
+def _ticks(values: list[float], most: float = math.inf) -> list[float]:
+    """Round numbers, evenly spaced, from below the least to above the largest value."""
+    low, high = min(values), min(most, max(values))
+    rough = max(high - low, 1e-3) / TICKS
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]

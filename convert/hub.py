@@ -1,0 +1,312 @@
+"""Uploads a converted model to the Hub: what can be refused first, then one commit, whole or not at all."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, constants, is_offline_mode
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's or httpx2's own
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.hub_card import CARD_FILE, named
+
+from .recipe import RECIPE_FILE, public_name
+from .source import open_source, read_json
+
+INTERRUPTED = 130  # exit code, as shells have it
+MAY_WRITE = ("write", "admin")  # roles of tokens that may write all that their owner may
+CACHES = ("__pycache__",)
+
+
+class UploadError(TopKExpertsError):
+    """An upload failed; the folder on this machine is whole, and the repository has all of it or nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """Where on the Hub a converted model goes.
+
+    Attributes:
+        repository: "owner/name", or the name alone for one of the user's own; it is made if there is none.
+        private: whether it is made private.
+        revision: the branch, which is made if there is none, or "refs/pr/NUMBER"; main if None.
+        create_pr: whether to open a pull request in place of committing.
+    """
+
+    repository: str
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Uploaded:
+    """What an upload made.
+
+    Attributes:
+        repository: "owner/name".
+        commit: its hash.
+        url: of the commit, or of the pull request.
+    """
+
+    repository: str
+    commit: str
+    url: str
+
+
+def push(folder: Path, destination: Destination) -> Uploaded:
+    """Upload a converted model's folder.
+
+    Args:
+        folder: as a conversion or `save_pretrained` has written it.
+        destination: where it goes.
+
+    Raises:
+        InputError: when the folder holds no whole converted model, or the destination is refused.
+        UploadError: when the upload fails.
+    """
+    _check_folder(folder)
+    return upload(folder, check_destination(destination))
+
+
+def check_destination(destination: Destination) -> Destination:
+    """Refuse beforehand what the Hub would refuse in the end: login, name, permission, revision.
+
+    Args:
+        destination: where a model is to go.
+
+    Returns:
+        The same, with the repository's owner named.
+
+    Raises:
+        InputError: when it is refused, or the Hub cannot be reached.
+    """
+    name = destination.repository
+    if destination.create_pr and destination.revision:
+        raise InputError("a pull request is opened against main: leave out --revision, or --create-pr")
+    if is_offline_mode():
+        raise InputError(
+            f"cannot push to {name} offline: unset HF_HUB_OFFLINE; a converted folder can be pushed later with "
+            "`hf-topk push DIR REPO`"
+        )
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"{name} is no name of a repository: write OWNER/NAME, as in me/gemma-topk") from error
+    with _explained(f"cannot push to {name}", InputError):
+        user = _api().whoami()
+        _check_token(user)
+        if "/" not in name:
+            destination = dataclasses.replace(destination, repository=f"{user['name']}/{name}")
+        _check_repository(destination, user)
+    return destination
+
+
+def upload(folder: Path, destination: Destination) -> Uploaded:
+    """Upload a folder that was checked to a destination that was checked, in one commit.
+
+    Args:
+        folder: a converted model's.
+        destination: where it goes, with the repository's owner named.
+
+    Raises:
+        UploadError: when it fails; the repository is as it was then, but for one or a branch that was made for it.
+    """
+    repository, api = destination.repository, _api()
+    again = f"{folder} is whole: push it again with `{_command(folder, destination)}`"
+    try:
+        with _explained(f"the upload to {repository} failed", UploadError, f"; {again}"):
+            files = _files(folder, repository)
+            size = sum(file.upload_info.size for file in files)
+            print(f"Uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {repository}", file=sys.stderr)
+            if not destination.create_pr:
+                api.create_repo(repository, private=destination.private or None, exist_ok=True)
+                if destination.revision and not destination.revision.startswith("refs/"):
+                    api.create_branch(repository, branch=destination.revision, exist_ok=True)
+            made = api.create_commit(
+                repository,
+                files,
+                commit_message=f"Upload a model converted with hf-topk {version('hf-topk')}",
+                revision=destination.revision,
+                create_pr=destination.create_pr,
+            )
+    except KeyboardInterrupt as interrupt:
+        error = UploadError(f"the upload to {repository} was interrupted; {again}")
+        error.exit_code = INTERRUPTED
+        raise error from interrupt
+    return Uploaded(repository, made.oid, made.pr_url or made.commit_url)
+
+
+def _api() -> HfApi:
+    return HfApi(library_name="hf-topk", library_version=version("hf-topk"))
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}: give the folder that `hf-topk convert` wrote")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model: there is no config.json in it")
+    found = read_json(folder / "config.json").get("model_type")
+    if found != TopKExpertsConfig.model_type:
+        raise InputError(
+            f"{folder} is a dense model ('{found}'), not a converted one: convert it with `hf-topk convert MODEL OUT`"
+        )
+    open_source(str(folder), folder)
+
+
+def _check_token(user: dict[str, Any]) -> None:
+    if _role(user) == "read":
+        raise InputError(
+            f"the token of {user['name']} may only read: make one that may write at "
+            f"{constants.ENDPOINT}/settings/tokens, and log in with `hf auth login`"
+        )
+
+
+def _role(user: dict[str, Any]) -> str | None:
+    """What a user's token may do, as far as the Hub says."""
+    return user.get("auth", {}).get("accessToken", {}).get("role")
+
+
+def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
+    name, api = destination.repository, _api()
+    try:
+        found = api.repo_info(name)
+    except RepositoryNotFoundError as error:
+        if isinstance(error, GatedRepoError):
+            raise
+        _check_new_repository(destination, user)
+        return
+    if destination.private and found.private is False:
+        raise InputError(
+            f"{name} is there and public: make it private at {constants.ENDPOINT}/{name}/settings, choose another "
+            "name, or leave out --private"
+        )
+    if not destination.create_pr:
+        _check_may_write(name, user)
+    if destination.revision and destination.revision.startswith("refs/"):
+        api.repo_info(name, revision=destination.revision)
+
+
+def _check_new_repository(destination: Destination, user: dict[str, Any]) -> None:
+    name = destination.repository
+    if destination.create_pr or (destination.revision or "").startswith("refs/"):
+        raise InputError(
+            f"there is no repository {name} that {user['name']} can see, so no pull request can be made there: check "
+            "the name, or push without --create-pr"
+        )
+    owner, _, rest = name.partition("/")
+    may_write_for = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+    if _role(user) in MAY_WRITE and owner not in may_write_for:
+        raise InputError(
+            f"{user['name']} cannot make a repository for {owner}: push to {user['name']}/{rest}, or log in as "
+            "somebody else with `hf auth login`"
+        )
+
+
+def _check_may_write(name: str, user: dict[str, Any]) -> None:
+    try:
+        _api().auth_check(name, write=True)
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 404 and not isinstance(error, RepositoryNotFoundError):
+            return  # a server that cannot tell beforehand
+        if status in (401, 403, 404):
+            raise InputError(
+                f"{user['name']} may not write to {name}: open a pull request with --create-pr, or push to "
+                f"{user['name']}/{name.rpartition('/')[2]}"
+            ) from error
+        raise
+
+
+def _files(folder: Path, repository: str) -> list[CommitOperationAdd]:
+    """What belongs to a model: neither hidden files, which caches and work folders are, nor byte code."""
+    files = []
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") or part in CACHES for part in place.parts):
+            content = _for_the_hub(path, repository) if place.parent == Path() else None
+            files.append(CommitOperationAdd(place.as_posix(), content or str(path.absolute())))
+    return files
+
+
+def _for_the_hub(path: Path, repository: str) -> bytes | None:
+    """A file as it is uploaded, if that is other than it lies here: names that hold on the Hub, too."""
+    if path.name == CARD_FILE:
+        return named(path.read_text(encoding="utf-8"), repository).encode()
+    if path.name == RECIPE_FILE:
+        with suppress(yaml.YAMLError, AttributeError, KeyError):  # somebody's own file
+            choices = yaml.safe_load(path.read_text(encoding="utf-8"))
+            choices["text"] = public_name(choices["text"])
+            return yaml.safe_dump(choices, sort_keys=False).encode()
+    return None
+
+
+def _command(folder: Path, destination: Destination) -> str:
+    """What to type to upload a folder."""
+    options = ["--private"] if destination.private else []
+    options += ["--revision", destination.revision] if destination.revision else []
+    options += ["--create-pr"] if destination.create_pr else []
+    return shlex.join(["hf-topk", "push", str(folder), destination.repository, *options])
+
+
+@contextmanager
+def _explained(what: str, kind: type[TopKExpertsError], ending: str = "") -> Iterator[None]:
+    """Turns the client's errors into one line each, without addresses, which may hold keys."""
+    try:
+        yield
+    except TopKExpertsError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise kind(f"{what}: {_reason(error)}{ending}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, and the way out."""
+    while not isinstance(error, HTTPError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"nobody is logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
+    if isinstance(error, UnicodeEncodeError):  # what is sent is the token
+        return "the token has letters that no token has: mend HF_TOKEN, or run `hf auth login --force`"
+    if isinstance(error, GatedRepoError):
+        return f"the repository is gated: ask for access on its page at {constants.ENDPOINT}"
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such revision: check --revision"
+    if isinstance(error, HfHubHTTPError):
+        return _reason_of_status(error)
+    if isinstance(error, HTTPError):
+        kind = type(error).__name__  # its message may hold headers, and so the token
+        return f"{constants.ENDPOINT} cannot be reached ({kind}): check the network, HF_ENDPOINT and HF_TOKEN"
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _reason_of_status(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    said = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
+    if status == 401:
+        return f"the Hub does not know the token{said}: run `hf auth login --force`, or mend HF_TOKEN, which wins"
+    if status == 403:
+        return f"the Hub forbids it{said}: the token needs the permission to write to this repository"
+    if status == 404:
+        return f"the Hub does not find it{said}: check the names"
+    if status == 429:
+        return f"the Hub gets too many requests from you{said}: wait a while"
+    if status >= 500:
+        return f"the Hub failed with status {status}{said}: wait a while"
+    return f"the Hub refused it with status {status}{said}"

@@ -1,0 +1,168 @@
+"""Tiny random models of any type that Transformers knows, made from its configuration class alone."""
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+VOCAB_SIZE = 100
+WIDTH, HEADS, KEY_VALUE_HEADS = 32, 4, 2
+HEAD_WIDTH = WIDTH // HEADS
+LAYERS, MOST_LAYERS = 2, 4
+MOST_POSITIONS = 128
+LARGEST_KEPT = 64  # whole numbers up to it stay, unless their names say what they are
+LOGIT_DEVIATION = 2.0
+END, PADDING, FIRST_OTHER_ID = 0, 1, 2
+PROBE = torch.tensor([[75, 67, 92, 58, 73, 81], [99, 63, 64, 82, 77, 96]])  # ids that stand for nothing
+TOKEN_IDS = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PADDING}
+
+# What a whole number becomes at most, by the first pattern that is found in its field's name.
+SIZES = (
+    (r"max_position|n_positions|n_ctx|max_seq|seq_len|max_target|max_source|model_max_length", MOST_POSITIONS),
+    (r"vocab|n_words|n_token", VOCAB_SIZE),
+    (r"num_kv_shared_layers", 0),
+    (r"offset|first_k_dense|num_dense_layers", 1),
+    (r"layers$|n_layer$|num_layers_per_stack|depth$", LAYERS),
+    (r"key_value_heads|kv_n_heads|num_kv_heads|num_query_groups|n_group|topk_group|mamba_n_?groups", KEY_VALUE_HEADS),
+    (r"heads$|n_head$", HEADS),
+    (r"head_dim|head_size|headdim|d_head|dim_head|d_kv|kv_channels|rotary_dim|query_pre_attn", HEAD_WIDTH),
+    (r"num_local_experts|num_experts$|n_routed_experts|zero_expert_num", 4),
+    (r"experts_per_tok|top_?k", 2),
+    (r"period|interval|every_n", 2),
+    (r"window|chunk|block_size", 8),
+)
+# Fields without which a model cannot be made, although their classes have no value for them.
+NEEDED: dict[str, Any] = {
+    "head_dim": HEAD_WIDTH,
+    "num_key_value_heads": KEY_VALUE_HEADS,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+}
+FLAGS = {"causal": True, "is_decoder": True}  # some classes are encoders unless told
+# What the configuration class of a type (also one within another) asks for beyond what can be told from its fields.
+HINTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"num_hidden_layers": LAYERS},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": KEY_VALUE_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "dots3_note_text": {"head_dim": 2 * HEAD_WIDTH, "per_layer_config": {}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_WIDTH,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
+    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "num_buckets": 2},
+    "xlstm": {"hidden_size": 128},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """A configuration of a type with every size as small as it can be.
+
+    Args:
+        model_type: as Transformers calls it.
+
+    Raises:
+        Exception: whatever the configuration's own class raises where it takes no such sizes.
+    """
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class(**_smaller(config_class()))
+
+
+@torch.no_grad()
+def tiny_model(auto_class: Any, model_type: str) -> PreTrainedModel:
+    """A random model of a type that reads text, with logits far enough apart to be told from noise.
+
+    Args:
+        auto_class: one of Transformers' Auto classes of models.
+        model_type: as Transformers calls it.
+
+    Raises:
+        Exception: whatever Transformers raises where there can be no such model, or it does not read text alone.
+    """
+    torch.manual_seed(0)
+    dense = auto_class.from_config(tiny_config(model_type)).eval()
+    deviation = dense(input_ids=PROBE).logits.float().std()
+    head = dense.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        head.weight.mul_(LOGIT_DEVIATION / deviation)
+    return dense
+
+
+def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
+    """Choices for a configuration that is like another one, but tiny."""
+    hints = HINTS.get(default.model_type, {})
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    fields = [field for field in dataclasses.fields(default) if field.name not in inherited]
+    alias = {own: name for name, own in default.attribute_map.items()}
+    # Not through its attributes: a value that differs from layer to layer cannot be asked for by name.
+    values = {
+        field.name: vars(default).get(default.attribute_map.get(field.name, field.name), field.default)
+        for field in fields
+    }
+    named = {alias.get(name, name): value for name, value in values.items()}
+    depth = named.get("num_hidden_layers", named.get("num_layers"))
+    kinds = {name: list(dict.fromkeys(value)) for name, value in values.items() if _is_of_layers(value, depth)}
+    layers = max([LAYERS, *(min(MOST_LAYERS, len(kind)) for kind in kinds.values())])
+    layers = hints.get("num_hidden_layers", layers)
+    choices: dict[str, Any] = {}
+    for number, field in enumerate(fields):
+        name, value = alias.get(field.name, field.name), values[field.name]
+        if isinstance(value, PreTrainedConfig):
+            choices[field.name] = type(value)(**_smaller(value))
+        elif field.name in kinds:  # each kind of layer, the last ones where there are too many
+            choices[field.name] = (kinds[field.name][:1] * layers + kinds[field.name])[-layers:]
+        elif name == "rope_parameters" and "mrope_section" in default.ignore_keys_at_rope_validation:
+            choices[field.name] = {**value, "mrope_section": _sections(value.get("partial_rotary_factor", 1.0))}
+        elif isinstance(value, list | tuple) and len(value) == depth and isinstance(field.default, list | tuple):
+            choices[field.name] = value[:layers]
+        elif name in FLAGS:
+            choices[field.name] = FLAGS[name]
+        elif value is None and name in NEEDED:
+            choices[field.name] = NEEDED[name]
+        elif value is None and name == "layer_types":
+            choices[field.name] = ["full_attention"] * layers
+        elif re.search(r"_(id|index)$", name) and (_is_number(value) or isinstance(value, list)):
+            choices[field.name] = TOKEN_IDS.get(name, FIRST_OTHER_ID + number % (VOCAB_SIZE // 2))
+        elif name in ("num_hidden_layers", "num_layers"):
+            choices[field.name] = layers
+        elif name == "num_key_value_heads" and value == named.get("num_attention_heads"):
+            choices[field.name] = HEADS
+        elif _is_number(field.default):  # others follow from these
+            choices[field.name] = _smaller_number(name, field.default)
+    return {**choices, **hints}
+
+
+def _is_of_layers(value: Any, depth: Any) -> bool:
+    """Whether a value says of each layer what kind it is."""
+    return isinstance(value, list | tuple) and len(value) == depth and isinstance(value[0], str)
+
+
+def _sections(rotary_share: float) -> list[int]:
+    """How the pairs of a head that are rotated are shared out among the three axes of an image."""
+    pairs = int(HEAD_WIDTH * rotary_share) // 2
+    return [pairs // 3, pairs // 3, pairs - 2 * (pairs // 3)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _smaller_number(name: str, value: Any) -> int:
+    for pattern, size in SIZES:
+        if re.search(pattern, name):
+            return min(value, size)
+    return value if value <= LARGEST_KEPT else WIDTH

@@ -1,0 +1,233 @@
+"""Joint training: router and combiner learn to follow the head while the model is trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
+from .head import TopKExpertsHead
+
+LOGITS_AT_ONCE = 1 << 25
+LEVEL_WEIGHT = 0.01  # as in distillation
+
+logger = logging.get_logger(__name__)
+
+
+class JointTrainingMixin:
+    """Lets a converted model be trained whole: the dense model, its head, and the head's router and combiner."""
+
+    base: PreTrainedModel
+    config: TopKExpertsConfig
+
+    @contextmanager
+    def joint_training(self, router_loss_coef: float = 1.0, balance_loss_coef: float = 0.0) -> Iterator[None]:
+        """For a while, train router and combiner with the model, whatever trains it.
+
+        In training mode, and with gradients on, two terms come with the loss of every token. They train router and
+        combiner alone, and are means over the very tokens that the loss is a mean over:
+
+        - distillation: the KL divergence of the router's distribution over experts and always-on tokens from the dense
+          head's, as it is at this step, plus that of the combiner if the head has one (Hinton et al. 2015,
+          https://arxiv.org/abs/1503.02531);
+        - balance: M sum_e f_e P_e, where f_e is expert e's share of what is picked in the batch and P_e the
+          router's probability; 1 where all experts are alike (Fedus et al. 2021, https://arxiv.org/abs/2101.03961,
+          equation 4, here for several picked experts).
+
+        A router that was kept as int8 is in floats meanwhile, also in checkpoints, and rounded again at the end. The
+        tail stays as it was. Make optimizers that are not made by a trainer inside.
+
+        Args:
+            router_loss_coef: weight of the distillation, in units of the loss of a token.
+            balance_loss_coef: weight of the balance term.
+
+        Raises:
+            InputError: when a weight is negative or both are 0, the router's kind is not trained, or something was put
+                around the head; while training, when the model's output has no loss.
+        """
+        head: TopKExpertsHead = cast(Any, self).head
+        if min(router_loss_coef, balance_loss_coef) < 0 or router_loss_coef + balance_loss_coef <= 0:
+            raise InputError("router_loss_coef and balance_loss_coef cannot be negative, and one must be above 0")
+        was_int8 = self.config.router_int8
+        if was_int8:
+            head.router.to_float()
+            self.config.router_int8 = False
+        loss = _JointLoss(head, router_loss_coef, balance_loss_coef)
+        try:
+            with loss.beside(self, self.base.base_model):
+                yield
+        finally:
+            if was_int8:
+                head.router.to_int8(head.weight.dtype)
+                self.config.router_int8 = True
+
+
+@dataclass
+class _JointLoss:
+    """What is added to a model's loss.
+
+    Attributes:
+        head: its router, and its combiner if it has one, are trained.
+        router_coef: weight of the distillation.
+        balance_coef: weight of the balance term.
+        hidden: what last entered the head, or would have, [B, T, d].
+        passes: how often terms were added.
+    """
+
+    head: TopKExpertsHead
+    router_coef: float
+    balance_coef: float
+    hidden: Tensor | None = None
+    passes: int = 0
+
+    @contextmanager
+    def beside(self, model: Any, body: nn.Module) -> Iterator[None]:
+        """For a while, add the terms to what a model returns.
+
+        Args:
+            model: the converted model.
+            body: the part of it that makes hidden states.
+
+        Raises:
+            InputError: when the router's kind is not trained.
+        """
+        parameters = self.head.router.trainable()
+        if not parameters:
+            raise InputError("a centroid router is not trained: convert with another kind, or train without it")
+        if self.head.combine == "learned":
+            parameters += self.head.combiner.parameters()
+        bias = self.head.router.bias.detach().clone()
+        hooks = [
+            body.register_forward_hook(self._see_output),
+            self.head.register_forward_pre_hook(self._see_input),  # which has the last word where the head is run
+            model.register_forward_hook(self._add_to, with_kwargs=True),
+        ]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_()
+            yield
+            was_called = self.passes > 0 or self.hidden is not None
+            if was_called and bias.equal(self.head.router.bias):
+                logger.warning(
+                    "The router is as it was before joint training. Make the optimizer inside `joint_training`, so "
+                    "that it has the router's parameters, and call the model itself, not its `forward`."
+                )
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in parameters:
+                parameter.requires_grad_(False).grad = None
+
+    def _see_output(self, body: nn.Module, inputs: Any, output: Any) -> None:
+        self.hidden = getattr(output, "last_hidden_state", self.hidden)
+
+    def _see_input(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.hidden = inputs[0]
+
+    def _add_to(self, model: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
+        """Add the terms to the loss, or to the tokens' log-probabilities where a trainer makes the loss of those."""
+        hidden, self.hidden = self.hidden, None
+        if hidden is None or not (model.training and torch.is_grad_enabled()):
+            return output
+        labels, is_shifted = given.get("shift_labels"), given.get("shift_labels") is not None
+        labels = labels if is_shifted else given.get("labels")
+        log_probs = getattr(output, "log_probs", None)
+        has_loss = log_probs is not None or getattr(output, "loss", None) is not None
+        if labels is None or not has_loss or not isinstance(output, ModelOutput):
+            raise InputError(
+                "joint training adds to the model's own loss, and there is none: pass labels by name, and leave out "
+                "return_dict=False, label_smoothing_factor and compute_loss_func"
+            )
+        if not is_shifted:
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        has_label = (labels != -100).to(hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            terms = self.terms(hidden[has_label].detach())
+        self.passes += 1
+        if log_probs is not None:
+            weighed = torch.zeros(has_label.shape, device=terms.device).masked_scatter(has_label, terms)
+            output["log_probs"] = _WeighedAlike.apply(log_probs, weighed.to(log_probs.device))
+        else:
+            count = given.get("num_items_in_batch")
+            added = terms.sum() / torch.as_tensor(max(1, len(terms)) if count is None else count).to(terms.device)
+            output["loss"] = output["loss"] + added.to(output["loss"].device)
+        return output
+
+    def terms(self, hidden: Tensor) -> Tensor:
+        """What each position adds to the loss: [N, d] to fp32 [N]."""
+        head = self.head
+        masses, scores = expert_masses(head, hidden), head.router(hidden)
+        terms = self.router_coef * _divergence(_with_always_on(scores, masses), masses)
+        if head.combine == "learned":
+            terms = terms + self.router_coef * _divergence(_combined(head, hidden, masses), masses)
+        return terms + self.balance_coef * _imbalance(scores, head.num_experts_per_tok)
+
+
+class _WeighedAlike(torch.autograd.Function):
+    """Passes values on as they are, and has terms weigh in the loss as much as the values do, and never less than 0."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, terms: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, gradient.abs().float()
+
+
+@torch.no_grad()
+def expert_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
+    """What a perfect router would score, and the always-on tokens' mass if there are any.
+
+    Args:
+        head: its dense logits count, before anything that the model does to them.
+        hidden: hidden states, [N, d].
+
+    Returns:
+        Log-sum-exp of the dense logits of each expert, and of the always-on tokens last: fp32 [N, M] or [N, M + 1].
+    """
+    weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
+    masses = []
+    for some in hidden.split(max(1, LOGITS_AT_ONCE // head.out_features)):
+        logits = F.linear(some, weight, bias).float()
+        by_expert = head.mask_padding(logits[:, head.expert_ids], head.expert_ids).logsumexp(dim=-1)
+        always = [logits[:, head.always_on_ids].logsumexp(dim=-1, keepdim=True)] if head.num_always_on else []
+        masses.append(torch.cat([by_expert, *always], dim=-1))
+    return torch.cat(masses)
+
+
+def _with_always_on(scores: Tensor, masses: Tensor) -> Tensor:
+    return torch.cat([scores, masses[:, scores.shape[1] :]], dim=-1)
+
+
+def _divergence(predicted: Tensor, masses: Tensor) -> Tensor:
+    """KL divergence of what is predicted from the true masses, and a little for being off their level: [N]."""
+    kl = F.kl_div(predicted.log_softmax(-1), masses.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
+    return kl + LEVEL_WEIGHT * (predicted.logsumexp(-1) - masses.logsumexp(-1)).square()
+
+
+def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:
+    """The masses that experts and always-on tokens have in the sparse head's logits, for the combiner to learn."""
+    with torch.no_grad():
+        scores, top, is_used = head.pick(hidden)
+        exact, estimated = masses.gather(1, top), scores.gather(1, top)
+        unused = torch.zeros_like(top, dtype=torch.bool) if is_used is None else ~is_used
+        totals = (values.masked_fill(unused, -torch.inf).logsumexp(-1, keepdim=True) for values in (exact, estimated))
+        offset = torch.sub(*totals)
+    shifts, tail_scores = head.combiner(scores + offset, top, estimated - exact + offset)
+    return _with_always_on(tail_scores.scatter(1, top, exact + shifts), masses)
+
+
+def _imbalance(scores: Tensor, picked: int) -> Tensor:
+    """How much the router prefers what is picked most, for each position; 1 where all experts are alike: [N]."""
+    num_experts = scores.shape[1]
+    counts = scores.topk(picked, dim=-1).indices.flatten().bincount(minlength=num_experts)
+    return num_experts * scores.softmax(dim=-1) @ (counts / counts.sum().clamp_min(1))

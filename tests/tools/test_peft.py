@@ -1,0 +1,108 @@
+"""peft: LoRA on a converted model, saved, loaded and merged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_converted, tiny_dense
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_topk import InputError, TopKExpertsForCausalLM, TopKExpertsHead
+
+IDS = torch.randint(2, 98, (4, 16), generator=torch.Generator().manual_seed(0))
+PROMPT = IDS[:1, :6]
+CHOICES: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Warned of by peft itself, at every call.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def adapted(target_modules: Any, base: TopKExpertsForCausalLM | None = None, **choices: Any) -> PeftModel:
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, init_lora_weights=False, **choices)
+    return get_peft_model(base or tiny_converted(), config)
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+def train(model: Any, steps: int = 10) -> list[float]:
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"), [("all-linear", PROJECTIONS), (["q_proj", "v_proj"], {"q_proj", "v_proj"})]
+)
+def test_saved_loaded_and_merged(targets: Any, expected: set[str], tmp_path: Path) -> None:
+    model = adapted(targets)
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert names == expected
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    expected_logits, tokens = logits_of(model), model.generate(input_ids=PROMPT, **CHOICES)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(tiny_converted(), tmp_path / "adapter")
+    assert logits_of(loaded).equal(expected_logits)
+    assert loaded.generate(input_ids=PROMPT, **CHOICES).equal(tokens)
+    lossless = loaded.generate(input_ids=PROMPT, lossless=True, **CHOICES)
+    assert loaded.get_base_model().last_generation_stats is not None
+    loaded.get_base_model().head_mode = "dense"
+    assert lossless.equal(loaded.generate(input_ids=PROMPT, **CHOICES))
+    loaded.get_base_model().head_mode = "auto"
+    merged = loaded.merge_and_unload()
+    assert isinstance(merged, TopKExpertsForCausalLM)
+    torch.testing.assert_close(logits_of(merged), expected_logits, rtol=1e-4, atol=1e-4)
+    assert merged.generate(PROMPT, **CHOICES).equal(tokens)
+    merged.save_pretrained(tmp_path / "merged")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    for ids in (IDS, PROMPT):  # dense, and sparse
+        assert logits_of(again, ids).equal(logits_of(merged, ids))
+
+
+def test_router_is_trained_with_an_adapter() -> None:
+    model = adapted(["q_proj", "v_proj"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with model.get_base_model().joint_training():
+        train(model)
+    after = model.merge_and_unload(safe_merge=True).head.router.state_dict()
+    changed = [name for name in after if not after[name].equal(before[f"base_model.model.base.lm_head.router.{name}"])]
+    assert sorted(changed) == ["bias", "down", "up"]
+
+
+def test_an_adapted_head_works_once_merged(tmp_path: Path) -> None:
+    model = adapted(["q_proj", "lm_head"], tiny_converted(tiny_dense(tied=False)))
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    with pytest.raises(InputError, match="merge it first"):
+        model.generate(input_ids=PROMPT, **CHOICES)
+    expected = logits_of(model)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.head, TopKExpertsHead)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generate(PROMPT, **CHOICES).equal(merged.generate(PROMPT, **CHOICES))
+
+
+@pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True:UserWarning")
+@pytest.mark.parametrize("choices", [{}, {"ensure_weight_tying": True}])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
+def test_refuses_to_adapt_what_is_tied(targets: list[str], choices: dict[str, Any]) -> None:
+    model = adapted(targets, **choices)
+    with pytest.raises(InputError, match="one tensor in this model"):
+        train(model)
