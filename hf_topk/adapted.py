@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from .errors import InputError
@@ -11,13 +12,15 @@ from .nucleus import SelectingTopPLogitsWarper
 class RefusingNothing(LogitsProcessor):
     """Raises an error where the processors before it left no token, as a grammar may do with a model without a tail."""
 
+    supports_continuous_batching = True
+
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Check scores [B, V], and return them as they are.
 
         Raises:
             InputError: when no score of a row is finite.
         """
-        if not scores.isfinite().any(dim=-1).all():
+        if not torch.compiler.is_compiling() and not scores.isfinite().any(dim=-1).all():
             raise InputError(
                 "none of the tokens that are allowed here was scored, and without a tail all others are impossible: "
                 "convert with another --tail than none, or generate with head_mode 'dense' or lossless=True"
@@ -26,7 +29,7 @@ class RefusingNothing(LogitsProcessor):
 
 
 def adapt(found: LogitsProcessorList, has_tail: bool) -> LogitsProcessorList:
-    """Put what is quicker, or safer, in the place of Transformers' own.
+    """Put what is quicker, or safer, in the place of Transformers' own; not to be used where sums have to be the same.
 
     Args:
         found: what Transformers made of the choices of a generation; changed.

@@ -294,8 +294,13 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)
-        # Lossless, it is the very sums of the dense model.
         return found if self._is_lossless else adapt(found, self.head.tail is not None)
+
+    def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Start continuous batching as Transformers does; raises an InputError if that was to be lossless."""
+        if self.head_mode != "dense" and (self._is_lossless or self._asks_for_lossless(None, generation_config)):
+            raise InputError("continuous batching is not lossless: generate without it, or set head_mode to 'dense'")
+        return cast(Any, super()).init_continuous_batching(generation_config, *args, **kwargs)
 
     def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
         self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any

@@ -23,6 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 0},
     "nucleus sampling": {"do_sample": True, "top_p": 0.8, "temperature": 0.7},
+    "min-p sampling": {"do_sample": True, "min_p": 0.1, "top_k": 0},
     "several samples": {"do_sample": True, "num_return_sequences": 3},
     "beams": {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
     "sampled beams": {"do_sample": True, "num_beams": 3},

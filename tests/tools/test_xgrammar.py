@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 import xgrammar
-from helpers import tiny_converted, tiny_dense
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from helpers import character_tokenizer, tiny_converted, tiny_dense
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from xgrammar.contrib.hf import LogitsProcessor
@@ -29,13 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {"greedy": {"do_sample": False}, "sampling": {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A character is a token; three rows of the models' vocabulary have none."""
-    vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{chr(32 + number): number + 2 for number in range(95)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    special = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<pad>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
+    return character_tokenizer()
 
 
 @pytest.fixture(scope="module")
