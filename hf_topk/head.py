@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, cast
 
@@ -16,12 +15,14 @@ from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .kernels import expert_dot, shared_rows_dot
 from .routers import ROUTERS
+from .scored import Scored
 from .tails import TAILS
 
 HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
 # again, large ones are fetched from the system anew each time.
 LOGITS_AT_ONCE = 1 << 20
+SCORED_AT_ONCE = 64  # positions whose experts' rows are gathered once for all of them
 
 
 class TopKExpertsHead(nn.Linear):
@@ -120,7 +121,8 @@ class TopKExpertsHead(nn.Linear):
 
     def forward_for_argmax(self, hidden: Tensor) -> Tensor:
         """As [`TopKExpertsHead.forward`], but that only the argmax is right; see [`greedy_logits`]."""
-        return self._logits(hidden, self.greedy_logits)
+        # What an accelerator computes must not be waited for.
+        return self._logits(hidden, self.greedy_logits if hidden.device.type == "cpu" else self.sparse_logits)
 
     def _logits(self, hidden: Tensor, sparse_logits: Callable[[Tensor], Tensor]) -> Tensor:
         flat = hidden.reshape(-1, self.in_features)
@@ -164,7 +166,7 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits, [N, V], in the type of `hidden`.
         """
-        return self._in_turns(hidden, lambda some: self._all_logits(some, self._scored(some)))
+        return self._in_turns(hidden, self._all_logits)
 
     def greedy_logits(self, hidden: Tensor) -> Tensor:
         """Logits with the argmax of [`sparse_logits`]; the tail is computed where it could win, else minus infinity.
@@ -175,18 +177,19 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits, [N, V], in the type of `hidden`.
         """
+        return self._in_turns(hidden, self._logits_for_argmax)
 
-        def logits(hidden: Tensor) -> Tensor:
-            scored = self._scored(hidden)
-            return self._all_logits(hidden, scored, with_tail=self._may_win(scored))
-
-        return self._in_turns(hidden, logits)
-
-    def _in_turns(self, hidden: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def _in_turns(self, hidden: Tensor, logits: Callable[[Tensor, Scored], Tensor]) -> Tensor:
+        """Score many positions at once, since they have rows in common, and make the logits of a few at once."""
         at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
-            return logits(hidden)
-        return torch.cat([logits(some) for some in hidden.split(at_once)])
+            return logits(hidden, self._scored(hidden))
+        parts = []
+        for some in hidden.split(max(at_once, SCORED_AT_ONCE)):
+            scored = self._scored(some)
+            few = [slice(start, start + at_once) for start in range(0, len(some), at_once)]
+            parts += [logits(some[positions], scored.part(positions)) for positions in few]
+        return torch.cat(parts)
 
     def draft_logits(self, hidden: Tensor, is_greedy: bool = False) -> tuple[Tensor, Tensor]:
         """Sparse logits, and how unsure the router is that the next token is among those that were scored.
@@ -200,16 +203,17 @@ class TopKExpertsHead(nn.Linear):
         """
         scored = self._scored(hidden)
         outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1)
-        logits = self._all_logits(hidden, scored, with_tail=not is_greedy or self._may_win(scored))
+        logits = self._logits_for_argmax(hidden, scored) if is_greedy else self._all_logits(hidden, scored)
         inside = torch.cat([scored.always.float(), scored.masses], dim=-1).logsumexp(dim=-1)
         return logits, torch.sigmoid(outside - inside)
 
-    def _scored(self, hidden: Tensor) -> "Scored":
+    def _scored(self, hidden: Tensor) -> Scored:
         """Route, and compute what is scored."""
         scores, top, top_scores, is_used = self._pick(hidden)
         # Logits [N, A] and [N, k, S].
         always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
-        masses = self.mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
+        ids = self.expert_ids[top]
+        masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
         if is_used is not None:
             masses, top_scores = (values.masked_fill(~is_used, -torch.inf) for values in (masses, top_scores))
@@ -218,17 +222,25 @@ class TopKExpertsHead(nn.Linear):
         shifts, tail_scores = self._combine(scores, top, disagreement, offset)
         if shifts is not None:
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
-        return Scored(always, routed, top, tail_scores, masses)
+        return Scored(always, routed, ids, top, tail_scores, masses)
 
-    def _may_win(self, scored: "Scored") -> bool:
-        """Whether an unscored token could be the likeliest: none is likelier than all of its expert."""
+    def tail_may_win(self, scored: Scored) -> Tensor:
+        """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
         outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1)
         best = scored.routed.flatten(1).amax(dim=-1)
         if self.num_always_on:
             best = torch.maximum(best, scored.always.amax(dim=-1))
-        return self.tail is not None and bool((outside >= best).any())
+        return outside >= best
 
-    def _all_logits(self, hidden: Tensor, scored: "Scored", with_tail: bool = True) -> Tensor:
+    def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
+        """Logits with the tail at those positions alone where it could win, [N, V]."""
+        logits = self._all_logits(hidden, scored, with_tail=False)
+        if self.tail is not None and (may_win := self.tail_may_win(scored)).any():
+            doubtful = may_win.nonzero().squeeze(-1)
+            logits[doubtful] = self._all_logits(hidden[doubtful], scored.part(doubtful))
+        return logits
+
+    def _all_logits(self, hidden: Tensor, scored: Scored, with_tail: bool = True) -> Tensor:
         """The scored tokens' logits and everyone else's tail, [N, V]."""
         shape, dtype = (hidden.shape[0], self.out_features), scored.always.dtype
         if self.tail is None or not with_tail:
@@ -238,7 +250,7 @@ class TopKExpertsHead(nn.Linear):
             within = self._normalise(self.tail(hidden)) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
             logits.scatter_(1, self.expert_ids.flatten().expand(shape[0], -1), within.flatten(1).to(dtype))
         logits.index_copy_(1, self.always_on_ids, scored.always)
-        return logits.scatter_(1, self.expert_ids[scored.experts].flatten(1), scored.routed.flatten(1))
+        return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
 
     def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Pick the experts to score.
@@ -349,25 +361,6 @@ class TopKExpertsHead(nn.Linear):
         """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
         everything: dict[str, Tensor] = self.state_dict()
         return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the head computed exactly, and what it takes to tell the rest.
-
-    Attributes:
-        always: logits of the always-on tokens, [N, A].
-        routed: logits of the picked experts' tokens, [N, k, S].
-        experts: the picked experts, [N, k] int64.
-        tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
-        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]; minus infinity for a place that is not used.
-    """
-
-    always: Tensor
-    routed: Tensor
-    experts: Tensor
-    tail_scores: Tensor
-    masses: Tensor
 
 
 def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:

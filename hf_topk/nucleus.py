@@ -24,7 +24,8 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
         if scores.device.type != "cpu":
             return super().__call__(input_ids, scores)
         probabilities = scores.softmax(dim=-1)
-        depths = scores.amax(dim=-1, keepdim=True) - scores
+        best = scores.amax(dim=-1, keepdim=True)
+        depths = (best - scores).nan_to_num_(nan=0.0)  # of infinite scores, where nothing is allowed
         bins = depths.mul_(BINS_A_NAT).clamp_(max=BINS - 1).long()
         mass = torch.zeros(len(scores), BINS, dtype=probabilities.dtype).scatter_add_(1, bins, probabilities)
         in_bin_or_below = mass.flip(-1).cumsum(dim=-1).flip(-1)
@@ -37,5 +38,6 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
             below = in_bin_or_below[row, edge] - mass[row, edge]
             is_out = below + ascending.values.cumsum(dim=-1) <= 1 - self.top_p
             removed[row, at_edge[ascending.indices]] = is_out
-        best = scores.topk(min(self.min_tokens_to_keep, scores.shape[-1]), dim=-1).values[:, -1:]
+        if self.min_tokens_to_keep > 1:
+            best = scores.topk(min(self.min_tokens_to_keep, scores.shape[-1]), dim=-1).values[:, -1:]
         return cast(Tensor, scores).masked_fill(removed & (scores < best), self.filter_value)

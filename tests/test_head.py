@@ -360,14 +360,16 @@ def test_greedy_logits_need_the_tail_only_where_it_could_win(monkeypatch: pytest
     head, hidden = make_head(num_experts_per_tok=2), make_hidden(0, 1)
     runs: list[int] = []
     tail = head.tail.forward
-    monkeypatch.setattr(head.tail, "forward", lambda hidden: runs.append(1) or tail(hidden))
+    monkeypatch.setattr(head.tail, "forward", lambda hidden: runs.append(len(hidden)) or tail(hidden))
     head.weight[head.always_on_ids] = hidden  # sure
     head.greedy_logits(hidden)
     assert not runs
     head.weight[head.always_on_ids] = -hidden  # and anything but
     head.weight[head.expert_ids[picked_experts(head, hidden)[0]].unique()] = -hidden
     head.greedy_logits(hidden)
-    assert runs
+    assert runs == [1]
+    head.greedy_logits(torch.cat([-hidden, hidden, -hidden]))
+    assert runs == [1, 1]
 
 
 @pytest.mark.parametrize(("combine", "share"), [("exact", 1.0), ("router", 0.5), ("learned", 0.5), ("router", 1.0)])

@@ -35,7 +35,6 @@ def test_keeps_what_sorting_keeps(
         ours, theirs = (one[row].isfinite() for one in (kept, expected))
         sums = scores[row].double().softmax(-1).sort().values.cumsum(-1)
         is_near_threshold = bool(((sums - 1 + top_p).abs() < 1e-5).any())
-        # Which of equals stays is anyone's choice, and a sum is rounded: as many tokens, or as much probability.
         # Which of equals stays is anyone's choice, and so is the last one where a sum is rounded.
         probabilities = scores[row].double().softmax(-1)
         only_ours, only_theirs = (probabilities[one] for one in (ours & ~theirs, theirs & ~ours))
@@ -51,6 +50,12 @@ def test_by_hand() -> None:
     kept = SelectingTopPLogitsWarper(0.9)(None, scores).isfinite()
     assert kept.tolist() == [[True, False, True, True], [True, False, False, False]]
     assert SelectingTopPLogitsWarper(0.9, min_tokens_to_keep=2)(None, scores).isfinite()[1].sum() == 2
+
+
+@pytest.mark.parametrize("score", [-torch.inf, torch.inf])
+def test_where_nothing_is_allowed_it_does_as_sorting_does(score: float) -> None:
+    scores = torch.full((2, 50), score)
+    assert SelectingTopPLogitsWarper(0.9)(None, scores).shape == TopPLogitsWarper(0.9)(None, scores).shape
 
 
 @pytest.mark.parametrize("lossless", [False, True])

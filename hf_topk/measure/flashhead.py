@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..kernels import gather_dot
+from ..kernels import expert_dot
 
 CLUSTER_SIZE = 16
 CLUSTERS_A_PROBE = 16
@@ -60,9 +60,10 @@ class FlashHead:
 
     def next_tokens(self, hidden: Tensor) -> Tensor:
         """The likeliest token of those probed: hidden [N, d] to token ids, [N] int64."""
-        ids = self.cluster_ids[self.probe(hidden)].flatten(1)
-        logits = gather_dot(hidden.to(self.weight), self.weight, self.bias, ids)
-        return ids.gather(1, logits.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        probed = self.probe(hidden)
+        hidden, nothing = hidden.to(self.weight), probed.new_empty(0)
+        _, logits = expert_dot(hidden, self.weight, self.bias, nothing, self.cluster_ids, probed)
+        return self.cluster_ids[probed].flatten(1).gather(1, logits.flatten(1).argmax(dim=-1, keepdim=True)).squeeze(-1)
 
     def bytes_read(self) -> int:
         """Bytes of centroids and rows of the head touched for one position."""

@@ -1,0 +1,29 @@
+"""What the sparse head computes exactly at some positions."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Scored(NamedTuple):
+    """What the head computed exactly, and what it takes to tell the rest.
+
+    Attributes:
+        always: logits of the always-on tokens, [N, A].
+        routed: logits of the picked experts' tokens, [N, k, S].
+        ids: token ids of those, [N, k, S] int64.
+        experts: the picked experts, [N, k] int64.
+        tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
+        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]; minus infinity for a place that is not used.
+    """
+
+    always: Tensor
+    routed: Tensor
+    ids: Tensor
+    experts: Tensor
+    tail_scores: Tensor
+    masses: Tensor
+
+    def part(self, positions: Tensor | slice) -> "Scored":
+        """The same at some of the positions."""
+        return Scored(*(tensor[positions] for tensor in self))
