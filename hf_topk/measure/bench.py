@@ -70,7 +70,8 @@ def bench(
     """Measure a converted model beside its dense model and the methods of others.
 
     Args:
-        own: a converted model; its head mode becomes "auto" and its generation config an empty one.
+        own: a converted model; its head mode and generation config change, and up to how many positions it is sparse is
+            measured anew.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
 
@@ -80,16 +81,19 @@ def bench(
     """
     choices = choices or Choices()
     models = Competitors.of(own)
+    states = states_of(models)
+    models.choose_sparse_max_positions(states)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
-    heads, rounds = Heads(models, states_of(models), choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
+    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
     timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
+    timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
     stats = decoding.stats
     return {
         **_circumstances(models, own),
-        **{name: timed[name].figures() for name in ("head", "e2e", "e2e_compiled", "sampling")},
+        **{name: timed[name].figures() for name in ("head", "prompt", "e2e", "e2e_compiled", "sampling")},
         "batches": {size: {**head.figures(), **e2e.figures()} for size, (head, e2e) in batches.items()},
         "ratios": {
             **{name: one.ratios() for name, one in timed.items()},
@@ -99,6 +103,12 @@ def bench(
             "dense_passes_per_token": stats.dense_passes_per_token,
             "body_steps_per_token": stats.body_steps_per_token,
             "acceptance": stats.acceptance,
+        },
+        "tail_share": heads.tail_share(),
+        "sparse_max_positions": {
+            name: getattr(models, name).head.sparse_max_positions
+            for name in ("sparse", "sparse_default_tail")
+            if getattr(models, name) is not None
         },
         "added_memory_share": models.sparse.head.added_bytes() / own.head.dense_bytes(),
         "added_memory_share_default_tail": own.head.added_bytes() / own.head.dense_bytes(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
-from ..configuration_topk_experts import TopKExpertsConfig
+from ..configuration_topk_experts import HeadMode, TopKExpertsConfig
 from ..lossless import LosslessStats
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from .competitors import Competitors, NoHead
@@ -16,7 +16,7 @@ from .timing import Spread, TokenClock, interleaved
 
 PROMPT_LENGTH = 16  # tokens
 NEW_TOKENS = 32  # after the first one, whose time is that of reading the prompt
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 OVERHEAD_ROUNDS = 2000
 
 PROMPT_STATS = LosslessStats(tokens=-1, body_steps=-1, dense_passes=-1)  # takes away what is not timed
@@ -52,11 +52,12 @@ class Decoding:
 
     def sampling(self) -> dict[str, Spread]:
         """Sampling with a temperature and top-p."""
-        return self._measure(self._decoders("dense", "sparse", "sparse_default_tail", **SAMPLING), "Sampling")
+        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **SAMPLING)
+        return self._measure(decoders, "Sampling")
 
     def batch(self, size: int) -> dict[str, Spread]:
         """Greedy decoding of several sequences at once, in head mode "auto"."""
-        decoders = self._decoders("dense", "sparse", "sparse_default_tail")
+        decoders = self._decoders("dense", "sparse", "sparse_default_tail", head_mode="auto")
         names = {"dense": "dense", "sparse": "auto", "sparse_default_tail": "auto_default_tail"}
         renamed = {names[name]: decoder for name, decoder in decoders.items()}
         return self._measure(renamed, f"Decoding a batch of {size}", size)
@@ -69,13 +70,13 @@ class Decoding:
         """
         compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
         compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
-        choices = {"cache_implementation": "static", "compile_config": compile_config}
+        choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
         decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **choices)
         return self._measure(decoders, "Decoding, compiled")
 
-    def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:
+    def _decoders(self, *names: str, head_mode: HeadMode = "sparse", **choices: Any) -> dict[str, Decoder]:
         models = {name: getattr(self._models, name) for name in names}
-        return {name: _decoder(model, **choices) for name, model in models.items() if model is not None}
+        return {name: _decoder(model, head_mode, **choices) for name, model in models.items() if model is not None}
 
     def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
         def prompts() -> Tensor:
@@ -93,10 +94,12 @@ class Decoding:
         return run
 
 
-def _decoder(model: Any, **choices: Any) -> Decoder:
+def _decoder(model: Any, head_mode: HeadMode = "sparse", **choices: Any) -> Decoder:
     """Decodes from prompts [B, T], and returns tokens a second of all rows together."""
 
     def run(prompts: Tensor) -> float:
+        if isinstance(model, TopKExpertsForCausalLM):
+            model.head_mode = head_mode
         clock = TokenClock()
         mask = torch.ones_like(prompts)
         model.generate(prompts, attention_mask=mask, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)

@@ -19,6 +19,7 @@ from .timing import Spread, head_seconds
 Head = Callable[[Tensor], Any]
 
 PICKS = 256  # states whose picks the parts go through
+PROMPT_POSITIONS = 256
 
 # Named in the results by the faster of its ways to run.
 BEST_OF = {"dense": ("dense_bfloat16", "dense_float32"), "int8": ("int8_eager", "int8_compiled")}
@@ -97,6 +98,25 @@ class Heads:
             runs[f"auto{tail}"] = _auto(head)
         return runs
 
+    def prompt(self, rounds: int) -> dict[str, Spread]:
+        """Time the dense head and ours in head mode "auto" on as many positions as a prompt has.
+
+        Args:
+            rounds: calls of each.
+
+        Returns:
+            Seconds a call, by name.
+        """
+        runs: dict[str, Head] = {"dense": self._sparse.dense_logits, "auto": _auto(self._sparse)}
+        if self._default is not None:
+            runs["auto_default_tail"] = _auto(self._default)
+        return head_seconds(runs, self.states, PROMPT_POSITIONS, rounds, f"Timing the head, {PROMPT_POSITIONS} at once")
+
+    def tail_share(self) -> float:
+        """Share of the states at which the tail could win, so that greedy decoding computes it."""
+        needed = [self._sparse.tail_may_win(self._sparse.score(some)) for some in self.states.split(PICKS)]
+        return float(torch.cat(needed).float().mean())
+
     def one_position(self, stats: LosslessStats, rounds: int, is_compiled: bool) -> dict[str, Spread]:
         """Time all heads on one position, lossless decoding's among them.
 
@@ -162,6 +182,7 @@ def _auto(head: TopKExpertsHead) -> Head:
     """The head as a model calls it, in head mode "auto"."""
 
     def run(hidden: Tensor) -> Tensor:
+        head.head_mode = "auto"
         return head(hidden.unsqueeze(1))
 
     return run

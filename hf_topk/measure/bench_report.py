@@ -54,6 +54,7 @@ def tables(figures: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     if figures["e2e_compiled"]:
         yield "Decoding compiled, tokens a second (quartiles)", _rates(figures, "e2e_compiled")
     yield "Sampling with temperature and top-p, tokens a second (quartiles)", _rates(figures, "sampling")
+    yield "The head on a prompt, milliseconds (quartiles)", _times(figures, "prompt")
     yield "Batches: the head, and decoding", dict(_batches(figures))
 
 
@@ -66,6 +67,9 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
         "head": f"{sizes['vocab_size']:,} x {sizes['hidden_size']:,}; {scored:,} rows scored "
         f"({scored / sizes['vocab_size']:.1%}): {sizes['num_experts_per_tok']} of {sizes['num_experts']:,} experts of "
         f"{sizes['expert_size']}, {sizes['num_always_on']} always-on tokens",
+        "tail": f"could win, and is computed in greedy decoding, at {figures['tail_share']:.1%} of the positions",
+        "auto": "sparse up to "
+        + ", ".join(f"{most} positions ({NAMES[name]})" for name, most in figures["sparse_max_positions"].items()),
         "added memory": f"{figures['added_memory_share']:.1%} of the head with tail prior, "
         f"{figures['added_memory_share_default_tail']:.1%} with tail {sizes['tail']}",
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "

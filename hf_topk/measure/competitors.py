@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
+from .crossover import fastest_up_to
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Competitors:
 
     @classmethod
     def of(cls, own: TopKExpertsForCausalLM) -> "Competitors":
-        """Make them from a converted model, whose head mode becomes "auto" and whose generation config an empty one."""
+        """Make them from a converted model, whose generation config becomes an empty one."""
         head = own.head
         linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = head.weight, head.bias
@@ -39,10 +40,23 @@ class Competitors:
         is_prior = own.config.tail == "prior"
         sparse = own if is_prior else _with_prior_tail(own, dense)
         made = cls(dense, sparse, None if is_prior else own, no_head)
-        sparse.head_mode = own.head_mode = "auto"
         for model in (dense, sparse, own, no_head):
             model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         return made
+
+    @property
+    def converted(self) -> list[TopKExpertsForCausalLM]:
+        """The converted models."""
+        return [model for model in (self.sparse, self.sparse_default_tail) if model is not None]
+
+    def choose_sparse_max_positions(self, states: Tensor) -> None:
+        """Measure up to how many positions each converted model is the faster one here.
+
+        Args:
+            states: hidden states to draw from, [P, d].
+        """
+        for model in self.converted:
+            model.head.sparse_max_positions = fastest_up_to(model.head, states)
 
 
 class NoHead(nn.Module):

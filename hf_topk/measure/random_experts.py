@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from ..configuration_topk_experts import TopKExpertsConfig
 from ..head import TopKExpertsHead
 from ..modeling_topk_experts import TopKExpertsForCausalLM
-from .crossover import fastest_up_to
 from .shapes import WEIGHT_STD, norm_weight
 
 STATES = 1024
@@ -71,8 +70,6 @@ def convert_at_random(dense: PreTrainedModel, seed: int = 0) -> TopKExpertsForCa
     weight *= ROW_STD / WEIGHT_STD
     weight[model.head.always_on_ids] *= ALWAYS_ON_LOGIT_STD / OTHER_LOGIT_STD
     _scramble_last_norm(dense, state_size(hidden_size), generator)
-    most = fastest_up_to(model.head, random_states(model.head))
-    model.head.sparse_max_positions = config.sparse_max_positions = most
     return model
 
 

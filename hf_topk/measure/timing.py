@@ -81,10 +81,12 @@ def interleaved(
 
 
 def quiet(run: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    """The same without its result, so that the clock measures it."""
+    """The same without its result, so that the clock measures it, and waited for."""
 
     def measured(hidden: Tensor) -> None:
         run(hidden)
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)
 
     return measured
 
