@@ -1,4 +1,4 @@
-"""The frontier of agreement against bytes read: every partition and router beside the oracle and FlashHead's method.
+"""The frontier of agreement against bytes read: every partition and router beside the oracle and the methods of others.
 
     python -m hf_topk.convert.frontier [MODEL] --text CALIBRATION --evaluate-on DEV
 
@@ -8,6 +8,7 @@ tail that puts an unscored token first by chance is left out of it.
 
 import dataclasses
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_topk.cli import main
 from hf_topk.configuration_topk_experts import RouterType
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageError
 from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.progress import progress
 from hf_topk.text import make_windows, read_documents
@@ -41,7 +43,7 @@ EXPERTS_SCORED = (1, 2, 4, 8, 16)
 PROBES = (64, 128, 256)
 POSITIONS_MEASURED = 20_000
 STATES_AT_ONCE = 256
-FLASHHEAD = "FlashHead"
+FLASHHEAD, HNSW = "FlashHead", "HNSW"
 ORACLE = "oracle"
 
 
@@ -50,14 +52,16 @@ class Point:
     """One setting and what it reaches.
 
     Attributes:
-        partition: the feature that experts come from; "directions" for FlashHead.
+        partition: the feature that experts come from; "directions" for FlashHead, "none" for HNSW.
         expert_size: S.
         num_always_on: A.
-        router: kind of router, "oracle" for the true log-sum-exp, or "FlashHead" for unit-norm centroids.
-        num_experts_per_tok: k, experts scored, or clusters probed.
+        router: kind of router, "oracle" for the true log-sum-exp, "FlashHead" for unit-norm centroids, or "HNSW" for an
+            index of nearest neighbours.
+        num_experts_per_tok: k, experts scored, clusters probed, or candidates.
         agreement: share of positions whose dense argmax is scored.
         mass_covered: mean dense probability of the tokens that are scored.
-        bytes_read: share of the dense head's bytes; the oracle's are its scored rows alone.
+        bytes_read: share of the dense head's bytes; the oracle's are its scored rows alone, and how many rows an index
+            looks at is not known.
     """
 
     partition: str
@@ -67,26 +71,35 @@ class Point:
     num_experts_per_tok: int
     agreement: float
     mass_covered: float
-    bytes_read: float
+    bytes_read: float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The states that are measured on, [N, d], and the dense argmax at each, int64 [N]."""
+    """What is measured on.
+
+    Attributes:
+        states: hidden states, [N, d].
+        best: the dense argmax at each, int64 [N].
+        log_sums: log-sum-exp of the dense logits at each, fp32 [N].
+    """
 
     states: Tensor
     best: Tensor
+    log_sums: Tensor
 
     @classmethod
     def of(cls, states: Tensor, head: nn.Linear) -> "Measured":
-        """Find the dense argmax, from logits in fp32."""
+        """Find dense argmax and log-sum-exp, from logits in fp32."""
         weight, bias = head.weight.detach().float(), None if head.bias is None else head.bias.detach().float()
-        best = []
+        best, log_sums = [], []
         with progress("Reading the dense argmax", len(states), "positions") as advance:
             for some in states.split(STATES_AT_ONCE):
-                best.append(F.linear(some.to(weight), weight, bias).argmax(dim=-1).cpu())
+                logits = F.linear(some.to(weight), weight, bias)
+                best.append(logits.argmax(dim=-1).cpu())
+                log_sums.append(logits.logsumexp(dim=-1).cpu())
                 advance(len(some))
-        return cls(states, torch.cat(best))
+        return cls(states, torch.cat(best), torch.cat(log_sums))
 
 
 @torch.no_grad()
@@ -104,7 +117,8 @@ def measure_frontier(
         measured: what is measured on.
 
     Yields:
-        Points, partition by partition, router by router, the oracle behind the routers; FlashHead's last.
+        Points, partition by partition, router by router, the oracle behind the routers; FlashHead's then, and those of
+        HNSW if hnswlib is installed.
     """
     head = head_of(dense)
     weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
@@ -119,6 +133,10 @@ def measure_frontier(
             routed = _routed_head(dense, case, router, placed, Sample(states, own, statistics.probabilities, reserved))
             yield from _points_of_router(case, router, routed, measured)
     yield from _points_of_flashhead(weight, bias, recipe.seed, measured)
+    try:
+        yield point_of_hnsw(HnswHead(weight, bias), measured)
+    except MissingPackageError as error:
+        print(f"{HNSW} is left out: {error}", file=sys.stderr)
 
 
 def _routed_head(
@@ -186,6 +204,27 @@ def _points_of_flashhead(weight: Tensor, bias: Tensor | None, seed: int, measure
         yield Point("directions", cluster_ids.shape[1], 0, FLASHHEAD, p, *reached, head.bytes_read() / dense_bytes)
 
 
+def point_of_hnsw(head: HnswHead, measured: Measured) -> Point:
+    """What an index of nearest neighbours finds.
+
+    Args:
+        head: the index.
+        measured: what is measured on.
+    """
+    hits, mass = 0.0, 0.0
+    blocks = zip(
+        *(one.split(STATES_AT_ONCE) for one in (measured.states, measured.best, measured.log_sums)), strict=True
+    )
+    with progress("Searching the HNSW index", len(measured.states), "positions") as advance:
+        for states, best, log_sums in blocks:
+            logits = head(states.float())
+            hits += float((logits.argmax(dim=-1) == best).sum())
+            mass += float((logits.logsumexp(dim=-1) - log_sums).exp().sum())
+            advance(len(states))
+    count = len(measured.states)
+    return Point("none", 1, 0, HNSW, HNSW_CANDIDATES, hits / count, mass / count, None)
+
+
 def coverage(
     scores: Tensor, ks: list[int], masses: Tensor, groups: list[Tensor], best: Tensor
 ) -> list[tuple[float, float]]:
@@ -214,27 +253,27 @@ def coverage(
 
 
 def as_markdown(points: list[Point]) -> str:
-    """Points as Markdown: a table of partitions and routers by k, and one of FlashHead's probes.
+    """Points as Markdown: a table of partitions and routers by k, one of FlashHead's probes, and one of HNSW.
 
     Args:
         points: in the order in which they were measured.
     """
     ours: dict[tuple[str, ...], dict[int, Point]] = {}
-    theirs: dict[tuple[str, ...], dict[int, Point]] = {}
+    theirs: dict[str, dict[int, Point]] = {}
     for point in points:
-        if point.router == FLASHHEAD:
-            theirs.setdefault((), {})[point.num_experts_per_tok] = point
+        if point.router in (FLASHHEAD, HNSW):
+            theirs.setdefault(point.router, {})[point.num_experts_per_tok] = point
         else:
             key = (f"`{point.partition}`", str(point.num_always_on), point.router)
             ours.setdefault(key, {})[point.num_experts_per_tok] = point
-    return "\n\n".join(
-        [
-            "Agreement / mass covered / bytes read, in %:",
-            _table(("partition", "always-on tokens", "router"), "k", ours),
-            "FlashHead's method:",
-            _table((), "clusters probed", theirs),
-        ]
-    )
+    parts = [
+        "Agreement / mass covered / bytes read, in %:",
+        _table(("partition", "always-on tokens", "router"), "k", ours),
+    ]
+    for router, counted in ((FLASHHEAD, "clusters probed"), (HNSW, "candidates")):
+        if router in theirs:
+            parts += [f"{router}'s method:", _table((), counted, {(): theirs[router]})]
+    return "\n\n".join(parts)
 
 
 def _table(names: tuple[str, ...], counted: str, rows: dict[tuple[str, ...], dict[int, Point]]) -> str:
@@ -245,7 +284,8 @@ def _table(names: tuple[str, ...], counted: str, rows: dict[tuple[str, ...], dic
 
 
 def _cell(point: Point) -> str:
-    return f"{100 * point.agreement:.2f} / {100 * point.mass_covered:.1f} / {100 * point.bytes_read:.1f}"
+    bytes_read = "unknown" if point.bytes_read is None else f"{100 * point.bytes_read:.1f}"
+    return f"{100 * point.agreement:.2f} / {100 * point.mass_covered:.1f} / {bytes_read}"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -264,7 +304,7 @@ def frontier(
     distill_steps: Annotated[int, typer.Option(help="Training steps of each router.")] = Recipe.distill_steps,
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
-    """Print what every partition and router reaches at each k, beside the oracle and FlashHead's method."""
+    """Print what every partition and router reaches at each k, beside the oracle, FlashHead's method and HNSW."""
     recipe = Recipe.from_dict(
         {"text": text, "positions": positions, "expert_size": expert_size, "distill_steps": distill_steps}
     )

@@ -126,33 +126,6 @@ def test_logits_without_a_head_are_those_of_the_rows_asked_for() -> None:
 # The baselines
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_hnsw_finds_the_dense_argmax_when_it_looks_everywhere(has_bias: bool) -> None:
-    weight, bias = torch.randn(300, 16), torch.randn(300) if has_bias else None
-    hidden = torch.randn(7, 16)
-    pytest.importorskip("hnswlib")
-    dense, logits = F.linear(hidden, weight, bias), HnswHead(weight, bias, ef=300, candidates=40)(hidden)
-    assert torch.equal(logits.argmax(dim=-1), dense.argmax(dim=-1))
-    found = logits.isfinite()
-    assert found.sum(dim=-1).tolist() == [40] * 7
-    torch.testing.assert_close(logits[found], dense[found], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore")  # torchao's own
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_int8_rounds_the_dense_head(has_bias: bool) -> None:
-    pytest.importorskip("torchao")
-    weight, bias = torch.randn(300, 64), torch.randn(300) if has_bias else None
-    before = weight.clone()
-    hidden = torch.randn(50, 64)
-    with torch.inference_mode():
-        logits = int8_head(weight, bias)(hidden)
-    dense = F.linear(hidden, weight, bias)
-    assert (logits.argmax(dim=-1) == dense.argmax(dim=-1)).float().mean() > 0.9
-    assert 0 < (logits - dense).abs().max() < 0.5
-    assert torch.equal(weight, before)
-
-
 @pytest.mark.parametrize("vocab_size", [160, 100])
 def test_random_flashhead_has_every_token_once(vocab_size: int) -> None:
     head = random_flashhead(torch.randn(vocab_size, 8), None)

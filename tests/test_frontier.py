@@ -15,7 +15,7 @@ from hf_topk.cli import main
 from hf_topk.configuration_topk_experts import RouterType
 from hf_topk.convert import Recipe, frontier
 from hf_topk.convert.distill import expert_masses, groups_of
-from hf_topk.convert.frontier import FLASHHEAD, ORACLE, Measured, Point, as_markdown, coverage, measure_frontier
+from hf_topk.convert.frontier import FLASHHEAD, HNSW, ORACLE, Measured, Point, as_markdown, coverage, measure_frontier
 from hf_topk.convert.recipe import PartitionType
 
 ROUTERS, PARTITIONS = get_args(RouterType), get_args(PartitionType)
@@ -57,7 +57,7 @@ def measured_points() -> list[Point]:
 
 def test_the_points_cover_every_partition_and_router() -> None:
     points = measured_points()
-    ours = [point for point in points if point.router != FLASHHEAD]
+    ours = [point for point in points if point.router not in (FLASHHEAD, HNSW)]
     settings = list(dict.fromkeys((point.partition, point.num_always_on, point.router) for point in ours))
     cases = [*((one, 4) for one in PARTITIONS), ("rows", 0)]
     assert settings == [(*case, router) for case in cases for router in (*ROUTERS, ORACLE)]
@@ -84,12 +84,14 @@ def test_a_markdown_table_has_a_row_for_each_router() -> None:
         Point("rows", 128, 256, "mlp", 8, 0.99704, 0.95349, 0.0656),
         Point("rows", 128, 0, "oracle", 4, 0.5, 0.25, 0.125),
         Point("directions", 16, 0, FLASHHEAD, 128, 0.984, 0.9, 0.125),
+        Point("none", 1, 0, HNSW, 50, 0.98, 0.5, None),
     ]
     lines = as_markdown(points).splitlines()
     assert "| partition | always-on tokens | router | k = 4 | k = 8 |" in lines
     assert "| `rows` | 256 | mlp | 99.15 / 92.3 / 4.6 | 99.70 / 95.3 / 6.6 |" in lines
     assert "| `rows` | 0 | oracle | 50.00 / 25.0 / 12.5 |  |" in lines
-    assert lines[-1] == "| 98.40 / 90.0 / 12.5 |"
+    assert "| 98.40 / 90.0 / 12.5 |" in lines
+    assert lines[-1] == "| 98.00 / 50.0 / unknown |"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -109,7 +111,7 @@ def test_the_command_prints_json_and_a_table(
     printed = capsys.readouterr()
     points = json.loads(printed.out)
     assert list(points[0]) == list(Point.__dataclass_fields__)
-    assert {point["router"] for point in points} == {*ROUTERS, ORACLE, FLASHHEAD}
+    assert {point["router"] for point in points} - {HNSW} == {*ROUTERS, ORACLE, FLASHHEAD}
     assert "Distilling the router" in printed.err
     assert run(monkeypatch, *options) == 0
     assert capsys.readouterr().out.strip() == as_markdown([Point(**point) for point in points])

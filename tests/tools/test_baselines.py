@@ -1,0 +1,44 @@
+"""The heads that the bench takes from other packages: hnswlib's index and torchao's int8."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_topk.convert.frontier import Measured, point_of_hnsw
+from hf_topk.measure.baselines import HnswHead, int8_head
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_hnsw_finds_the_dense_argmax_when_it_looks_everywhere(has_bias: bool) -> None:
+    weight, bias = torch.randn(300, 16), torch.randn(300) if has_bias else None
+    hidden = torch.randn(7, 16)
+    dense, logits = F.linear(hidden, weight, bias), HnswHead(weight, bias, ef=300, candidates=40)(hidden)
+    assert torch.equal(logits.argmax(dim=-1), dense.argmax(dim=-1))
+    found = logits.isfinite()
+    assert found.sum(dim=-1).tolist() == [40] * 7
+    torch.testing.assert_close(logits[found], dense[found], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_int8_rounds_the_dense_head(has_bias: bool) -> None:
+    weight, bias = torch.randn(300, 64), torch.randn(300) if has_bias else None
+    before = weight.clone()
+    hidden = torch.randn(50, 64)
+    with torch.inference_mode():
+        logits = int8_head(weight, bias)(hidden)
+    dense = F.linear(hidden, weight, bias)
+    assert (logits.argmax(dim=-1) == dense.argmax(dim=-1)).float().mean() > 0.9
+    assert 0 < (logits - dense).abs().max() < 0.5
+    assert torch.equal(weight, before)
+
+
+def test_an_index_that_finds_everything_covers_everything() -> None:
+    head = torch.nn.Linear(16, 300, bias=False)
+    measured = Measured.of(torch.randn(600, 16), head)
+    point = point_of_hnsw(HnswHead(head.weight, None, ef=300, candidates=300), measured)
+    assert point.agreement == 1
+    assert point.mass_covered == pytest.approx(1, abs=1e-4)
+    few = point_of_hnsw(HnswHead(head.weight, None, ef=300, candidates=3), measured)
+    assert few.agreement == 1
+    assert 0 < few.mass_covered < 0.9
