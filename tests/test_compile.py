@@ -21,8 +21,8 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def converted(tail: str, model_type: str = "llama") -> TopKExpertsForCausalLM:
-    return tiny_converted(tiny_dense(model_type), tail=tail, sparse_max_positions=2)
+def converted(tail: str, model_type: str = "llama", **choices: object) -> TopKExpertsForCausalLM:
+    return tiny_converted(tiny_dense(model_type), **{"tail": tail, "sparse_max_positions": 2, **choices})
 
 
 def generate(model: TopKExpertsForCausalLM, **choices: object) -> torch.Tensor:
@@ -37,9 +37,22 @@ def compiled_choices() -> dict[str, object]:
     return {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
 
 
-@pytest.mark.parametrize("tail", ["low_rank", "prior", "none"])
-def test_generate_with_a_static_cache_compiles_once_and_without_a_break(tail: str) -> None:
-    model = converted(tail)
+@pytest.mark.parametrize(
+    ("model_type", "choices"),
+    [
+        ("llama", {"tail": "low_rank"}),
+        ("llama", {"tail": "prior"}),
+        ("llama", {"tail": "none"}),
+        ("llama", {"tail": "low_rank", "routed_mass": 0.9}),
+        ("llama", {"tail": "prior", "combine": "learned"}),
+        ("llama", {"tail": "prior", "sparse_max_positions": 1}),  # a batch of two takes the dense path
+        ("gpt2", {"tail": "low_rank"}),
+    ],
+)
+def test_generate_with_a_static_cache_compiles_once_and_without_a_break(
+    model_type: str, choices: dict[str, object]
+) -> None:
+    model = converted(model_type=model_type, **choices)
     expected = generate(model)
     assert generate(model, **compiled_choices()).equal(expected)
     warm = dict(counters["stats"])

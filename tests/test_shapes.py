@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_topk.errors import InputError
-from hf_topk.measure.random_experts import SHARE_OF_ROWS, convert_at_random
+from hf_topk.head import TopKExpertsHead
+from hf_topk.measure.random_experts import SHARE_OF_ROWS, config_at_random, convert_at_random
 from hf_topk.measure.shapes import SHAPES, random_model, shape_config
 
 PARAMETERS = {
@@ -40,6 +42,39 @@ def test_shapes_have_the_published_parameter_counts(shape: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape_config(shape))
     assert model.num_parameters() == PARAMETERS[shape]
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "head_width", "epsilon", "theta", "positions"),
+    [
+        ("gemma-3-270m", (4, 1), 256, 1e-6, 1_000_000, 32768),
+        ("gemma-3-1b", (4, 1), 256, 1e-6, 1_000_000, 32768),
+        ("llama-3.2-1b", (32, 8), 64, 1e-5, 500_000, 131_072),
+        ("qwen3-0.6b", (16, 8), 128, 1e-6, 1_000_000, 40_960),
+        ("qwen2.5-0.5b", (14, 2), 64, 1e-6, 1_000_000, 32_768),
+        ("smollm2-135m", (9, 3), 64, 1e-5, 100_000, 8192),
+    ],
+)
+def test_shapes_have_what_parameter_counts_do_not_tell(
+    shape: str, heads: tuple[int, int], head_width: int, epsilon: float, theta: float, positions: int
+) -> None:
+    config = shape_config(shape)
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    assert (config.num_attention_heads, config.num_key_value_heads) == heads
+    assert (getattr(config, "head_dim", None) or config.hidden_size // heads[0]) == head_width
+    assert (config.rms_norm_eps, rope["rope_theta"]) == (epsilon, theta)
+    assert config.max_position_embeddings == positions
+
+
+@pytest.mark.parametrize("tail", ["prior", "low_rank"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_conversion_adds_is_a_twentieth_of_the_head(shape: str, tail: str) -> None:
+    config = config_at_random(shape_config(shape))
+    config.tail = tail
+    with torch.device("meta"):
+        head = TopKExpertsHead(nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False), config)
+    head.bfloat16()
+    assert head.added_bytes() <= 0.05 * head.dense_bytes()
 
 
 def test_gemma_attends_to_all_in_one_layer_of_six() -> None:

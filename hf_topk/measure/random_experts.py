@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_topk_experts import TopKExpertsConfig
 from ..head import TopKExpertsHead
@@ -30,6 +30,28 @@ OTHER_LOGIT_STD = 1.0
 ROW_STD = 1.0
 
 
+def config_at_random(text_config: PreTrainedConfig) -> TopKExpertsConfig:
+    """The sizes that a conversion chooses by itself, and the share of rows that holds 99.5 % agreement.
+
+    Args:
+        text_config: of the dense model.
+    """
+    vocab_size = text_config.vocab_size
+    always_on = min(ALWAYS_ON, int(vocab_size * LARGEST_SHARE_ALWAYS_ON))
+    return TopKExpertsConfig(
+        text_config=text_config,
+        num_experts=math.ceil((vocab_size - always_on) / EXPERT_SIZE),
+        expert_size=EXPERT_SIZE,
+        num_experts_per_tok=max(1, math.ceil((SHARE_OF_ROWS * vocab_size - always_on) / EXPERT_SIZE)),
+        num_always_on=always_on,
+        router_type="mlp",
+        router_rank=ROUTER_RANK,
+        router_int8=True,
+        tail="low_rank",
+        tail_rank=TAIL_RANK,
+    )
+
+
 @torch.no_grad()
 def convert_at_random(dense: PreTrainedModel, seed: int = 0) -> TopKExpertsForCausalLM:
     """Convert a dense model of random weights without looking at a hidden state.
@@ -50,19 +72,8 @@ def convert_at_random(dense: PreTrainedModel, seed: int = 0) -> TopKExpertsForCa
     generator = torch.Generator().manual_seed(seed)
     weight = dense.get_output_embeddings().weight
     vocab_size, hidden_size = weight.shape
-    always_on = min(ALWAYS_ON, int(vocab_size * LARGEST_SHARE_ALWAYS_ON))
-    num_experts = math.ceil((vocab_size - always_on) / EXPERT_SIZE)
-    config = TopKExpertsConfig(
-        text_config=dense.config,
-        num_experts=num_experts,
-        expert_size=EXPERT_SIZE,
-        num_experts_per_tok=max(1, math.ceil((SHARE_OF_ROWS * vocab_size - always_on) / EXPERT_SIZE)),
-        num_always_on=always_on,
-        router_type="mlp",
-        router_rank=ROUTER_RANK,
-        tail="low_rank",
-        tail_rank=TAIL_RANK,
-    )
+    config = config_at_random(dense.config)
+    config.router_int8 = False  # until it is filled
     model = TopKExpertsForCausalLM.from_dense(dense, config)
     _share_out(model.head, torch.randperm(vocab_size, generator=generator))
     _fill(model.head, generator)
