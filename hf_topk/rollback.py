@@ -39,12 +39,21 @@ class RollBack:
         Args:
             cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
         """
+        self._cache = cache
         every_layer: list[Any] = cache.layers
         self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
         # For each layer with a window: what each of the last steps pushed out of it, if anything.
         self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
             (one, []) for one in self._layers if type(one) in WINDOWS
         ]
+
+    def watches(self, cache: Any) -> bool:
+        """Whether it is this cache that is watched.
+
+        Args:
+            cache: any.
+        """
+        return self._cache is cache
 
     def length(self) -> int:
         """Tokens that have gone through the cache."""

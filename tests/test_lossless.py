@@ -48,6 +48,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
     "gemma2": {"sliding_window": 6, "head_dim": 8, "final_logit_softcapping": 30.0},
+    # Its positions are scaled otherwise beyond 16: it then reads the whole prefix anew, into another cache.
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }
 
 
