@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import calibrate, promise
 from hf_topk.convert.calibrate import Target, choose_num_experts, highest_agreement, lower_bound, rank_experts
+from hf_topk.convert.distill import start_router
+from hf_topk.convert.fit_tail import fit_tail
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -105,6 +107,19 @@ def test_k_stays_within_the_bytes() -> None:
     assert model.head.num_experts_per_tok == 3
     choose_num_experts(model, some_windows(), Target(0.999, max_bytes_read=1e-9))
     assert model.head.num_experts_per_tok == 1
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.73, 1), (0.745, 2), (0.76, 2)])
+def test_what_the_tail_gets_right_counts_within_the_bytes_too(share: float, expected: int) -> None:
+    model, windows = tiny_converted(tail_rank=16, router_type="centroid"), some_windows()
+    start_router(model.head)
+    fit_tail(model.head, rank_experts(model, windows).states, torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE))
+    needed, bounds = rank_experts(model, windows).experts_needed, [bound_at(model, k) for k in (1, 2)]
+    assert lower_bound(float((needed <= 2).double().mean()), len(needed)) < 0.7 < bounds[0] < bounds[1]
+    limit = model.head.bytes_read(2) / model.head.dense_bytes() + 1e-9
+    choose_num_experts(model, windows, Target(share, max_bytes_read=limit))
+    assert model.head.num_experts_per_tok == expected
+    assert (bounds[expected - 1] >= share) == (share < 0.75)
 
 
 # Bad enough that some experts are not enough.
