@@ -41,7 +41,7 @@ class LosslessStats:
 
     Attributes:
         tokens: new tokens of a row, of the longest one.
-        body_steps: runs of the model, the one over the prompt included.
+        body_steps: runs of the model, the one over the prompt included, which counts as one in chunks, too.
         dense_passes: runs of the dense head, the one on the prompt included.
         drafted: tokens drafted.
         accepted: drafts that were the dense model's own tokens, in every row, as were all those before it.

@@ -3,7 +3,8 @@
 from transformers.generation import logits_process as processors
 
 # Depend on the prefix and the scores alone, so that they can be asked about guesses. All others, users' own foremost,
-# may keep state or run a model: they are shown each prefix that comes to be, once.
+# may keep state or run a model: they are shown each prefix that comes to be, once. `TopHLogitsWarper` is left out as
+# well: it raises where nothing is left of a draft.
 SHARED_PROCESSORS = (
     processors.EncoderNoRepeatNGramLogitsProcessor,
     processors.EncoderRepetitionPenaltyLogitsProcessor,

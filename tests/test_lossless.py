@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM, lossless
+from hf_topk.measure import lossless as measured
 from hf_topk.measure.lossless import compare_lossless, is_tie, prompts_of
 from hf_topk.text import Window
 
@@ -228,7 +229,10 @@ def test_probabilities_are_finite_without_a_tail(llama: PreTrainedModel) -> None
     """Drafts from which everything was taken must not raise."""
     model = convert(llama, num_experts_per_tok=1, tail="none", num_always_on=0, num_experts=7)
     choices = {**SAMPLED, "bad_words_ids": [[token] for token in range(10, 98)]}
-    assert generate(model, **choices, lossless=True).equal(generate(llama, **choices))
+    for more in ({}, {"top_h": 0.5}):
+        expected = generate(llama, **choices, **more)
+        assert generate(model, **choices, **more, lossless=True).equal(expected)
+        assert stats_of(model).drafted > 0
 
 
 def test_second_turn_on_the_same_cache(dense: PreTrainedModel, model: TopKExpertsForCausalLM) -> None:
@@ -372,8 +376,33 @@ def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypat
     assert small.head_mode == "auto"
 
 
+def test_comparison_judges_by_what_tokens_are_chosen_by(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, judged = convert(llama), list[tuple[float, float]]()
+
+    def note(best: float, other: float, dtype: torch.dtype) -> bool:
+        judged.append((best, other))
+        return is_tie(best, other, dtype)
+
+    monkeypatch.setattr(measured, "is_tie", note)
+    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(repetition_penalty=3.0))
+    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
+    compared = compare_lossless(model, prompts, NEW_TOKENS)
+    assert compared.differing == len(judged) > 0
+    assert compared.ties == 0
+    assert all(best > other for best, other in judged)  # which raw logits are not
+
+
 def test_ties_are_one_step_of_the_type_apart() -> None:
     step = 2.0**-7  # of bfloat16 from 1 to 2
     assert is_tie(1.5, 1.5 - step, torch.bfloat16)
     assert not is_tie(1.5, 1.5 - 2 * step, torch.bfloat16)
     assert not is_tie(1.5, 1.5 - step, torch.float32)
+    # Below a power of two the steps are half as long.
+    assert is_tie(2.0, 2.0 - step, torch.bfloat16)
+    assert not is_tie(2.0, 2.0 - 2 * step, torch.bfloat16)
+    assert is_tie(-2.0, -2.0 - 2 * step, torch.bfloat16)
+    assert not is_tie(-2.0, -2.0 - 4 * step, torch.bfloat16)
+    assert not is_tie(2.0, -torch.inf, torch.bfloat16)
