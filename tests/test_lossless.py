@@ -337,29 +337,47 @@ def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
     return torch.cat(block._states, dim=1) if block.is_verified else block._states[-1]
 
 
-@pytest.mark.parametrize("is_broken", [False, True], ids=["verified", "accepted unseen"])
+def accept_all(block: lossless.Block, _: Tensor) -> bool:
+    """What a block must not do: go on whatever token the loop chose."""
+    return block.served < len(block.outputs)
+
+
+@pytest.mark.parametrize(
+    ("experts", "is_broken"), [(4, False), (6, False), (4, True)], ids=["some wrong", "all right", "wrongly accepted"]
+)
 def test_distribution_of_two_tokens(
-    is_broken: bool, small: TopKExpertsForCausalLM, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    experts: int, is_broken: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second and third token come from one block: the third is right only if the draft of the second was."""
+    model, stats = convert(llama, num_experts_per_tok=experts), LosslessStats()
     monkeypatch.setattr(lossless, "MOST_POSITIONS", 1 << 20)
     if is_broken:
-        monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
-    prompt, vocabulary = PROMPT[:1], torch.arange(100)[:, None]
-    with torch.no_grad():
-        first = llama(prompt).logits[0, -1].softmax(-1)
-        second = llama(torch.cat([prompt.expand(100, -1), vocabulary], dim=1)).logits[:, -1].softmax(-1)
-    draws = [
-        generate(small, prompt, seed, **SAMPLED, max_new_tokens=4, num_return_sequences=2000, lossless=True)[:, 5:7]
-        for seed in range(100)
-    ]
-    assert stats_of(small).drafted > 0
+        monkeypatch.setattr(lossless.Block, "goes_on_with", accept_all)
+    prompt, choices = PROMPT[:1], {**SAMPLED, "max_new_tokens": 3, "num_return_sequences": 2000, "lossless": True}
+    draws = []
+    for seed in range(20 if is_broken else 60):
+        draws.append(generate(model, prompt, seed, **choices)[:, 6:])
+        stats += stats_of(model)
+    assert stats.drafted > 0
+    assert (stats.accepted < stats.drafted) == (experts == 4 and not is_broken)
     counts = torch.bincount(torch.cat(draws) @ torch.tensor([100, 1]), minlength=10_000).double()
-    expected = (first[:, None] * second).flatten().double() * counts.sum()
+    expected = law_of_two_tokens(llama, prompt) * counts.sum()
     common = expected >= 5
     counts, expected = (torch.cat([one[common], one[~common].sum()[None]]) for one in (counts, expected))
     assert len(counts) > 20
     p_value = chi2.sf(float(((counts - expected) ** 2 / expected).sum()), len(counts) - 1)
     assert p_value < 1e-9 if is_broken else p_value > 1e-3
+
+
+@torch.no_grad()
+def law_of_two_tokens(dense: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """The probability that tokens v and w follow after the next one, at 100 v + w: [10000]."""
+    every = torch.arange(100)
+    first = dense(prompt).logits[0, -1].softmax(-1)
+    second = dense(torch.cat([prompt.expand(100, -1), every[:, None]], dim=1)).logits[:, -1].softmax(-1)
+    pairs = torch.cartesian_prod(every, every)
+    third = dense(torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1), logits_to_keep=1).logits[:, -1].softmax(-1)
+    return torch.einsum("u,uv,uvw->vw", *(one.double() for one in (first, second, third.view(100, 100, 100)))).flatten()
 
 
 def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
