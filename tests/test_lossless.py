@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_converted, tiny_dense, tiny_tokenizer
+from helpers import tiny_dense, tiny_tokenizer
+from lossless_helpers import NEW_TOKENS, PROMPT, SAMPLED, convert, generate, stats_of
 from scipy.stats import chi2
 from torch import Tensor
 from transformers import (
@@ -18,13 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM, lossless
-from hf_topk.measure import lossless as measured
-from hf_topk.measure.lossless import compare_lossless, is_tie, prompts_of
-from hf_topk.text import Window
 
-PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
-NEW_TOKENS = 24
-SAMPLED = {"do_sample": True, "top_k": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": SAMPLED,
@@ -63,12 +58,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
-    """A converted model that guesses right at times: it scores half of the tokens, and its router knows nothing."""
-    torch.manual_seed(1)
-    return tiny_converted(dense, **{"num_experts_per_tok": 4, **choices})
-
-
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' routers are unsure throughout: let them draft nevertheless."""
@@ -93,16 +82,6 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def small(llama: PreTrainedModel) -> TopKExpertsForCausalLM:
     return convert(llama)
-
-
-def generate(model: Any, prompt: Tensor = PROMPT, seed: int = 0, **choices: Any) -> Any:
-    torch.manual_seed(seed)
-    return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
-
-
-def stats_of(model: TopKExpertsForCausalLM) -> LosslessStats:
-    assert model.last_generation_stats is not None
-    return model.last_generation_stats
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -330,13 +309,6 @@ def test_refuses_what_is_no_truth_value(small: TopKExpertsForCausalLM) -> None:
         small.generate(PROMPT, lossless="yes")
 
 
-def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
-    """What a block must not do: give sparse logits for the dense ones."""
-    block._states.append(block._head.sparse_logits(hidden.flatten(0, 1))[:, None])
-    block.is_verified = len(block._states) == block.size
-    return torch.cat(block._states, dim=1) if block.is_verified else block._states[-1]
-
-
 def accept_all(block: lossless.Block, _: Tensor) -> bool:
     """What a block must not do: go on whatever token the loop chose."""
     return block.served < len(block.outputs)
@@ -378,49 +350,3 @@ def law_of_two_tokens(dense: PreTrainedModel, prompt: Tensor) -> Tensor:
     pairs = torch.cartesian_prod(every, every)
     third = dense(torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1), logits_to_keep=1).logits[:, -1].softmax(-1)
     return torch.einsum("u,uv,uvw->vw", *(one.double() for one in (first, second, third.view(100, 100, 100)))).flatten()
-
-
-def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
-    assert [prompt[0] for prompt in prompts] == [2, 18, 34, 50, 66]
-    same = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
-    assert same.tokens == same.identical == 5 * NEW_TOKENS
-    assert same.stats.tokens == 3 * NEW_TOKENS
-    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
-    other = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
-    assert 0 < other.differing <= 5
-    assert other.ties == 0
-    assert other.identical + other.differing == other.tokens < same.tokens
-    assert small.head_mode == "auto"
-
-
-def test_comparison_judges_by_what_tokens_are_chosen_by(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, judged = convert(llama), list[tuple[float, float]]()
-
-    def note(best: float, other: float, dtype: torch.dtype) -> bool:
-        judged.append((best, other))
-        return is_tie(best, other, dtype)
-
-    monkeypatch.setattr(measured, "is_tie", note)
-    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(repetition_penalty=3.0))
-    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
-    compared = compare_lossless(model, prompts, NEW_TOKENS)
-    assert compared.differing == len(judged) > 0
-    assert compared.ties == 0
-    assert all(best > other for best, other in judged)  # which raw logits are not
-
-
-def test_ties_are_one_step_of_the_type_apart() -> None:
-    step = 2.0**-7  # of bfloat16 from 1 to 2
-    assert is_tie(1.5, 1.5 - step, torch.bfloat16)
-    assert not is_tie(1.5, 1.5 - 2 * step, torch.bfloat16)
-    assert not is_tie(1.5, 1.5 - step, torch.float32)
-    # Below a power of two the steps are half as long.
-    assert is_tie(2.0, 2.0 - step, torch.bfloat16)
-    assert not is_tie(2.0, 2.0 - 2 * step, torch.bfloat16)
-    assert is_tie(-2.0, -2.0 - 2 * step, torch.bfloat16)
-    assert not is_tie(-2.0, -2.0 - 4 * step, torch.bfloat16)
-    assert not is_tie(2.0, -torch.inf, torch.bfloat16)
