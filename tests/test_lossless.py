@@ -263,6 +263,18 @@ def test_generation_config_of_ones_own(small: TopKExpertsForCausalLM) -> None:
     assert small.last_generation_stats is None
 
 
+def test_a_generation_loop_of_ones_own_gets_dense_logits(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
+    def own_loop(model: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **_: Any) -> Tensor:
+        while not stopping_criteria(input_ids, None).all():
+            logits = model(input_ids).logits[:, -1]
+            input_ids = torch.cat([input_ids, logits.topk(2).indices[:, 1:]], dim=1)  # the second best, at that
+        return input_ids
+
+    expected = generate(llama, custom_generate=own_loop)
+    assert generate(small, custom_generate=own_loop, lossless=True).equal(expected)
+    assert not generate(small, custom_generate=own_loop).equal(expected)
+
+
 def test_pipeline(llama: PreTrainedModel) -> None:
     tokenizer, prompts = tiny_tokenizer(), ["w3 w14 w15", "w9"]
     choices: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
