@@ -72,7 +72,10 @@ def convert(
         bool | None, typer.Option("--allow-below-target", help="Convert even if the target is not reached.")
     ] = None,
     num_always_on: Annotated[
-        int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
+        int | None,
+        typer.Option(
+            help="Tokens scored at every position; 0: none, not even those that end a text. [default: about 256]"
+        ),
     ] = None,
     partition: Annotated[
         str | None,
