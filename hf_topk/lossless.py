@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 FIRST_SIZE = 8  # positions in a block, at first
 LARGEST_SIZE = 16
 MOST_POSITIONS = 128  # of all rows, in a block: with more the dense product is no longer bound by the bytes it reads
-# A draft is doubtful if more of the probability lies outside of what was scored: on a small model of books one in ten
-# such drafts is wrong, sampling one in five, and the positions drafted after it cost about what a dense pass costs.
+# A draft is doubtful if more of the probability lies outside of what was scored: such drafts are wrong more often than
+# others, and what is drafted after a wrong one is lost.
 DOUBTFUL_SHARE = 0.6
 
 
@@ -115,6 +115,9 @@ def sample(
 class VerifiedModel:
     """Stands in for the model in the sampling loop: serves each step its dense logits, and drafts when there are none.
 
+    The loop calls `prepare_inputs_for_generation`, and then the model with exactly the arguments that it returned; so
+    the one finds the output of a step, and returns it as the argument that the other passes on.
+
     Attributes:
         stats: what it took so far.
     """
@@ -179,6 +182,10 @@ class VerifiedModel:
         reason = why_not_rolled_back(cache)
         if self._synced_gpus:
             reason = "other processes wait for each of its steps"
+        elif 2 * input_ids.shape[0] > MOST_POSITIONS:
+            reason = (
+                f"a batch of {input_ids.shape[0]} rows leaves no room for drafts, one of {MOST_POSITIONS // 2} does"
+            )
         elif input_ids.device.type == "mps":
             reason = "on this device Transformers looks at the cache a step late"
         if reason is None:

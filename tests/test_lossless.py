@@ -300,6 +300,19 @@ def test_states_that_cannot_be_rolled_back(model_type: str, monkeypatch: pytest.
     assert "verifies every token" in warnings[0]
 
 
+@pytest.mark.parametrize(("rows", "has_room"), [(64, True), (65, False)])
+def test_batches_that_leave_no_room_for_drafts(
+    rows: int, has_room: bool, llama: PreTrainedModel, small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(lossless.logger, "warning_once", warnings.append)
+    prompts = PROMPT[:1].expand(rows, -1)
+    assert generate(small, prompts, max_new_tokens=6, lossless=True).equal(generate(llama, prompts, max_new_tokens=6))
+    assert (stats_of(small).drafted > 0) == has_room
+    assert len(warnings) == (not has_room)
+    assert has_room or "a batch of 65 rows leaves no room for drafts" in warnings[0]
+
+
 def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("stop")
