@@ -198,6 +198,42 @@ def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: s
         Recipe.from_dict(choices)
 
 
+def test_the_promise_is_summed_up_over_splits(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = iter([promise.Outcome(3, 0.91, 0.94, 10), promise.Outcome(5, 0.9, 0.88, 10)])
+    splits: list[tuple[int, int]] = []
+
+    def try_split(_: object, __: object, recipe: Recipe, windows: list[Window], seed: int) -> promise.Outcome:
+        splits.append((seed, len({window.document for window in windows})))
+        assert recipe.target_agreement == 0.9
+        return next(outcomes)
+
+    monkeypatch.setattr(promise, "try_split", try_split)
+    promise.promise("model", "text.jsonl", target_agreement=0.9, positions=1600, splits=2)
+    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert splits == [(0, 8), (1, 8)]
+    assert lines[0] == {
+        "split": 0,
+        "num_experts_per_tok": 3,
+        "bound": 0.91,
+        "agreement": 0.94,
+        "positions": 10,
+        "is_kept": True,
+    }
+    assert not lines[1]["is_kept"]
+    assert last == {
+        "splits": 2,
+        "kept": 1,
+        "num_experts_per_tok_median": 4,
+        "num_experts_per_tok_min": 3,
+        "num_experts_per_tok_max": 5,
+        "agreement_median": pytest.approx(0.91),
+        "agreement_min": 0.88,
+        "agreement_max": 0.94,
+    }
+
+
 def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(4)
     windows = [
