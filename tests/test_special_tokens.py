@@ -8,7 +8,7 @@ from helpers import QUICK, check_refused, tiny_checkpoint, tiny_dense, tiny_text
 from transformers import AddedToken, GenerationConfig
 
 from hf_topk import InputError, TopKExpertsForCausalLM
-from hf_topk.convert import Recipe, convert, run
+from hf_topk.convert import Recipe, convert, processes
 from hf_topk.convert.special_tokens import check_ends_always_on, special_ids
 
 
@@ -65,7 +65,7 @@ def test_they_are_refused_before_weights_are_read(
     dense = tiny_dense()
     dense.config.eos_token_id = [0, 5]
     tiny_checkpoint(tmp_path / "model", dense)
-    monkeypatch.setattr(run, "load_dense", None)
+    monkeypatch.setattr(processes, "load_dense", None)
     (tmp_path / "model" / "generation_config.json").unlink()
     ends = 2
     if is_written:
