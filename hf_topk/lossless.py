@@ -183,9 +183,7 @@ class VerifiedModel:
         if self._synced_gpus:
             reason = "other processes wait for each of its steps"
         elif 2 * input_ids.shape[0] > MOST_POSITIONS:
-            reason = (
-                f"a batch of {input_ids.shape[0]} rows leaves no room for drafts, one of {MOST_POSITIONS // 2} does"
-            )
+            reason = f"more than {MOST_POSITIONS // 2} rows in a batch leave no room for drafts"
         elif input_ids.device.type == "mps":
             reason = "on this device Transformers looks at the cache a step late"
         if reason is None:
