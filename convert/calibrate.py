@@ -93,7 +93,7 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
         target: what to reach.
 
     Returns:
-        What was measured at this k, or None if nothing was since the target is out of reach.
+        What was measured at this k, or None if nothing was at the one that comes nearest.
     """
     dense, measured = rank_experts(model, held_out), dict[int, Fidelity]()
 
@@ -108,12 +108,12 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     largest = _largest_allowed(model.head, target.max_bytes_read)
     shares = [float((dense.experts_needed <= k).double().mean()) for k in range(1, largest + 1)]
     bounds = (lower_bound(share, len(dense.best)) for share in shares)
-    expected = next((k for k, bound in enumerate(bounds, 1) if bound >= target.agreement), 0)
-    if not expected:  # the fewest that do no worse than all that are allowed
-        set_num_experts(model, 1 + shares.index(shares[-1]))
-        return None
+    expected = next((k for k, bound in enumerate(bounds, 1) if bound >= target.agreement), largest)
     # What was expected is measured: the tail, too, has a say at rare positions.
-    chosen = next((k for k in range(expected, largest + 1) if reaches(k)), largest)
+    chosen = next((k for k in range(expected, largest + 1) if reaches(k)), 0)
+    if not chosen:  # the fewest that do no worse than all that are allowed
+        set_num_experts(model, 1 + shares.index(shares[-1]))
+        return measured.get(model.head.num_experts_per_tok)
     while chosen > 1 and reaches(chosen - 1):
         chosen -= 1
     set_num_experts(model, chosen)

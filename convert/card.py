@@ -14,7 +14,7 @@ from hf_topk.hub_card import CARD_FILE, PLOT_FILE, TAGS
 
 from .agreement_plot import draw
 from .pipeline import Report
-from .recipe import SELF, public_name
+from .recipe import public_name, sample_name
 from .source import DEMO, Source
 
 DEMO_NAME = "books"
@@ -45,7 +45,7 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
     if repository:
         base["base_model"] = repository
     title = f"{name}-topk"
-    sample = _sample_name(report.recipe.text)
+    sample = sample_name(report.recipe.text)
     figures = report.figures()
     data = ModelCardData(
         library_name="transformers",
@@ -107,10 +107,6 @@ def _names(source: Source) -> tuple[str, str | None]:
         repository = cached[1].replace("--", "/")
         return repository.rpartition("/")[2], repository
     return path.resolve().name, None
-
-
-def _sample_name(text: str) -> str:
-    return "text that the model wrote itself" if text == SELF else public_name(text)
 
 
 def _results(figures: dict[str, Any], dataset: str) -> list[EvalResult]:

@@ -35,9 +35,10 @@ from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .misses import swap_in_missed
 from .partition import partition
-from .pipeline import Sample, cast_additions, config_of, distil_router, head_of, special_ids
+from .pipeline import Sample, cast_additions, config_of, distil_router, head_of
 from .preflight import preflight
 from .recipe import ROUTER_RANKS, PartitionType, Recipe
+from .special_tokens import special_ids
 
 EXPERTS_SCORED = (1, 2, 4, 8, 16)
 PROBES = (64, 128, 256)
@@ -320,7 +321,8 @@ def frontier(
         kept = [HiddenStates.open(folder / name, head_of(dense).in_features, dense.dtype) for name in ("one", "other")]
         states = collect(dense, plan.windows, kept[0])
         measured = Measured.of(collect(dense, measured_windows, kept[1]), head_of(dense))
-        points = list(measure_frontier(dense, plan.recipe, special_ids(dense, plan.tokenizer), states, measured))
+        specials = special_ids(dense, plan.tokenizer, plan.recipe.num_always_on or 0)
+        points = list(measure_frontier(dense, plan.recipe, specials, states, measured))
     print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
 
 

@@ -39,6 +39,7 @@ from .misses import swap_in_missed
 from .processes import ALONE, Processes
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .self_sample import sample_from_model
+from .special_tokens import check_ends_always_on, end_ids, special_ids
 
 STATES_TIMED = 1024
 LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
@@ -133,6 +134,8 @@ def convert(
         _check_finite(head)
         _check_causal(model)
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
+        num_always_on = recipe.num_always_on or 0
+        check_ends_always_on(num_always_on, end_ids(model.generation_config), head.weight.shape[0])
         if windows is None and recipe.text == SELF:
             windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder, processes)
         elif windows is None:
@@ -143,7 +146,8 @@ def convert(
         with clock("hidden states"):
             states = collect(model, to_distil_on, kept, processes)
         processes.release()
-        converted, router_kl = _convert_head(model, special_ids(model, tokenizer), states, recipe, clock)
+        specials = special_ids(model, tokenizer, num_always_on)
+        converted, router_kl = _convert_head(model, specials, states, recipe, clock)
         with clock("calibration"):
             fidelity = _calibrate(converted, states, held_out, recipe)
     return Report(
@@ -261,14 +265,6 @@ def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None
             f"the tokenizer gives token id {largest}, but the head has {vocab_size} rows: "
             "the tokenizer is not this model's"
         )
-
-
-def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    """Ids of special tokens, those that end a text first."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    others = [] if tokenizer is None else tokenizer.all_special_ids
-    return list(dict.fromkeys([*ends, *others]))
 
 
 def _convert_head(

@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.dense_class import random_dense_model, writes_text
@@ -22,6 +22,7 @@ from .hub import Destination, check_destination
 from .pipeline import check_sample, sample_from_text
 from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
 from .source import Source, find_folder, open_source, read_json
+from .special_tokens import check_ends_always_on, end_ids
 
 SMALLEST_SHARE_OF_HEAD = 0.5  # of the head's rows that a tokenizer of the same model has tokens for
 SHARE_ADDED = 0.2  # of the head's bytes: more than any router and tail of usual sizes add
@@ -80,6 +81,7 @@ def preflight(
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
+    check_ends_always_on(resolved.num_always_on or 0, _end_ids(config, folder), vocab_size)
     tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
@@ -128,6 +130,14 @@ def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
         dense = random_dense_model(config)
     weight = cast(torch.Tensor, dense.get_submodule(name_of_head(dense)).weight)
     return weight.shape[0], weight.shape[1]
+
+
+def _end_ids(config: PreTrainedConfig, folder: Path) -> list[int]:
+    """Ids that end a text, as the model is going to have them once it is loaded."""
+    try:
+        return end_ids(GenerationConfig.from_pretrained(folder))
+    except OSError:  # there is no such file, or none that can be read
+        return end_ids(GenerationConfig.from_model_config(config))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

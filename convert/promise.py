@@ -5,6 +5,7 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -72,6 +73,23 @@ def try_split(
     return Outcome(report.model.head.num_experts_per_tok, bound, fidelity.agreement, fidelity.positions)
 
 
+def summary(outcomes: list[Outcome], target_agreement: float) -> dict[str, int | float]:
+    """What all splits come to: how many kept the promise; median, smallest and largest k and agreement.
+
+    Args:
+        outcomes: of the splits, at least one.
+        target_agreement: what was promised.
+    """
+    figures: dict[str, int | float] = {
+        "splits": len(outcomes),
+        "kept": sum(one.agreement >= target_agreement for one in outcomes),
+    }
+    for name in ("num_experts_per_tok", "agreement"):
+        values = [getattr(one, name) for one in outcomes]
+        figures |= {f"{name}_{kind.__name__}": kind(values) for kind in (median, min, max)}
+    return figures
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -85,7 +103,10 @@ def promise(
     positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = Recipe.positions,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of the documents.")] = 20,
 ) -> None:
-    """Convert on random splits of a sample, and count how often documents set aside agree as was promised."""
+    """Convert on random splits of a sample, and count how often documents set aside agree as was promised.
+
+    Prints a line of JSON for each split, and one of all at the end.
+    """
     choices = {"text": text, "positions": positions, "target_agreement": target_agreement, "allow_below_target": True}
     recipe = Recipe.from_dict(choices)
     folder = find_folder(model)
@@ -97,11 +118,13 @@ def promise(
             windows = sample_from_model(dense, positions, length, recipe.seed, Path(temporary))
     else:
         windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
-    kept = 0
+    outcomes = []
     for seed in range(splits):
         outcome = try_split(dense, tokenizer, recipe, windows, seed)
-        kept += outcome.agreement >= target_agreement
-        print(json.dumps({"split": seed, **dataclasses.asdict(outcome), "kept": kept}), flush=True)
+        outcomes.append(outcome)
+        is_kept = outcome.agreement >= target_agreement
+        print(json.dumps({"split": seed, **dataclasses.asdict(outcome), "is_kept": is_kept}), flush=True)
+    print(json.dumps(summary(outcomes, target_agreement)))
 
 
 if __name__ == "__main__":

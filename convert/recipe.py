@@ -215,6 +215,15 @@ def public_name(text: str) -> str:
     return path.name if path.is_absolute() or path.exists() else text
 
 
+def sample_name(text: str) -> str:
+    """What a sample is, in words.
+
+    Args:
+        text: as the recipe names it.
+    """
+    return "text that the model wrote itself" if text == SELF else public_name(text)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a mapping from a YAML file.
 

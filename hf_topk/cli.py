@@ -72,7 +72,10 @@ def convert(
         bool | None, typer.Option("--allow-below-target", help="Convert even if the target is not reached.")
     ] = None,
     num_always_on: Annotated[
-        int | None, typer.Option(help="Tokens scored at every position. [default: about 256]")
+        int | None,
+        typer.Option(
+            help="Tokens scored at every position; 0: none, not even those that end a text. [default: about 256]"
+        ),
     ] = None,
     partition: Annotated[
         str | None,
@@ -123,7 +126,7 @@ def convert(
         return
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
-    from .convert.recipe import Recipe, read_yaml
+    from .convert.recipe import Recipe, read_yaml, sample_name
 
     choices = read_yaml(recipe) if recipe else {}
     # What the recipe calls by the same name, the options above do too.
@@ -156,7 +159,8 @@ def convert(
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
             f"{figures['num_experts_per_tok']} scored for a position, {report.recipe.num_always_on} always on",
             "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
-            f"confidence, on {figures['positions']:,} held-out positions of the sample"
+            f"confidence, on {figures['positions']:,} held-out positions of the sample "
+            f"({sample_name(report.recipe.text)})"
             + ("" if figures["target_reached"] else ": the target is not reached"),
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",

@@ -19,49 +19,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import logits_process as processors
 from transformers.utils import logging
 
 from .head import TopKExpertsHead
 from .rollback import RollBack, why_not_rolled_back
+from .shared_processors import SHARED_PROCESSORS
 
 logger = logging.get_logger(__name__)
 
 FIRST_SIZE = 8  # positions in a block, at first
 LARGEST_SIZE = 16
 MOST_POSITIONS = 128  # of all rows, in a block: with more the dense product is no longer bound by the bytes it reads
-# A draft is doubtful if more of the probability lies outside of what was scored: on a small model of books one in ten
-# such drafts is wrong, sampling one in five, and the positions drafted after it cost about what a dense pass costs.
+# A draft is doubtful if more of the probability lies outside of what was scored: such drafts are wrong more often than
+# others, and what is drafted after a wrong one is lost.
 DOUBTFUL_SHARE = 0.6
-
-# Depend on the prefix and the scores alone, so that they can be asked about guesses. All others, users' own foremost,
-# may keep state or run a model: they are shown each prefix that comes to be, once.
-SHARED_PROCESSORS = (
-    processors.EncoderNoRepeatNGramLogitsProcessor,
-    processors.EncoderRepetitionPenaltyLogitsProcessor,
-    processors.EpsilonLogitsWarper,
-    processors.EtaLogitsWarper,
-    processors.ExponentialDecayLengthPenalty,
-    processors.ForcedBOSTokenLogitsProcessor,
-    processors.ForcedEOSTokenLogitsProcessor,
-    processors.InfNanRemoveLogitsProcessor,
-    processors.LogitNormalization,
-    processors.MinLengthLogitsProcessor,
-    processors.MinNewTokensLengthLogitsProcessor,
-    processors.MinPLogitsWarper,
-    processors.NoBadWordsLogitsProcessor,
-    processors.NoRepeatNGramLogitsProcessor,
-    processors.RepetitionPenaltyLogitsProcessor,
-    processors.SequenceBiasLogitsProcessor,
-    processors.SuppressTokensAtBeginLogitsProcessor,
-    processors.SuppressTokensLogitsProcessor,
-    processors.TemperatureLogitsWarper,
-    processors.TopHLogitsWarper,
-    processors.TopKLogitsWarper,
-    processors.TopPLogitsWarper,
-    processors.TypicalLogitsWarper,
-    processors.WatermarkLogitsProcessor,
-)
 
 
 @dataclass
@@ -70,7 +41,7 @@ class LosslessStats:
 
     Attributes:
         tokens: new tokens of a row, of the longest one.
-        body_steps: runs of the model, the one over the prompt included.
+        body_steps: runs of the model, the one over the prompt included, which counts as one in chunks, too.
         dense_passes: runs of the dense head, the one on the prompt included.
         drafted: tokens drafted.
         accepted: drafts that were the dense model's own tokens, in every row, as were all those before it.
@@ -144,6 +115,9 @@ def sample(
 class VerifiedModel:
     """Stands in for the model in the sampling loop: serves each step its dense logits, and drafts when there are none.
 
+    The loop calls `prepare_inputs_for_generation`, and then the model with exactly the arguments that it returned; so
+    the one finds the output of a step, and returns it as the argument that the other passes on.
+
     Attributes:
         stats: what it took so far.
     """
@@ -178,8 +152,10 @@ class VerifiedModel:
             input_ids: the prefix, [B, T].
             **kwargs: as the model takes them.
         """
-        if not self._has_started:
-            self._start(input_ids, kwargs)
+        cache = kwargs.get("past_key_values")
+        if not self._has_started or (self._cache is not None and not self._cache.watches(cache)):
+            self._end_block()  # Phi-3 goes on with a new cache where its long positions begin
+            self._start(input_ids, cache)
         self.stats.tokens += 1
         if self._cache is None:
             return {"output": self._dense_step(input_ids, kwargs)}
@@ -200,16 +176,18 @@ class VerifiedModel:
         """Leave the cache as dense decoding does."""
         self._end_block()
 
-    def _start(self, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+    def _start(self, input_ids: Tensor, cache: Any) -> None:
         """See, once the prompt was read, whether drafts could be taken back."""
-        self._has_started = True
-        reason = why_not_rolled_back(kwargs.get("past_key_values"))
+        self._has_started, self._cache = True, None
+        reason = why_not_rolled_back(cache)
         if self._synced_gpus:
             reason = "other processes wait for each of its steps"
+        elif 2 * input_ids.shape[0] > MOST_POSITIONS:
+            reason = f"more than {MOST_POSITIONS // 2} rows in a batch leave no room for drafts"
         elif input_ids.device.type == "mps":
             reason = "on this device Transformers looks at the cache a step late"
         if reason is None:
-            self._cache = RollBack(kwargs["past_key_values"])
+            self._cache = RollBack(cache)
             return
         logger.warning_once(
             f"Lossless decoding of this {type(self._model.base).__name__} verifies every token with the dense head, "
@@ -316,7 +294,9 @@ class Drafter:
         self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
         self._does_sample = bool(generation_config.do_sample)
         self._max_length = stopping_criteria.max_length
-        self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        config = model.config.get_text_config()
+        self._max_positions = getattr(config, "max_position_embeddings", None)
+        self._short_positions = getattr(config, "original_max_position_embeddings", None)
         self._pad: Tensor | None = getattr(generation_config, "_pad_token_tensor", None)
         self._ends: Tensor | None = None
         ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
@@ -338,6 +318,9 @@ class Drafter:
             limits.append(self._max_length - input_ids.shape[1])
         if isinstance(self._max_positions, int):
             limits.append(self._max_positions - cache.length())
+        if isinstance(self._short_positions, int) and cache.length() <= self._short_positions:
+            # The step that goes beyond them may make a new cache, from which nothing could be taken back.
+            limits.append(self._short_positions - cache.length())
         return max(1, min(limits))
 
     def draft(self, input_ids: Tensor, kwargs: dict[str, Any], size: int, cache: RollBack) -> Block:

@@ -39,16 +39,26 @@ class RollBack:
         Args:
             cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
         """
+        self._cache = cache
         every_layer: list[Any] = cache.layers
         self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
+        self._lengths = [-1] * len(self._layers)
         # For each layer with a window: what each of the last steps pushed out of it, if anything.
         self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
             (one, []) for one in self._layers if type(one) in WINDOWS
         ]
 
+    def watches(self, cache: Any) -> bool:
+        """Whether it is this cache that is watched.
+
+        Args:
+            cache: any.
+        """
+        return self._cache is cache
+
     def length(self) -> int:
-        """Tokens that have gone through the cache."""
-        return int(self._layers[0].get_seq_length())
+        """Tokens that have gone through the cache; before the first block the states of an image may count instead."""
+        return max(map(_states_in, self._growing())) or int(self._layers[0].get_seq_length())
 
     def room(self) -> int:
         """Tokens that still fit in."""
@@ -56,7 +66,8 @@ class RollBack:
         return min((one.max_cache_len - int(one.get_seq_length()) for one in static[:1]), default=sys.maxsize)
 
     def start_block(self) -> None:
-        """Forget what was kept for an earlier block."""
+        """Forget what was kept for an earlier block, and see from where the layers grow."""
+        self._lengths = list(map(_states_in, self._layers))
         for _, pushed_out in self._pushed_out:
             pushed_out.clear()
 
@@ -66,13 +77,18 @@ class RollBack:
             oldest = (layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()) if _is_full(layer) else None
             pushed_out.append(oldest)
 
+    def _growing(self) -> list[Any]:
+        """The layers that the block went to: not those that attend to an image, whose states stay as they are."""
+        pairs = zip(self._layers, self._lengths, strict=True)
+        return [one for one, length in pairs if type(one) is not layers.DynamicLayer or _states_in(one) > length]
+
     def back(self, steps: int) -> None:
         """Take the last tokens out.
 
         Args:
             steps: how many; they were fed one by one.
         """
-        for layer in self._layers:
+        for layer in self._growing():
             if type(layer) is layers.DynamicLayer:
                 layer.crop(-steps)
             elif type(layer) is layers.StaticLayer:
@@ -82,6 +98,11 @@ class RollBack:
             del pushed_out[-steps:]
             undo = _undo_dynamic if type(layer) is layers.DynamicSlidingWindowLayer else _undo_static
             undo(layer, steps, [keys for keys, _ in lost], [values for _, values in lost])
+
+
+def _states_in(layer: Any) -> int:
+    """How many states a growing layer holds; 0 for others, to which every token goes."""
+    return int(layer.get_seq_length()) if type(layer) is layers.DynamicLayer else 0
 
 
 def _is_full(layer: Any) -> bool:

@@ -1,6 +1,7 @@
 """Converted models of many architectures: equal to the dense model with all experts, in memory and on disk."""
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hf_topk import TopKExpertsForCausalLM
+from hf_topk import TopKExpertsForCausalLM, lossless
+from hf_topk.convert.architectures import check_conversion
+from hf_topk.convert.tiny_models import tiny_model
+from hf_topk.errors import TopKExpertsError
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -144,3 +148,16 @@ def test_answers_as_the_dense_class_does(dense: PreTrainedModel, converted: TopK
     for name in ("_supports_sdpa", "_supports_flash_attn", "_can_compile_fullgraph", "_is_stateful", "main_input_name"):
         assert getattr(converted, name) == getattr(dense, name)
     assert converted.base.config._attn_implementation == dense.config._attn_implementation
+
+
+@pytest.mark.parametrize(("model_type", "is_drafted"), [("llama", True), ("mamba", False)])
+def test_the_check_of_each_type_sees_whether_drafts_are_made(
+    model_type: str, is_drafted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny_model(AutoModelForCausalLM, model_type)
+    check_conversion(dense, tmp_path / "right")
+    assert lossless.DOUBTFUL_SHARE < 1  # as it was before
+    monkeypatch.setattr(lossless, "FIRST_SIZE", 1)
+    monkeypatch.setattr(lossless, "LARGEST_SIZE", 1)
+    with pytest.raises(TopKExpertsError, match="is not drafted") if is_drafted else nullcontext():
+        check_conversion(dense, tmp_path / "none")

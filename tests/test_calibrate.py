@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import calibrate, promise
 from hf_topk.convert.calibrate import Target, choose_num_experts, highest_agreement, lower_bound, rank_experts
+from hf_topk.convert.distill import start_router
+from hf_topk.convert.fit_tail import fit_tail
 from hf_topk.convert.recipe import Recipe
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity
@@ -107,6 +109,19 @@ def test_k_stays_within_the_bytes() -> None:
     assert model.head.num_experts_per_tok == 1
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.73, 1), (0.745, 2), (0.76, 2)])
+def test_what_the_tail_gets_right_counts_within_the_bytes_too(share: float, expected: int) -> None:
+    model, windows = tiny_converted(tail_rank=16, router_type="centroid"), some_windows()
+    start_router(model.head)
+    fit_tail(model.head, rank_experts(model, windows).states, torch.full((VOCAB_SIZE,), 1 / VOCAB_SIZE))
+    needed, bounds = rank_experts(model, windows).experts_needed, [bound_at(model, k) for k in (1, 2)]
+    assert lower_bound(float((needed <= 2).double().mean()), len(needed)) < 0.7 < bounds[0] < bounds[1]
+    limit = model.head.bytes_read(2) / model.head.dense_bytes() + 1e-9
+    choose_num_experts(model, windows, Target(share, max_bytes_read=limit))
+    assert model.head.num_experts_per_tok == expected
+    assert (bounds[expected - 1] >= share) == (share < 0.75)
+
+
 # Bad enough that some experts are not enough.
 WEAK = {"held_out": 0.5, "partition": "frequency", "router": "centroid", "num_always_on": 0}
 
@@ -181,6 +196,42 @@ def test_writes_nothing_below_the_target(
 def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         Recipe.from_dict(choices)
+
+
+def test_the_promise_is_summed_up_over_splits(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = iter([promise.Outcome(3, 0.91, 0.94, 10), promise.Outcome(5, 0.9, 0.88, 10)])
+    splits: list[tuple[int, int]] = []
+
+    def try_split(_: object, __: object, recipe: Recipe, windows: list[Window], seed: int) -> promise.Outcome:
+        splits.append((seed, len({window.document for window in windows})))
+        assert recipe.target_agreement == 0.9
+        return next(outcomes)
+
+    monkeypatch.setattr(promise, "try_split", try_split)
+    promise.promise("model", "text.jsonl", target_agreement=0.9, positions=1600, splits=2)
+    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert splits == [(0, 8), (1, 8)]
+    assert lines[0] == {
+        "split": 0,
+        "num_experts_per_tok": 3,
+        "bound": 0.91,
+        "agreement": 0.94,
+        "positions": 10,
+        "is_kept": True,
+    }
+    assert not lines[1]["is_kept"]
+    assert last == {
+        "splits": 2,
+        "kept": 1,
+        "num_experts_per_tok_median": 4,
+        "num_experts_per_tok_min": 3,
+        "num_experts_per_tok_max": 5,
+        "agreement_median": pytest.approx(0.91),
+        "agreement_min": 0.88,
+        "agreement_max": 0.94,
+    }
 
 
 def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,7 @@ def test_convert_prints_a_summary(printed: Callable[..., tuple[str, str]], here:
     assert text.startswith("Wrote new\n")
     for name in ("experts", "agreement", "perplexity", "bytes read", "added on disk"):
         assert f"\n{name}: " in text
+    assert "held-out positions of the sample (text.jsonl)" in text
     assert (here / "new" / "config.json").is_file()
 
 

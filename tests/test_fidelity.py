@@ -105,6 +105,16 @@ def test_figures_are_those_of_brute_force(
     assert (figures.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
 
 
+def test_positions_where_hardly_a_token_is_unscored_have_no_ranks() -> None:
+    generator = torch.Generator().manual_seed(3)
+    windows = [Window(0, tuple(torch.randint(VOCAB_SIZE, (2,), generator=generator).tolist())) for _ in range(12)]
+    model = tiny_converted(num_experts_per_tok=NUM_EXPERTS, routed_mass=0.999)
+    alone = [measure_fidelity(model, [window]).tail_rank_correlation for window in windows]
+    ranked = [correlation for correlation in alone if not math.isnan(correlation)]
+    assert 0 < len(ranked) < len(windows)
+    assert measure_fidelity(model, windows).tail_rank_correlation == pytest.approx(math.fsum(ranked) / len(ranked))
+
+
 @pytest.mark.parametrize("combine", ["router", "learned"])
 def test_figures_of_the_other_ways_to_combine(combine: Any) -> None:
     check_figures(tiny_converted(combine=combine), some_windows())

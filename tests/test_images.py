@@ -8,9 +8,10 @@ import torch
 from helpers import tiny_converted
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from hf_topk import TopKExpertsForCausalLM
+from hf_topk import TopKExpertsForCausalLM, lossless
 
 VOCAB_SIZE, IMAGE_TOKEN = 100, 9
+NEW_TOKENS = 24
 TEXT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -77,6 +78,42 @@ def tiny_qwen2_vl() -> tuple[PreTrainedModel, dict[str, Any]]:
     return dense, {**inputs, "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def tiny_mllama() -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Its image is no tokens: a layer attends to it, and keeps as many states as it has patches."""
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"}
+    config = AutoConfig.for_model(
+        "mllama",
+        text_config={
+            **text,
+            "cross_attention_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        vision_config={
+            **VISION,
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+        },
+        image_token_index=VOCAB_SIZE,
+    )
+    dense, inputs = _with_image(config, 1)
+    with torch.no_grad():
+        for name, parameter in dense.named_parameters():
+            if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:  # it lets nothing through at first, too
+                parameter.fill_(1)
+    ones = torch.ones(1, 1, dtype=torch.long)
+    return dense, {
+        "input_ids": inputs["input_ids"],
+        "pixel_values": inputs["pixel_values"][None, None],
+        "aspect_ratio_ids": ones,
+        "aspect_ratio_mask": ones[None],
+        "cross_attention_mask": torch.ones(*inputs["input_ids"].shape, 1, 1, dtype=torch.long),
+    }
+
+
 def _with_image(config: Any, tokens: int) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(0)
     dense = AutoModelForImageTextToText.from_config(config).eval()
@@ -89,19 +126,20 @@ def _with_image(config: Any, tokens: int) -> tuple[PreTrainedModel, dict[str, An
     return dense, {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, 8, 8)}
 
 
-@pytest.fixture(scope="module", params=[tiny_llava, tiny_gemma3, tiny_qwen2_vl])
+@pytest.fixture(scope="module", params=[tiny_llava, tiny_gemma3, tiny_qwen2_vl, tiny_mllama])
 def dense_and_inputs(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Any]]:
     return request.param()
 
 
 def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[list[int]]:
-    return model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None, **choices).tolist()
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, **choices).tolist()
 
 
 @torch.no_grad()
 def test_writes_about_an_image_as_the_dense_model_does(
-    dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path
+    dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)
     dense, inputs = dense_and_inputs
     expected, text = dense(**inputs).logits, continuation(dense, inputs)
     tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)
@@ -111,8 +149,9 @@ def test_writes_about_an_image_as_the_dense_model_does(
         assert not any(info.values())
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
         assert continuation(model, inputs) == text
-        model.head.num_experts_per_tok = 1
+        model.head.num_experts_per_tok = 5
         assert continuation(model, inputs, lossless=True) == text
+        assert 0 < model.last_generation_stats.accepted < model.last_generation_stats.drafted
     config = AutoConfig.from_pretrained(tmp_path).text_config
     again = AutoModelForImageTextToText.from_pretrained(tmp_path, config=config)
     assert type(again) is type(dense)

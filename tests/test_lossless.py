@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_converted, tiny_dense, tiny_tokenizer
+from helpers import tiny_dense, tiny_tokenizer
+from lossless_helpers import NEW_TOKENS, PROMPT, SAMPLED, convert, generate, stats_of
 from scipy.stats import chi2
 from torch import Tensor
 from transformers import (
@@ -18,12 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM, lossless
-from hf_topk.measure.lossless import compare_lossless, is_tie, prompts_of
-from hf_topk.text import Window
 
-PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
-NEW_TOKENS = 24
-SAMPLED = {"do_sample": True, "top_k": 0}
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": SAMPLED,
@@ -48,13 +44,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 8},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
     "gemma2": {"sliding_window": 6, "head_dim": 8, "final_logit_softcapping": 30.0},
+    # Its positions are scaled otherwise beyond 16: it then reads the whole prefix anew, into another cache.
+    "phi3": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16,
+        },
+    },
 }
-
-
-def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
-    """A converted model that guesses right at times: it scores half of the tokens, and its router knows nothing."""
-    torch.manual_seed(1)
-    return tiny_converted(dense, **{"num_experts_per_tok": 4, **choices})
 
 
 @pytest.fixture(autouse=True)
@@ -81,16 +82,6 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def small(llama: PreTrainedModel) -> TopKExpertsForCausalLM:
     return convert(llama)
-
-
-def generate(model: Any, prompt: Tensor = PROMPT, seed: int = 0, **choices: Any) -> Any:
-    torch.manual_seed(seed)
-    return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
-
-
-def stats_of(model: TopKExpertsForCausalLM) -> LosslessStats:
-    assert model.last_generation_stats is not None
-    return model.last_generation_stats
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -217,7 +208,10 @@ def test_probabilities_are_finite_without_a_tail(llama: PreTrainedModel) -> None
     """Drafts from which everything was taken must not raise."""
     model = convert(llama, num_experts_per_tok=1, tail="none", num_always_on=0, num_experts=7)
     choices = {**SAMPLED, "bad_words_ids": [[token] for token in range(10, 98)]}
-    assert generate(model, **choices, lossless=True).equal(generate(llama, **choices))
+    for more in ({}, {"top_h": 0.5}):
+        expected = generate(llama, **choices, **more)
+        assert generate(model, **choices, **more, lossless=True).equal(expected)
+        assert stats_of(model).drafted > 0
 
 
 def test_second_turn_on_the_same_cache(dense: PreTrainedModel, model: TopKExpertsForCausalLM) -> None:
@@ -269,6 +263,18 @@ def test_generation_config_of_ones_own(small: TopKExpertsForCausalLM) -> None:
     assert small.last_generation_stats is None
 
 
+def test_a_generation_loop_of_ones_own_gets_dense_logits(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
+    def own_loop(model: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **_: Any) -> Tensor:
+        while not stopping_criteria(input_ids, None).all():
+            logits = model(input_ids).logits[:, -1]
+            input_ids = torch.cat([input_ids, logits.topk(2).indices[:, 1:]], dim=1)  # the second best, at that
+        return input_ids
+
+    expected = generate(llama, custom_generate=own_loop)
+    assert generate(small, custom_generate=own_loop, lossless=True).equal(expected)
+    assert not generate(small, custom_generate=own_loop).equal(expected)
+
+
 def test_pipeline(llama: PreTrainedModel) -> None:
     tokenizer, prompts = tiny_tokenizer(), ["w3 w14 w15", "w9"]
     choices: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12}
@@ -294,6 +300,19 @@ def test_states_that_cannot_be_rolled_back(model_type: str, monkeypatch: pytest.
     assert "verifies every token" in warnings[0]
 
 
+@pytest.mark.parametrize(("rows", "has_room"), [(64, True), (65, False)])
+def test_batches_that_leave_no_room_for_drafts(
+    rows: int, has_room: bool, llama: PreTrainedModel, small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(lossless.logger, "warning_once", warnings.append)
+    prompts = PROMPT[:1].expand(rows, -1)
+    assert generate(small, prompts, max_new_tokens=6, lossless=True).equal(generate(llama, prompts, max_new_tokens=6))
+    assert (stats_of(small).drafted > 0) == has_room
+    assert len(warnings) == (not has_room)
+    assert has_room or "more than 64 rows in a batch leave no room for drafts" in warnings[0]
+
+
 def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("stop")
@@ -315,31 +334,31 @@ def test_refuses_what_is_no_truth_value(small: TopKExpertsForCausalLM) -> None:
         small.generate(PROMPT, lossless="yes")
 
 
-def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
-    """What a block must not do: give sparse logits for the dense ones."""
-    block._states.append(block._head.sparse_logits(hidden.flatten(0, 1))[:, None])
-    block.is_verified = len(block._states) == block.size
-    return torch.cat(block._states, dim=1) if block.is_verified else block._states[-1]
+def accept_all(block: lossless.Block, _: Tensor) -> bool:
+    """What a block must not do: go on whatever token the loop chose."""
+    return block.served < len(block.outputs)
 
 
-@pytest.mark.parametrize("is_broken", [False, True], ids=["verified", "accepted unseen"])
+@pytest.mark.parametrize(
+    ("experts", "is_broken"), [(4, False), (6, False), (4, True)], ids=["some wrong", "all right", "wrongly accepted"]
+)
 def test_distribution_of_two_tokens(
-    is_broken: bool, small: TopKExpertsForCausalLM, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    experts: int, is_broken: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second and third token come from one block: the third is right only if the draft of the second was."""
+    model, stats = convert(llama, num_experts_per_tok=experts), LosslessStats()
     monkeypatch.setattr(lossless, "MOST_POSITIONS", 1 << 20)
     if is_broken:
-        monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
-    prompt, vocabulary = PROMPT[:1], torch.arange(100)[:, None]
-    with torch.no_grad():
-        first = llama(prompt).logits[0, -1].softmax(-1)
-        second = llama(torch.cat([prompt.expand(100, -1), vocabulary], dim=1)).logits[:, -1].softmax(-1)
-    draws = [
-        generate(small, prompt, seed, **SAMPLED, max_new_tokens=4, num_return_sequences=2000, lossless=True)[:, 5:7]
-        for seed in range(100)
-    ]
-    assert stats_of(small).drafted > 0
+        monkeypatch.setattr(lossless.Block, "goes_on_with", accept_all)
+    prompt, choices = PROMPT[:1], {**SAMPLED, "max_new_tokens": 3, "num_return_sequences": 2000, "lossless": True}
+    draws = []
+    for seed in range(20 if is_broken else 60):
+        draws.append(generate(model, prompt, seed, **choices)[:, 6:])
+        stats += stats_of(model)
+    assert stats.drafted > 0
+    assert (stats.accepted < stats.drafted) == (experts == 4 and not is_broken)
     counts = torch.bincount(torch.cat(draws) @ torch.tensor([100, 1]), minlength=10_000).double()
-    expected = (first[:, None] * second).flatten().double() * counts.sum()
+    expected = law_of_two_tokens(llama, prompt) * counts.sum()
     common = expected >= 5
     counts, expected = (torch.cat([one[common], one[~common].sum()[None]]) for one in (counts, expected))
     assert len(counts) > 20
@@ -347,22 +366,12 @@ def test_distribution_of_two_tokens(
     assert p_value < 1e-9 if is_broken else p_value > 1e-3
 
 
-def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
-    assert [prompt[0] for prompt in prompts] == [2, 18, 34, 50, 66]
-    same = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
-    assert same.tokens == same.identical == 5 * NEW_TOKENS
-    assert same.stats.tokens == 3 * NEW_TOKENS
-    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
-    other = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
-    assert 0 < other.differing <= 5
-    assert other.ties == 0
-    assert other.identical + other.differing == other.tokens < same.tokens
-    assert small.head_mode == "auto"
-
-
-def test_ties_are_one_step_of_the_type_apart() -> None:
-    step = 2.0**-7  # of bfloat16 from 1 to 2
-    assert is_tie(1.5, 1.5 - step, torch.bfloat16)
-    assert not is_tie(1.5, 1.5 - 2 * step, torch.bfloat16)
-    assert not is_tie(1.5, 1.5 - step, torch.float32)
+@torch.no_grad()
+def law_of_two_tokens(dense: PreTrainedModel, prompt: Tensor) -> Tensor:
+    """The probability that tokens v and w follow after the next one, at 100 v + w: [10000]."""
+    every = torch.arange(100)
+    first = dense(prompt).logits[0, -1].softmax(-1)
+    second = dense(torch.cat([prompt.expand(100, -1), every[:, None]], dim=1)).logits[:, -1].softmax(-1)
+    pairs = torch.cartesian_prod(every, every)
+    third = dense(torch.cat([prompt.expand(len(pairs), -1), pairs], dim=1), logits_to_keep=1).logits[:, -1].softmax(-1)
+    return torch.einsum("u,uv,uvw->vw", *(one.double() for one in (first, second, third.view(100, 100, 100)))).flatten()

@@ -17,7 +17,7 @@ from hf_topk.convert.calibrate import split_by_document
 from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.fit_tail import fit_combiner, fit_tail
 from hf_topk.convert.hidden_states import HiddenStates, batches_of, collect
-from hf_topk.convert.pipeline import head_of, special_ids
+from hf_topk.convert.pipeline import head_of
 from hf_topk.convert.self_sample import sample_from_model
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
@@ -274,21 +274,6 @@ def test_a_learned_combiner_does_not_add_divergence(tail: str) -> None:
     before = divergence()
     fit_combiner(model.head, states, 0)
     assert divergence() < before
-
-
-# Always-on tokens
-
-
-def test_tokens_that_end_a_text_come_first() -> None:
-    dense, tokenizer = tiny_dense(), tiny_tokenizer()
-    dense.generation_config.eos_token_id = [7, 0]
-    assert special_ids(dense, tokenizer) == [7, 0, 1]
-    assert special_ids(dense, None) == [7, 0]
-    dense.generation_config.eos_token_id = None
-    assert special_ids(dense, tokenizer) == [0, 1]
-    always_on = quick(dense=dense, num_always_on=4).model.head.always_on_ids.tolist()
-    assert {0, 1} <= set(always_on)
-    assert len(always_on) == 4
 
 
 # The whole

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
 
 LOAD = """
-import importlib.util, json, sys
+import importlib.util, json, pathlib, sys
 assert importlib.util.find_spec("hf_topk") is None
 sys.modules["triton"] = None  # as if it was not installed either
 
@@ -29,9 +29,16 @@ tokens = {"lossless": model.generate(prompt, lossless=True, **choices)[0].tolist
 stats = model.last_generation_stats
 for model.head_mode in ("sparse", "dense"):
     tokens[model.head_mode] = model.generate(prompt, **choices)[0].tolist()
+file = pathlib.Path(folder, "generation_config.json")
+before = file.read_text()
+file.write_text(json.dumps({**json.loads(before), "lossless": True}))
+by_default = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+file.write_text(before)
+tokens["by default"] = by_default.generate(prompt, **choices)[0].tolist()
 dense = AutoModelForCausalLM.from_pretrained(folder, config=model.config.text_config)
 print(json.dumps({"module": type(model).__module__, "dense": type(dense).__name__, "tokens": tokens,
-                  "passes": stats.dense_passes, "new": stats.tokens}))
+                  "passes": stats.dense_passes, "new": stats.tokens,
+                  "passes by default": by_default.last_generation_stats.dense_passes}))
 """
 
 
@@ -54,7 +61,8 @@ def check_loads_without_the_package(folder: Path, modules: Path) -> None:
     assert found["module"].startswith("transformers_modules.")
     assert found["dense"] == "LlamaForCausalLM"
     assert found["tokens"]["lossless"] == found["tokens"]["dense"]
-    assert found["passes"] < found["new"]
+    assert found["tokens"]["by default"] == found["tokens"]["dense"]
+    assert found["passes"] == found["passes by default"] < found["new"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__module__ == "hf_topk.modeling_topk_experts"  # which wins where it is installed
     model.head_mode = "sparse"

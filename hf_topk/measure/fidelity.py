@@ -37,7 +37,7 @@ class Fidelity:
             https://arxiv.org/abs/1706.04599).
         calibration_error_sparse: the same of the sparse head.
         tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens that were not scored, mean
-            over one position in 64 or so; not a number where there is no tail or all tokens are scored.
+            over one position in 64 or so; not a number where there is no tail or all tokens are scored throughout.
         bytes_read: bytes of head, router and tail read for one position, as a share of the dense head's.
         positions: number of positions measured.
     """
@@ -185,7 +185,8 @@ def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hid
     for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
         is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
         ranks = torch.stack([_ranks(logits[is_unscored]) for logits in (one, other)])
-        correlations.append(torch.corrcoef(ranks)[0, 1])
+        if (ranks != ranks[:, :1]).any(dim=1).all():  # where all are equal, or one or none is left, there is no order
+            correlations.append(torch.corrcoef(ranks)[0, 1])
     return correlations
 
 

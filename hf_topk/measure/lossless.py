@@ -29,8 +29,8 @@ class LosslessComparison:
         dtype: the number type of the logits.
         tokens: tokens compared.
         identical: those that are the dense model's own.
-        ties: those that differ, where the two tokens are the likeliest under the dense head and their logits no more
-            than one step of the model's number type apart: products of many positions at once round otherwise than
+        ties: those that differ, where the scores that the dense one was chosen by are no more than one step of the
+            model's number type apart for the two tokens: products of many positions at once round otherwise than
             those of one.
         stats: what lossless decoding took, over all batches.
     """
@@ -117,14 +117,14 @@ def compare_lossless(
     with progress("Comparing lossless decoding", len(prompts), "prompts") as advance:
         for batch in batches:
             with _mode(model, "dense"):
-                dense = model.generate(batch, **choices, return_dict_in_generate=True, output_logits=True)
+                dense = model.generate(batch, **choices, return_dict_in_generate=True, output_scores=True)
             with _mode(model, "auto"):
                 ours = model.generate(batch, **choices, lossless=True)
             if model.last_generation_stats is not None:
                 comparison.stats += model.last_generation_stats
-            logits = torch.stack(dense.logits, dim=1)  # (B, new, V)
+            scores = torch.stack(dense.scores, dim=1)  # (B, new, V), as the generation config's processors leave them
             written = (dense.sequences[:, batch.shape[1] :], ours[:, batch.shape[1] :])
-            for row in zip(*written, logits, strict=True):
+            for row in zip(*written, scores, strict=True):
                 _compare_row(comparison, *row)
             advance(len(batch))
     return comparison
@@ -140,23 +140,24 @@ def _mode(model: TopKExpertsForCausalLM, mode: HeadMode) -> Iterator[None]:
         model.head_mode = before
 
 
-def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, logits: Tensor) -> None:
-    """Add one row: the tokens of both, [new], and the logits that the dense ones were chosen by, [new, V]."""
+def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, scores: Tensor) -> None:
+    """Add one row: the tokens of both, [new], and the scores that the dense ones were chosen by, [new, V]."""
     same = int((dense == ours).int().cumprod(dim=0).sum())
     comparison.identical += same
     comparison.tokens += same
     if same < len(dense):
         comparison.tokens += 1
-        chosen = logits[same, torch.stack([dense[same], ours[same]])]
+        chosen = scores[same, torch.stack([dense[same], ours[same]])]
         comparison.ties += is_tie(float(chosen[0]), float(chosen[1]), comparison.dtype)
 
 
 def is_tie(best: float, other: float, dtype: torch.dtype) -> bool:
-    """Whether two logits are no more than one step of a number type apart.
+    """Whether two scores are equal or neighbours in a number type.
 
     Args:
-        best: the largest logit.
+        best: the largest score.
         other: another one.
-        dtype: the type that both were rounded to.
+        dtype: the type, which both are rounded to.
     """
-    return best - other <= torch.finfo(dtype).eps * abs(best)
+    rounded = torch.tensor([best, other], dtype=dtype)
+    return bool(rounded[1] >= rounded[0].nextafter(rounded.new_tensor(-torch.inf)))

@@ -1,0 +1,30 @@
+"""What tests of lossless decoding share."""
+
+from typing import Any
+
+import torch
+from helpers import tiny_converted
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_topk import LosslessStats, TopKExpertsForCausalLM
+
+PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
+NEW_TOKENS = 24
+SAMPLED = {"do_sample": True, "top_k": 0}
+
+
+def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
+    """A converted model that guesses right at times: it scores half of the tokens, and its router knows nothing."""
+    torch.manual_seed(1)
+    return tiny_converted(dense, **{"num_experts_per_tok": 4, **choices})
+
+
+def generate(model: Any, prompt: Tensor = PROMPT, seed: int = 0, **choices: Any) -> Any:
+    torch.manual_seed(seed)
+    return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
+
+
+def stats_of(model: TopKExpertsForCausalLM) -> LosslessStats:
+    assert model.last_generation_stats is not None
+    return model.last_generation_stats
