@@ -17,7 +17,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapted import adapt
-from .checkpoint_names import NamesThatFit, NamesUnder
+from .checkpoint_names import DenseNamesMixin, NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_class import ANSWERED_AS_THE_DENSE_CLASS, class_that_writes_text, generate_as, random_dense_model
 from .dense_parts import DensePartsMixin
@@ -43,7 +43,9 @@ class TopKExpertsPreTrainedModel(KeepsCard):
     supports_gradient_checkpointing = True
 
 
-class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPreTrainedModel, GenerationMixin):
+class TopKExpertsForCausalLM(
+    JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+):
     """A dense causal language model whose output head reads only the experts its router picks.
 
     The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
@@ -328,17 +330,6 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         # Which arguments there are, Transformers reads off the signature of `forward`.
         cast(Any, self.base)._validate_model_kwargs(model_kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
-        # Some dense checkpoints (GPT-2, BLOOM) name their tensors as the model without a head does.
-        dense = model.base
-        if dense.base_model is not dense:
-            children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)
-            bare_names = NamesUnder(dense.base_model_prefix, parent=model.base_model_prefix, but_not=children)
-            load_config.weight_mapping.append(bare_names)
-        load_config.weight_mapping.append(NamesThatFit(load_config.weight_mapping[0], model.state_dict()))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the dense head's rows; ids that are new become always-on.

@@ -123,6 +123,19 @@ def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> Non
     assert len(names) == len(bare)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> None:
+    converted = tiny_converted(tiny_dense(model_type))
+    converted.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"mine.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, key_mapping={r"^mine\.": ""}, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert logits_of(loaded).equal(logits_of(converted))
+
+
 def test_additions_in_a_shard_of_their_own(tmp_path: Path) -> None:
     """The dense checkpoint's file as it was, a second one with the rest, and an index."""
     dense = tiny_dense(tied=False)
