@@ -85,7 +85,8 @@ def test_an_adapter_of_the_model_s_own_is_saved_and_loaded(model_type: str, targ
     expected = logits_of(model)
     assert not expected.equal(logits_of(again))
     found = again.load_adapter(tmp_path / "adapter")
-    assert not (found.missing_keys or found.unexpected_keys)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
     at_once = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(at_once, TopKExpertsForCausalLM)
     for loaded in (again, at_once):
