@@ -319,18 +319,6 @@ class TopKExpertsForCausalLM(
             if hasattr(entries, "lossless"):
                 config.lossless = entries.lossless  # type: ignore[attr-defined]
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of a generation step as the dense model does."""
-        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
-        return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Which arguments there are, Transformers reads off the signature of `forward`.
-        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
-
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the dense head's rows; ids that are new become always-on.
 

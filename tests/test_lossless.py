@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {"do_sample": False, "num_beams": 3},
     "prompt in chunks": {"do_sample": False, "prefill_chunk_size": 2},
     "forced": {"do_sample": False, "prefix_allowed_tokens_fn": lambda _, ids: [len(ids), 80, 81, 82]},
+    "embeddings": {"do_sample": False, "from_embeddings": True},
 }
 DRAFTED = {way: choices for way, choices in WAYS.items() if way not in ("no cache", "beams", "forced")}
 MODELS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,11 @@ def small(llama: PreTrainedModel) -> TopKExpertsForCausalLM:
     return convert(llama)
 
 
-def generate(model: Any, prompt: Tensor = PROMPT, seed: int = 0, **choices: Any) -> Any:
+def generate(
+    model: Any, prompt: Tensor = PROMPT, seed: int = 0, *, from_embeddings: bool = False, **choices: Any
+) -> Any:
+    if from_embeddings:  # of other tokens than those of the prompt
+        choices["inputs_embeds"] = model.get_input_embeddings()(prompt.flip(1)).detach()
     torch.manual_seed(seed)
     return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
 
