@@ -170,6 +170,28 @@ class TopKExpertsForCausalLM(
             raise InputError(f"unknown head mode '{mode}': choose one of {', '.join(HEAD_MODES)}")
         self.head.head_mode = self.config.head_mode = mode
 
+    @property
+    def num_experts_per_tok(self) -> int:
+        """k, how many experts are scored for a position: from 1 to all."""
+        return self.head.num_experts_per_tok
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, count: int) -> None:
+        if not 1 <= count <= self.head.num_experts:
+            raise InputError(f"num_experts_per_tok is {count}, must be from 1 to the {self.head.num_experts} experts")
+        self.head.num_experts_per_tok = self.config.num_experts_per_tok = count
+
+    @property
+    def sparse_max_positions(self) -> int:
+        """The largest number of positions (batch x sequence) of a call that head mode "auto" runs sparse."""
+        return self.head.sparse_max_positions
+
+    @sparse_max_positions.setter
+    def sparse_max_positions(self, count: int) -> None:
+        if count < 0:
+            raise InputError(f"sparse_max_positions is {count}, cannot be negative")
+        self.head.sparse_max_positions = self.config.sparse_max_positions = count
+
     def forward(
         self,
         input_ids: Tensor | None = None,

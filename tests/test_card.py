@@ -124,15 +124,14 @@ def test_the_curve_is_measured_around_k(made: SimpleNamespace) -> None:
 
 
 def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> None:
-    from hf_topk.convert.calibrate import set_num_experts
     from hf_topk.measure.fidelity import measure_fidelity
 
     model = made.report.model
     for point in made.report.curve:
-        set_num_experts(model, point.num_experts_per_tok)
+        model.num_experts_per_tok = point.num_experts_per_tok
         fidelity = measure_fidelity(model, made.report.held_out)
         assert (point.agreement, point.bytes_read) == (fidelity.agreement, fidelity.bytes_read)
-    set_num_experts(model, 2)
+    model.num_experts_per_tok = 2
 
 
 def test_a_long_text_is_measured_in_part(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

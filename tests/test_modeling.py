@@ -187,6 +187,34 @@ def test_unknown_head_mode_is_refused() -> None:
     assert converted.head_mode == "sparse"
 
 
+def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
+    converted = tiny_converted(head_mode="sparse")
+    two = logits_of(converted)
+    converted.num_experts_per_tok, converted.sparse_max_positions = 5, 0
+    assert converted.head.num_experts_per_tok == converted.config.num_experts_per_tok == 5
+    assert converted.head.sparse_max_positions == converted.config.sparse_max_positions == 0
+    assert not logits_of(converted).equal(two)
+    again = save_and_load(converted, tmp_path)
+    assert (again.num_experts_per_tok, again.sparse_max_positions) == (5, 0)
+    assert logits_of(again).equal(logits_of(converted))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("num_experts_per_tok", 0, "is 0, must be from 1 to the 6 experts"),
+        ("num_experts_per_tok", 7, "is 7, must be from 1 to the 6 experts"),
+        ("sparse_max_positions", -1, "is -1, cannot be negative"),
+    ],
+)
+def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> None:
+    converted = tiny_converted()
+    before = getattr(converted, name)
+    with pytest.raises(InputError, match=f"{name} {cause}"):
+        setattr(converted, name, value)
+    assert getattr(converted, name) == getattr(converted.head, name) == getattr(converted.config, name) == before
+
+
 @torch.no_grad()
 def test_auto_counts_the_positions_of_a_call() -> None:
     dense = tiny_dense()
