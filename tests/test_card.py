@@ -1,5 +1,6 @@
 """The model card: what it says is what was measured, in words that the Hub reads."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -36,7 +37,8 @@ def card_of(made: SimpleNamespace, dense: Path, name: str | None = None) -> Mode
     """The card of a conversion of a copy of the dense model."""
     shutil.copytree(made.folder / "model", dense, dirs_exist_ok=True)
     (dense.parent / "out").mkdir(exist_ok=True)
-    write_card(made.report, open_source(name or str(dense), dense), dense.parent / "out")
+    source = dataclasses.replace(open_source(str(dense), dense), name=name or str(dense))
+    write_card(made.report, source, dense.parent / "out")
     return ModelCard.load(dense.parent / "out" / "README.md")
 
 
