@@ -50,6 +50,7 @@ def test_the_results_are_the_figures(made: SimpleNamespace) -> None:
         assert results[kind].task_type == "text-generation"
         assert results[kind].dataset_name == "held-out part of text.jsonl"
     assert made.card.data.model_name == "model-topk"
+    assert made.card.data.pipeline_tag == "text-generation"
 
 
 def test_the_recipe_is_yaml_in_the_card(made: SimpleNamespace) -> None:

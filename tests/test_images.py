@@ -1,14 +1,18 @@
 """Models that look at images: converted as a whole, they write what the dense model does."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_converted
+from helpers import QUICK, tiny_checkpoint, tiny_converted, tiny_text
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
+from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.hub_card import named
 
 VOCAB_SIZE, IMAGE_TOKEN = 100, 9
 TEXT = {
@@ -124,3 +128,20 @@ def test_the_image_is_looked_at(dense_and_inputs: tuple[PreTrainedModel, dict[st
     model = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-2)
+
+
+def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, _ = tiny_llava()
+    tiny_checkpoint(tmp_path / "model", dense)
+    recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), num_experts_per_tok=2, **QUICK)
+    convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "takes images as the dense model does" in card.text
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", named(card.text, "out"), re.DOTALL)
+    found: dict[str, Any] = {}
+    for number in (0, 2):  # the other one is for where there is no package
+        exec(snippets[number].replace("64", "2"), found)
+    assert isinstance(found["model"], TopKExpertsForCausalLM)
+    assert type(found["dense"]) is type(dense)
