@@ -331,6 +331,7 @@ class TopKExpertsForCausalLM(
     ) -> None:
         """Load the generation config, with its entry `lossless` if it has one."""
         cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
+        self._revision = str(kwargs.get("revision") or "main")  # where the card is from, too
         config = self.generation_config
         if config is None or not config._from_model_config or generation_config is not None or name is None:
             return

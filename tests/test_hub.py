@@ -242,3 +242,14 @@ def test_a_model_of_the_hub_keeps_the_card_that_is_there(run: Run, hub: Hub, her
         assert done.code == 0, done.err
         assert b"## My own words" in hub.files(name)["README.md"]
         assert snippets_of(hub.files(name)["README.md"]) == {name}
+
+
+def test_a_model_of_a_branch_is_pushed_with_the_card_of_the_branch(run: Run, hub: Hub) -> None:
+    for revision in ("main", "k4"):
+        assert run(*PUSH, "--revision", revision).code == 0
+        files = hub.files("me/x", revision)
+        files["README.md"] = files["README.md"].replace(b"## Limits", f"## Words of {revision}".encode())
+    script = PUSH_A_MODEL.format(call='push_to_hub("me/y")').replace('"out"', '"me/x", revision="k4"')
+    done = run(script=script)
+    assert done.code == 0, done.err
+    assert b"## Words of k4" in hub.files("me/y")["README.md"]
