@@ -98,7 +98,7 @@ class TopKExpertsForCausalLM(
         head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
         dense.set_submodule(self.head_name, head)
         generate_as(self, dense)
-        self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(dense.forward).parameters
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
@@ -233,11 +233,8 @@ class TopKExpertsForCausalLM(
             "labels": labels,
             "use_cache": use_cache,
         }
-        accepted = self._accepted_by_dense
-        if "kwargs" not in accepted:
-            given = {name: value for name, value in given.items() if name in accepted}
         given = {name: value for name, value in given.items() if value is not None}
-        if "logits_to_keep" in accepted:
+        if self._keeps_logits:  # else `generate` asks for it nevertheless
             given["logits_to_keep"] = logits_to_keep
         return self.base(**given, **kwargs)
 

@@ -215,6 +215,15 @@ def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> N
     assert getattr(converted, name) == getattr(converted.head, name) == getattr(converted.config, name) == before
 
 
+def test_an_argument_that_the_dense_model_does_not_take_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = tiny_converted()
+    forward = converted.base.forward
+    monkeypatch.setattr(converted.base, "forward", lambda input_ids, logits_to_keep: forward(input_ids))
+    assert converted(PROMPT).logits.shape[:2] == PROMPT.shape
+    with pytest.raises(TypeError, match="position_ids"):
+        converted(PROMPT, position_ids=PROMPT)
+
+
 @torch.no_grad()
 def test_auto_counts_the_positions_of_a_call() -> None:
     dense = tiny_dense()
