@@ -55,6 +55,9 @@ def test_saved_loaded_and_merged(targets: Any, expected: set[str], tmp_path: Pat
     assert losses[-1] < losses[0]
     expected_logits, tokens = logits_of(model), model.generate(input_ids=PROMPT, **CHOICES)
     model.save_pretrained(tmp_path / "adapter")
+    without_peft = tiny_converted()
+    without_peft.load_adapter(tmp_path / "adapter")
+    assert logits_of(without_peft).equal(expected_logits)
     loaded = PeftModel.from_pretrained(tiny_converted(), tmp_path / "adapter")
     assert logits_of(loaded).equal(expected_logits)
     assert loaded.generate(input_ids=PROMPT, **CHOICES).equal(tokens)
@@ -89,9 +92,12 @@ def test_an_adapter_of_the_model_s_own_is_saved_and_loaded(model_type: str, targ
     assert not found.unexpected_keys
     at_once = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(at_once, TopKExpertsForCausalLM)
-    for loaded in (again, at_once):
+    with_peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter"
+    )
+    for loaded in (again, at_once, with_peft):
         assert logits_of(loaded).equal(expected)
-        assert loaded.generate(PROMPT, **CHOICES).equal(model.generate(PROMPT, **CHOICES))
+        assert loaded.generate(input_ids=PROMPT, **CHOICES).equal(model.generate(PROMPT, **CHOICES))
 
 
 def test_router_is_trained_with_an_adapter() -> None:
