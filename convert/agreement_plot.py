@@ -12,7 +12,7 @@ from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
-from .calibrate import STATES_AT_ONCE, argmax, rank_experts, set_num_experts
+from .calibrate import STATES_AT_ONCE, argmax, rank_experts
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
 POSITIONS = 2048  # about so many at most
@@ -57,7 +57,7 @@ def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window]) -> lis
     points = []
     with progress("Measuring at fewer and more experts", len(numbers) * len(order), "positions") as advance:
         for k in numbers:
-            set_num_experts(model, k)
+            model.num_experts_per_tok = k
             agreed = scored = 0
             for states, best in batches:
                 agreed += int((argmax(head.greedy_logits(states)) == best).sum())
@@ -65,7 +65,7 @@ def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window]) -> lis
                 advance(len(best))
             bytes_read = head.bytes_read(scored / len(order)) / head.dense_bytes()
             points.append(Point(k, agreed / len(order), bytes_read, len(order)))
-    set_num_experts(model, chosen)
+    model.num_experts_per_tok = chosen
     return points
 
 

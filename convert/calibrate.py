@@ -98,7 +98,7 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     dense, measured = rank_experts(model, held_out), dict[int, Fidelity]()
 
     def reaches(num_experts: int) -> bool:
-        set_num_experts(model, num_experts)
+        model.num_experts_per_tok = num_experts
         # The whole of the text is only read where this does not rule it out.
         if lower_bound(highest_agreement(model.head, dense), len(dense.best)) < target.agreement:
             return False
@@ -112,17 +112,12 @@ def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], ta
     # What was expected is measured: the tail, too, has a say at rare positions.
     chosen = next((k for k in range(expected, largest + 1) if reaches(k)), 0)
     if not chosen:  # the fewest that do no worse than all that are allowed
-        set_num_experts(model, 1 + shares.index(shares[-1]))
+        model.num_experts_per_tok = 1 + shares.index(shares[-1])
         return measured.get(model.head.num_experts_per_tok)
     while chosen > 1 and reaches(chosen - 1):
         chosen -= 1
-    set_num_experts(model, chosen)
+    model.num_experts_per_tok = chosen
     return measured[chosen]
-
-
-def set_num_experts(model: TopKExpertsForCausalLM, num_experts: int) -> None:
-    """Set k of a model in memory and in its configuration."""
-    model.head.num_experts_per_tok = model.config.num_experts_per_tok = num_experts
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_topk.dense_class import looks_at_images
 from hf_topk.hub_card import CARD_FILE, PLOT_FILE, TAGS
 
 from .agreement_plot import draw
@@ -47,9 +48,10 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
     title = f"{name}-topk"
     sample = sample_name(report.recipe.text)
     figures = report.figures()
+    takes_images = looks_at_images(report.model.base)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if takes_images else "text-generation",
         tags=list(TAGS),
         model_name=title,
         eval_results=_results(figures, f"held-out part of {sample}"),
@@ -62,6 +64,8 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         title=title,
         base_name=name,
         repository=repository,
+        takes_images=takes_images,
+        dense_auto_class="AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM",
         vocab_size=report.model.head.out_features,
         recipe=report.recipe,
         recipe_yaml=dataclasses.replace(report.recipe, text=public_name(report.recipe.text)).to_yaml(),

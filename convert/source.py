@@ -17,7 +17,10 @@ from hf_topk.progress import progress
 DEMO = Path(__file__).parent / "demo" / "model"
 BYTES_AT_ONCE = 1 << 24
 PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt")
-NOT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*")
+NOT_WEIGHTS = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.merges", "*.md"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+)
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,17 @@ def open_source(name: str, folder: Path) -> Source:
 
     Args:
         name: what the user called the model.
-        folder: its files; weights that are on the Hub are fetched.
+        folder: its files; weights that are on the Hub and not yet here are fetched.
 
     Raises:
         InputError: when there are no safetensors weights, or they are damaged.
     """
-    if not any(folder.glob("*.safetensors")) and not Path(name).expanduser().is_dir() and folder != DEMO:
-        folder = _download(name, (*NOT_WEIGHTS, "*.safetensors"))
     index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not Path(name).expanduser().is_dir() and folder != DEMO:  # though some be there: a download may have broken off
+        # By name: there may be the same weights once more for other programs, such as in consolidated.safetensors.
+        named = set(_weight_map(index).values()) if index.is_file() else set()
+        folder = _download(name, (*NOT_WEIGHTS, SAFE_WEIGHTS_NAME, *named))
+        index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         shards = [folder / SAFE_WEIGHTS_NAME]
     elif index.is_file():

@@ -1,6 +1,7 @@
 """Configuration of a converted model: the dense model's own configuration plus what its head was split into."""
 
 import copy
+from functools import partial
 from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -13,7 +14,7 @@ TailType = Literal["low_rank", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
-# Which other code asks of any model's configuration. Not all: Transformers checks and saves what it finds.
+# Which other code asks of any model's configuration, or sets. Not all: Transformers checks and saves what it finds.
 AS_IN_THE_DENSE_MODEL = (
     "audio_token_id",
     "hidden_size",
@@ -21,9 +22,12 @@ AS_IN_THE_DENSE_MODEL = (
     "max_position_embeddings",
     "num_attention_heads",
     "num_hidden_layers",
+    "use_cache",
     "video_token_id",
     "vocab_size",
 )
+# Which any configuration has, and the dense model reads off its own.
+SET_IN_BOTH = ("output_attentions", "output_hidden_states")
 
 
 @strict
@@ -82,6 +86,8 @@ class TopKExpertsConfig(PreTrainedConfig):
         else:  # a copy: what Transformers sets on a sub-configuration must not reach the dense model
             self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
+        for name in filter(partial(getattr, self), SET_IN_BOTH):
+            setattr(self.dense_config, name, getattr(self, name))
 
     @property
     def dense_config(self) -> PreTrainedConfig:
@@ -105,6 +111,14 @@ class TopKExpertsConfig(PreTrainedConfig):
         if name in AS_IN_THE_DENSE_MODEL and "text_config" in self.__dict__:
             return getattr(self.dense_config, name)
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        dense_config = self.__dict__.get("text_config")
+        is_made = isinstance(dense_config, PreTrainedConfig)
+        if is_made and name in (*AS_IN_THE_DENSE_MODEL, *SET_IN_BOTH):
+            setattr(dense_config, name, value)
+        if not (is_made and name in AS_IN_THE_DENSE_MODEL):
+            super().__setattr__(name, value)
 
     def validate_head(self) -> None:
         """Check the sizes against one another.
@@ -132,6 +146,24 @@ class TopKExpertsConfig(PreTrainedConfig):
         if "quantization_config" in entries:
             entries["text_config"]["quantization_config"] = entries["quantization_config"]
         return entries
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration, as [`PreTrainedConfig.from_dict`] does.
+
+        Args:
+            config_dict: its entries.
+            **kwargs: entries in place of those, of this configuration or of the dense model's.
+
+        Returns:
+            The configuration; with `return_unused_kwargs` also those entries that neither has.
+        """
+        returns_unused = kwargs.pop("return_unused_kwargs", False)
+        made: Any = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config, unused = made
+        for name in [name for name in unused if hasattr(config.dense_config, name)]:
+            setattr(config.dense_config, name, unused.pop(name))
+        return (config, unused) if returns_unused else config
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

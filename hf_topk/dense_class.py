@@ -59,6 +59,13 @@ def writes_text(name: str) -> bool:
     return any(name in _as_tuple(entry) for table in tables for entry in table.values())
 
 
+def looks_at_images(dense: PreTrainedModel) -> bool:
+    """Whether a dense model takes images as well as text, so that AutoModelForImageTextToText is what loads it."""
+    return any(
+        type(dense).__name__ in _as_tuple(entry) for entry in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    )
+
+
 def _as_tuple(one_or_more: Any) -> tuple[Any, ...]:
     return one_or_more if isinstance(one_or_more, tuple) else (one_or_more,)
 

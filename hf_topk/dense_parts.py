@@ -12,7 +12,7 @@ from .errors import InputError
 
 
 class DensePartsMixin:
-    """The parts of the dense model, where Transformers and trainers look for them."""
+    """The parts of the dense model and its steps of `generate`, where Transformers and trainers look for them."""
 
     base: PreTrainedModel
     config: TopKExpertsConfig
@@ -78,3 +78,19 @@ class DensePartsMixin:
                     "saved inside `joint_training` is loaded inside it, and what was saved outside, outside"
                 )
         return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a generation step as the dense model does."""
+        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
+        return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Which arguments there are, Transformers reads off the signature of `forward`.
+        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        # Whether embeddings may stand for a prompt, Transformers reads off `prepare_inputs_for_generation`.
+        return cast(Any, self.base)._prepare_model_inputs(*args, **kwargs)

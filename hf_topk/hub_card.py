@@ -30,17 +30,18 @@ def named(card: str, repository: str, *names: str | None) -> str:
     return card
 
 
-def read_beside(name: str, file: str) -> str:
+def read_beside(name: str, file: str, revision: str = "main") -> str:
     """A small file that lies beside the weights; empty if there is none.
 
     Args:
         name: of a model: a folder, or a repository of the Hub.
         file: its name.
+        revision: of the repository: a branch, a tag or a commit.
     """
     path = Path(name).expanduser() / file
     if not path.parent.is_dir():
         try:
-            path = Path(hf_hub_download(name, file))
+            path = Path(hf_hub_download(name, file, revision=revision))
         except EntryNotFoundError:
             return ""
     return path.read_text(encoding="utf-8") if path.is_file() else ""
@@ -50,6 +51,7 @@ class KeepsCard(PreTrainedModel):
     """Is uploaded with the card of where it was loaded from; Transformers puts an empty one in its place."""
 
     _kept: dict[str, str] | None = None
+    _revision: str = "main"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model as Transformers does; with `push_to_hub`, its card is uploaded, too."""
@@ -72,7 +74,7 @@ class KeepsCard(PreTrainedModel):
         files = {}
         if self.name_or_path:
             with suppress(OSError, ValueError):  # there may be none any more
-                files = {file: read_beside(self.name_or_path, file) for file in (CARD_FILE, PLOT_FILE)}
+                files = {file: read_beside(self.name_or_path, file, self._revision) for file in (CARD_FILE, PLOT_FILE)}
         return files
 
 

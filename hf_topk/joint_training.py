@@ -51,7 +51,7 @@ class JointTrainingMixin:
 
         Raises:
             InputError: when a weight is negative or both are 0, the router's kind is not trained, or something was put
-                around the head; while training, when the model's output has no loss.
+                around the head; while training, when the model's output has no loss, or in nn.DataParallel.
         """
         head: TopKExpertsHead = cast(Any, self).head
         if min(router_loss_coef, balance_loss_coef) < 0 or router_loss_coef + balance_loss_coef <= 0:
@@ -135,7 +135,13 @@ class _JointLoss:
     def _add_to(self, model: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
         """Add the terms to the loss, or to the tokens' log-probabilities where a trainer makes the loss of those."""
         hidden, self.hidden = self.hidden, None
-        if hidden is None or not (model.training and torch.is_grad_enabled()):
+        is_trained = model.training and torch.is_grad_enabled()
+        if is_trained and getattr(model, "_is_replica", False):  # whose threads would see one another's hidden states
+            raise InputError(
+                "joint training does not run in nn.DataParallel, which trainers use if they see several GPUs: start "
+                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
+        if hidden is None or not is_trained:
             return output
         labels, is_shifted = given.get("shift_labels"), given.get("shift_labels") is not None
         labels = labels if is_shifted else given.get("labels")

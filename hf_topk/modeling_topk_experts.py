@@ -17,7 +17,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .adapted import adapt
-from .checkpoint_names import NamesThatFit, NamesUnder
+from .checkpoint_names import DenseNamesMixin, NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_class import ANSWERED_AS_THE_DENSE_CLASS, class_that_writes_text, generate_as, random_dense_model
 from .dense_parts import DensePartsMixin
@@ -43,7 +43,9 @@ class TopKExpertsPreTrainedModel(KeepsCard):
     supports_gradient_checkpointing = True
 
 
-class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPreTrainedModel, GenerationMixin):
+class TopKExpertsForCausalLM(
+    JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+):
     """A dense causal language model whose output head reads only the experts its router picks.
 
     The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
@@ -96,7 +98,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
         head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
         dense.set_submodule(self.head_name, head)
         generate_as(self, dense)
-        self._accepted_by_dense = set(inspect.signature(dense.forward).parameters)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(dense.forward).parameters
 
     def initialize_weights(self) -> None:
         """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
@@ -168,6 +170,28 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             raise InputError(f"unknown head mode '{mode}': choose one of {', '.join(HEAD_MODES)}")
         self.head.head_mode = self.config.head_mode = mode
 
+    @property
+    def num_experts_per_tok(self) -> int:
+        """k, how many experts are scored for a position: from 1 to all."""
+        return self.head.num_experts_per_tok
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, count: int) -> None:
+        if not 1 <= count <= self.head.num_experts:
+            raise InputError(f"num_experts_per_tok is {count}, must be from 1 to the {self.head.num_experts} experts")
+        self.head.num_experts_per_tok = self.config.num_experts_per_tok = count
+
+    @property
+    def sparse_max_positions(self) -> int:
+        """The largest number of positions (batch x sequence) of a call that head mode "auto" runs sparse."""
+        return self.head.sparse_max_positions
+
+    @sparse_max_positions.setter
+    def sparse_max_positions(self, count: int) -> None:
+        if count < 0:
+            raise InputError(f"sparse_max_positions is {count}, cannot be negative")
+        self.head.sparse_max_positions = self.config.sparse_max_positions = count
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -209,11 +233,8 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             "labels": labels,
             "use_cache": use_cache,
         }
-        accepted = self._accepted_by_dense
-        if "kwargs" not in accepted:
-            given = {name: value for name, value in given.items() if name in accepted}
         given = {name: value for name, value in given.items() if value is not None}
-        if "logits_to_keep" in accepted:
+        if self._keeps_logits:  # else `generate` asks for it nevertheless
             given["logits_to_keep"] = logits_to_keep
         return self.base(**given, **kwargs)
 
@@ -307,6 +328,7 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
     ) -> None:
         """Load the generation config, with its entry `lossless` if it has one."""
         cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
+        self._revision = str(kwargs.get("revision") or "main")  # where the card is from, too
         config = self.generation_config
         if config is None or not config._from_model_config or generation_config is not None or name is None:
             return
@@ -316,29 +338,6 @@ class TopKExpertsForCausalLM(JointTrainingMixin, DensePartsMixin, TopKExpertsPre
             entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
             if hasattr(entries, "lossless"):
                 config.lossless = entries.lossless  # type: ignore[attr-defined]
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of a generation step as the dense model does."""
-        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
-
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
-        return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Which arguments there are, Transformers reads off the signature of `forward`.
-        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any) -> Any:
-        # Some dense checkpoints (GPT-2, BLOOM) name their tensors as the model without a head does.
-        dense = model.base
-        if dense.base_model is not dense:
-            children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)
-            bare_names = NamesUnder(dense.base_model_prefix, parent=model.base_model_prefix, but_not=children)
-            load_config.weight_mapping.append(bare_names)
-        load_config.weight_mapping.append(NamesThatFit(load_config.weight_mapping[0], model.state_dict()))
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the dense head's rows; ids that are new become always-on.

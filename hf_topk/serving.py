@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
+from .dense_class import looks_at_images
 from .errors import InputError
 from .loading import load_converted
 from .modeling_topk_experts import TopKExpertsForCausalLM
@@ -41,13 +42,18 @@ def serve(
 
     Raises:
         InputError: when the server's packages are missing, the address is taken, there is no such device, or the model
-            does not load.
+            does not load or looks at images.
     """
     if not is_serve_available():
         raise InputError("the packages of the server are missing: pip install 'hf-topk[serve]'")
     _check_address(host, port)
     _check_device(device)
     model, tokenizer = load_converted(directory, dtype=dtype, device_map=device)
+    if looks_at_images(model.base):
+        raise InputError(
+            f"{directory} looks at images ({type(model.base).__name__}), which the server would leave out: "
+            "serve a model of text alone, or give images to `generate` in Python"
+        )
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
     if lossless and model.generation_config is not None:
         model.generation_config.lossless = True  # type: ignore[attr-defined]

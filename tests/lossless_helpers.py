@@ -20,7 +20,11 @@ def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
     return tiny_converted(dense, **{"num_experts_per_tok": 4, **choices})
 
 
-def generate(model: Any, prompt: Tensor = PROMPT, seed: int = 0, **choices: Any) -> Any:
+def generate(
+    model: Any, prompt: Tensor = PROMPT, seed: int = 0, *, from_embeddings: bool = False, **choices: Any
+) -> Any:
+    if from_embeddings:  # of other tokens than those of the prompt
+        choices["inputs_embeds"] = model.get_input_embeddings()(prompt.flip(1)).detach()
     torch.manual_seed(seed)
     return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
 

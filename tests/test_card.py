@@ -1,5 +1,6 @@
 """The model card: what it says is what was measured, in words that the Hub reads."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -36,7 +37,8 @@ def card_of(made: SimpleNamespace, dense: Path, name: str | None = None) -> Mode
     """The card of a conversion of a copy of the dense model."""
     shutil.copytree(made.folder / "model", dense, dirs_exist_ok=True)
     (dense.parent / "out").mkdir(exist_ok=True)
-    write_card(made.report, open_source(name or str(dense), dense), dense.parent / "out")
+    source = dataclasses.replace(open_source(str(dense), dense), name=name or str(dense))
+    write_card(made.report, source, dense.parent / "out")
     return ModelCard.load(dense.parent / "out" / "README.md")
 
 
@@ -48,6 +50,7 @@ def test_the_results_are_the_figures(made: SimpleNamespace) -> None:
         assert results[kind].task_type == "text-generation"
         assert results[kind].dataset_name == "held-out part of text.jsonl"
     assert made.card.data.model_name == "model-topk"
+    assert made.card.data.pipeline_tag == "text-generation"
 
 
 def test_the_recipe_is_yaml_in_the_card(made: SimpleNamespace) -> None:
@@ -124,15 +127,14 @@ def test_the_curve_is_measured_around_k(made: SimpleNamespace) -> None:
 
 
 def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> None:
-    from hf_topk.convert.calibrate import set_num_experts
     from hf_topk.measure.fidelity import measure_fidelity
 
     model = made.report.model
     for point in made.report.curve:
-        set_num_experts(model, point.num_experts_per_tok)
+        model.num_experts_per_tok = point.num_experts_per_tok
         fidelity = measure_fidelity(model, made.report.held_out)
         assert (point.agreement, point.bytes_read) == (fidelity.agreement, fidelity.bytes_read)
-    set_num_experts(model, 2)
+    model.num_experts_per_tok = 2
 
 
 def test_a_long_text_is_measured_in_part(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

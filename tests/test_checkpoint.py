@@ -19,6 +19,7 @@ import torch
 from helpers import QUICK, check_refused, contents, run_main, tiny_checkpoint, tiny_dense, tiny_text
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
@@ -302,6 +303,30 @@ def test_a_model_that_does_not_load_the_same_is_not_left_behind(here: Path, monk
         convert_checkpoint("model", "out", recipe)
     assert not (here / "out").exists()
     assert not (here / ".out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("stray", "model_type", "warned_of"),
+    [
+        ("mtp.fc.weight", "mellum", set()),  # which the dense class knows to be of no use to it
+        ("value_head.weight", "mellum", {"base.model.value_head.weight"}),
+        ("value_head.weight", "gpt2", {"base.transformer.value_head.weight"}),
+    ],
+)
+def test_tensors_that_the_dense_model_has_no_use_for_come_along(
+    stray: str, model_type: str, warned_of: set[str], tmp_path: Path
+) -> None:
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    tiny_checkpoint(tmp_path / "model", tiny_dense(model_type, **(sizes if model_type == "mellum" else {})))
+    file = tmp_path / "model" / "model.safetensors"
+    save_file({**load_file(file), stray: torch.ones(2, 2)}, file, metadata={"format": "pt"})
+    text = tiny_text(tmp_path / "text.jsonl")
+    convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", Recipe.from_dict({**QUICK, "text": str(text)}))
+    assert stray in weight_map(tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert isinstance(loaded, TopKExpertsForCausalLM)
+    assert info["unexpected_keys"] == warned_of
+    assert not info["missing_keys"]
 
 
 def test_overwriting_leaves_nothing_of_the_old_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

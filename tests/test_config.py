@@ -5,11 +5,19 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_converted, tiny_dense
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from hf_topk import InputError, TopKExpertsConfig, TopKExpertsForCausalLM
 
@@ -127,3 +135,83 @@ def test_dense_folder_is_refused(loader: type, model_type: str, tmp_path: Path) 
 def test_dense_configuration_is_refused() -> None:
     with pytest.raises(InputError, match=r"LlamaConfig.*hf-topk convert"):
         TopKExpertsForCausalLM(LlamaConfig())  # type: ignore[arg-type]
+
+
+# Settings of the dense model
+
+IDS = torch.tensor([[5, 17, 42, 8, 23]])
+SETTINGS: dict[str, dict] = {
+    "hidden states": {"output_hidden_states": True},
+    "attentions": {"output_attentions": True, "attn_implementation": "eager"},
+    "no cache": {"use_cache": False},
+    "first layer alone": {"num_hidden_layers": 1},
+    "by its own name": {"layer_norm_epsilon": 0.5, "rms_norm_eps": 0.5},
+    "the head's own": {"num_experts_per_tok": 6, "use_cache": False},
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dense model, and what it was converted to, with all experts picked."""
+    folder = tmp_path_factory.mktemp(request.param)
+    dense = tiny_dense(request.param)
+    dense.save_pretrained(folder / "dense")
+    tiny_converted(dense, num_experts_per_tok=5, head_mode="sparse").save_pretrained(folder / "converted")
+    return {name: folder / name for name in ("dense", "converted")}
+
+
+def outputs(model: PreTrainedModel) -> dict:
+    with torch.no_grad():
+        return model(IDS)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_dense_model_reach_it_as_it_loads(name: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    settings = SETTINGS[name]
+    dense_config = AutoConfig.from_pretrained(saved["dense"])
+    of_dense = {key: value for key, value in settings.items() if hasattr(dense_config, key) or key.startswith("attn")}
+    dense = AutoModelForCausalLM.from_pretrained(saved["dense"], **of_dense)
+    of_head = {key: value for key, value in settings.items() if key == "num_experts_per_tok"}
+    converted = AutoModelForCausalLM.from_pretrained(saved["converted"], **of_dense, **of_head, head_mode="dense")
+    assert isinstance(converted, TopKExpertsForCausalLM)
+    expected, got = outputs(dense), outputs(converted)
+    assert got.keys() == expected.keys()
+    assert got["logits"].equal(expected["logits"])
+    for key in settings.keys() & {"num_hidden_layers", "use_cache"}:
+        assert getattr(converted.config, key) == getattr(converted.base.config, key) == settings[key]
+    converted.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=settings.get("attn_implementation"))
+    assert outputs(again).keys() == expected.keys()
+    assert outputs(again)["logits"].equal(expected["logits"])
+    assert again.head.num_experts_per_tok == settings.get("num_experts_per_tok", 5)
+
+
+@pytest.mark.parametrize("setting", [{"output_hidden_states": True}, {"output_attentions": True}, {"use_cache": False}])
+def test_settings_of_the_dense_model_reach_it_later(setting: dict, saved: dict[str, Path]) -> None:
+    dense, converted = (
+        AutoModelForCausalLM.from_pretrained(saved[name], attn_implementation="eager") for name in saved
+    )
+    before = outputs(converted).keys()
+    for model in (dense, converted):
+        model.config.update(setting)
+    assert outputs(converted).keys() == outputs(dense).keys() != before
+    model.config.update({name: not value for name, value in setting.items()})
+    assert outputs(converted).keys() == before
+
+
+def test_settings_of_neither_are_refused(saved: dict[str, Path]) -> None:
+    with pytest.raises(TypeError, match="no_such_setting"):
+        AutoModelForCausalLM.from_pretrained(saved["converted"], no_such_setting=1)
+    config, unused = AutoConfig.from_pretrained(
+        saved["converted"], no_such_setting=1, use_cache=False, return_unused_kwargs=True
+    )
+    assert unused == {"no_such_setting": 1}
+    assert config.dense_config.use_cache is False
+
+
+def test_a_size_is_the_same_in_both_configurations(saved: dict[str, Path]) -> None:
+    config = AutoConfig.from_pretrained(saved["converted"], max_position_embeddings=64)
+    assert config.max_position_embeddings == config.dense_config.max_position_embeddings == 64
+    config.max_position_embeddings = 32
+    assert config.max_position_embeddings == config.dense_config.max_position_embeddings == 32
+    assert "max_position_embeddings" not in config.__dict__

@@ -34,6 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "bad words": {"do_sample": False, "bad_words_ids": [[number] for number in range(2, 60)]},
     "forced": {"do_sample": False, "prefix_allowed_tokens_fn": lambda _, ids: [len(ids), 80 + len(ids)]},
     "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "embeddings": {"do_sample": False, "from_embeddings": True},
+    "beams from embeddings": {"do_sample": False, "num_beams": 3, "from_embeddings": True},
 }
 
 
@@ -81,7 +83,9 @@ def either(
     return {"whole": whole, "small": small}[request.param]
 
 
-def generate(model: Any, prompt: Tensor = PROMPT, **choices: Any) -> Any:
+def generate(model: Any, prompt: Tensor = PROMPT, *, from_embeddings: bool = False, **choices: Any) -> Any:
+    if from_embeddings:  # of other tokens than those of the prompt
+        choices["inputs_embeds"] = model.get_input_embeddings()(prompt.flip(1)).detach()
     torch.manual_seed(0)
     return model.generate(prompt, **{"pad_token_id": 1, **NO_END, **choices})
 
@@ -137,6 +141,15 @@ def test_left_padding_changes_nothing(way: str, either: TopKExpertsForCausalLM) 
     padded = torch.tensor([[1] * (5 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     assert generate(either, padded, attention_mask=mask, **choices)[:, 5:].tolist() == alone
+
+
+def test_embeddings_stand_for_a_prompt(dense: PreTrainedModel, whole: TopKExpertsForCausalLM) -> None:
+    theirs, ours = (
+        model.generate(inputs_embeds=model.get_input_embeddings()(PROMPT), pad_token_id=1, do_sample=False, **NO_END)
+        for model in (dense, whole)
+    )
+    assert ours.equal(theirs)
+    assert ours.equal(generate(dense, do_sample=False)[:, PROMPT.shape[1] :])
 
 
 def test_sampling_follows_its_seed(small: TopKExpertsForCausalLM) -> None:

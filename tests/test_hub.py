@@ -1,6 +1,7 @@
 """Uploads and downloads, by the real client in processes of their own, against a server that speaks the Hub's words."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import torch
 import yaml
 from bare_environment import python_without_the_package
-from helpers import contents
+from helpers import contents, tiny_checkpoint, tiny_dense
 from hub_fixtures import TOKEN, Run, check_no_token, environment_of
-from hub_server import Hub, Repository
+from hub_server import Commit, Fault, Hub, Repository
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
@@ -85,6 +86,45 @@ def test_converts_pushes_and_loads_with_and_without_the_package(
         assert found["vocabulary"] == 100
         assert found["is_installed"] == (python == sys.executable)
         assert found["module"].startswith("hf_topk." if found["is_installed"] else "transformers_modules.me.")
+
+
+# What is fetched
+
+
+@pytest.fixture
+def sharded(hub: Hub, tmp_path: Path) -> Repository:
+    """A dense model of several shards on the Hub, with its weights once more in another program's names."""
+    tiny_checkpoint(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    tiny_dense().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    (tmp_path / "sharded" / "consolidated.safetensors").write_bytes(b"twice the size")
+    (tmp_path / "sharded" / "qwen.tiktoken").write_bytes(b"IQ== 0")
+    (tmp_path / "sharded" / "LICENCE.md").write_bytes(b"Do as you like.")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "sharded").iterdir()}
+    hub.repositories["them/sharded"] = Repository(revisions={"main": Commit(os.urandom(20).hex(), files)})
+    return hub.repositories["them/sharded"]
+
+
+def test_a_download_that_broke_off_is_taken_up(run: Run, hub: Hub, here: Path, sharded: Repository) -> None:
+    shards = sorted(name for name in sharded.at("main").files if name.startswith("model-"))
+    assert len(shards) > 2
+    command = ("convert", "them/sharded", "new", "--recipe", "recipe.yaml")
+    hub.faults.append(Fault("GET", shards[-1], 403, message="out of order"))
+    done = run(*command)
+    assert done.code == 2
+    assert "fetching it from the Hub failed" in done.err or "does not give it out" in done.err
+    hub.faults.clear()
+    hub.requests.clear()
+    done = run(*command)
+    assert done.code == 0, done.err
+    assert sum(shards[-1] in request for request in hub.requests if request.startswith("GET ")) == 1
+    assert not any("consolidated" in request for request in hub.requests)
+    assert {"qwen.tiktoken", "LICENCE.md"} <= {path.name for path in (here / "new").iterdir()}
+    hub.requests.clear()
+    offline = "import huggingface_hub.constants as c; c.HF_HUB_OFFLINE = True; hf_topk.cli.main()"
+    done = run(*command, "--overwrite", script=offline)
+    assert done.code == 0, done.err
+    assert hub.requests == []
 
 
 # What arrives
@@ -202,3 +242,14 @@ def test_a_model_of_the_hub_keeps_the_card_that_is_there(run: Run, hub: Hub, her
         assert done.code == 0, done.err
         assert b"## My own words" in hub.files(name)["README.md"]
         assert snippets_of(hub.files(name)["README.md"]) == {name}
+
+
+def test_a_model_of_a_branch_is_pushed_with_the_card_of_the_branch(run: Run, hub: Hub) -> None:
+    for revision in ("main", "k4"):
+        assert run(*PUSH, "--revision", revision).code == 0
+        files = hub.files("me/x", revision)
+        files["README.md"] = files["README.md"].replace(b"## Limits", f"## Words of {revision}".encode())
+    script = PUSH_A_MODEL.format(call='push_to_hub("me/y")').replace('"out"', '"me/x", revision="k4"')
+    done = run(script=script)
+    assert done.code == 0, done.err
+    assert b"## Words of k4" in hub.files("me/y")["README.md"]

@@ -272,6 +272,16 @@ def test_refuses_a_model_without_a_loss(given: dict[str, Any]) -> None:
     assert loss_of(model).isfinite()
 
 
+def test_refuses_data_parallel_threads() -> None:
+    model = converted()
+    with model.joint_training():
+        replica = model._replicate_for_data_parallel()  # as nn.DataParallel makes one for each of its threads
+        with pytest.raises(InputError, match="accelerate launch"):
+            loss_of(replica)
+        with torch.no_grad():
+            assert loss_of(replica).equal(loss_of(model))
+
+
 def test_refuses_a_head_with_something_around_it() -> None:
     model = converted()
     model.base.set_submodule("lm_head", torch.nn.Sequential(model.head))

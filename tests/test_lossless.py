@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {"do_sample": False, "num_beams": 3},
     "prompt in chunks": {"do_sample": False, "prefill_chunk_size": 2},
     "forced": {"do_sample": False, "prefix_allowed_tokens_fn": lambda _, ids: [len(ids), 80, 81, 82]},
+    "embeddings": {"do_sample": False, "from_embeddings": True},
 }
 DRAFTED = {way: choices for way, choices in WAYS.items() if way not in ("no cache", "beams", "forced")}
 MODELS: dict[str, dict[str, Any]] = {

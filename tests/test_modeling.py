@@ -123,6 +123,19 @@ def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> Non
     assert len(names) == len(bare)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> None:
+    converted = tiny_converted(tiny_dense(model_type))
+    converted.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"mine.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path, key_mapping={r"^mine\.": ""}, output_loading_info=True
+    )
+    assert not any(info.values())
+    assert logits_of(loaded).equal(logits_of(converted))
+
+
 def test_additions_in_a_shard_of_their_own(tmp_path: Path) -> None:
     """The dense checkpoint's file as it was, a second one with the rest, and an index."""
     dense = tiny_dense(tied=False)
@@ -172,6 +185,43 @@ def test_unknown_head_mode_is_refused() -> None:
     with pytest.raises(InputError, match=r"'fast'.*auto, sparse, dense"):
         converted.head_mode = "fast"
     assert converted.head_mode == "sparse"
+
+
+def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
+    converted = tiny_converted(head_mode="sparse")
+    two = logits_of(converted)
+    converted.num_experts_per_tok, converted.sparse_max_positions = 5, 0
+    assert converted.head.num_experts_per_tok == converted.config.num_experts_per_tok == 5
+    assert converted.head.sparse_max_positions == converted.config.sparse_max_positions == 0
+    assert not logits_of(converted).equal(two)
+    again = save_and_load(converted, tmp_path)
+    assert (again.num_experts_per_tok, again.sparse_max_positions) == (5, 0)
+    assert logits_of(again).equal(logits_of(converted))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("num_experts_per_tok", 0, "is 0, must be from 1 to the 6 experts"),
+        ("num_experts_per_tok", 7, "is 7, must be from 1 to the 6 experts"),
+        ("sparse_max_positions", -1, "is -1, cannot be negative"),
+    ],
+)
+def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> None:
+    converted = tiny_converted()
+    before = getattr(converted, name)
+    with pytest.raises(InputError, match=f"{name} {cause}"):
+        setattr(converted, name, value)
+    assert getattr(converted, name) == getattr(converted.head, name) == getattr(converted.config, name) == before
+
+
+def test_an_argument_that_the_dense_model_does_not_take_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = tiny_converted()
+    forward = converted.base.forward
+    monkeypatch.setattr(converted.base, "forward", lambda input_ids, logits_to_keep: forward(input_ids))
+    assert converted(PROMPT).logits.shape[:2] == PROMPT.shape
+    with pytest.raises(TypeError, match="position_ids"):
+        converted(PROMPT, position_ids=PROMPT)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import check_refused, run_main, tiny_converted, tiny_tokenizer
+from image_helpers import tiny_llava
 from transformers.utils import import_utils
 
 from hf_topk import serving
@@ -57,6 +58,18 @@ def test_refused(
     arguments: list[str], parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_refused(monkeypatch, capsys, "serve", "out", "--port", _free_port(), *arguments, parts=parts)
+
+
+def test_a_model_that_looks_at_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, _ = tiny_llava()
+    tiny_converted(dense).save_pretrained("pictures")
+    tiny_tokenizer().save_pretrained("pictures")
+    parts = (
+        "pictures looks at images (LlavaForConditionalGeneration)",
+        "would leave out",
+        "serve a model of text alone",
+    )
+    check_refused(monkeypatch, capsys, "serve", "pictures", "--port", _free_port(), parts=parts)
 
 
 def test_choices_reach_the_model(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:

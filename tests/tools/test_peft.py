@@ -55,6 +55,9 @@ def test_saved_loaded_and_merged(targets: Any, expected: set[str], tmp_path: Pat
     assert losses[-1] < losses[0]
     expected_logits, tokens = logits_of(model), model.generate(input_ids=PROMPT, **CHOICES)
     model.save_pretrained(tmp_path / "adapter")
+    without_peft = tiny_converted()
+    without_peft.load_adapter(tmp_path / "adapter")
+    assert logits_of(without_peft).equal(expected_logits)
     loaded = PeftModel.from_pretrained(tiny_converted(), tmp_path / "adapter")
     assert logits_of(loaded).equal(expected_logits)
     assert loaded.generate(input_ids=PROMPT, **CHOICES).equal(tokens)
@@ -72,6 +75,29 @@ def test_saved_loaded_and_merged(targets: Any, expected: set[str], tmp_path: Pat
     assert not any(info.values())
     for ids in (IDS, PROMPT):  # dense, and sparse
         assert logits_of(again, ids).equal(logits_of(merged, ids))
+
+
+@pytest.mark.parametrize(("model_type", "targets"), [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"])])
+def test_an_adapter_of_the_model_s_own_is_saved_and_loaded(model_type: str, targets: list[str], tmp_path: Path) -> None:
+    tiny_converted(tiny_dense(model_type)).save_pretrained(tmp_path / "model")
+    model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
+    config.fan_in_fan_out = model_type == "gpt2"
+    model.add_adapter(config)
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits_of(model)
+    assert not expected.equal(logits_of(again))
+    found = again.load_adapter(tmp_path / "adapter")
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    at_once = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(at_once, TopKExpertsForCausalLM)
+    with_peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "adapter"
+    )
+    for loaded in (again, at_once, with_peft):
+        assert logits_of(loaded).equal(expected)
+        assert loaded.generate(input_ids=PROMPT, **CHOICES).equal(model.generate(PROMPT, **CHOICES))
 
 
 def test_router_is_trained_with_an_adapter() -> None:
