@@ -255,7 +255,8 @@ def as_markdown(results: dict[Kind, list[Result]]) -> str:
         "```",
         "",
         f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
-        "not read text alone.",
+        "not write text",
+        "from text alone; or the library that it takes from elsewhere, timm, is not installed where this page was made.",
     ]
     for kind, some in results.items():
         lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]
