@@ -256,7 +256,7 @@ def as_markdown(results: dict[Kind, list[Result]]) -> str:
         "",
         f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
         "not write text",
-        "from text alone; or the library that it takes from elsewhere, timm, is not installed where this page was made.",
+        "from text alone; or timm, a library that it takes from elsewhere, was not installed where this was made.",
     ]
     for kind, some in results.items():
         lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]

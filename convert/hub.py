@@ -225,8 +225,8 @@ def _check_new_repository(destination: Destination, user: dict[str, Any]) -> Non
     name = destination.repository
     if destination.create_pr or _is_pull_request(destination.revision):
         raise InputError(
-            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be made there: check "
-            "the name, or push without --create-pr"
+            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be made "
+            "there: check the name, or push without --create-pr"
         )
     if _role(user) not in MAY_WRITE:
         return
