@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import architecture_helpers
 import pytest
 from architecture_helpers import check_as_the_page_says, check_the_table
 
@@ -16,3 +17,15 @@ def test_converts(model_type: str, tmp_path: Path) -> None:
 
 def test_the_table() -> None:
     check_the_table("text")
+
+
+def test_a_type_that_is_no_longer_built_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(architecture_helpers, "tiny_model", fail)
+    monkeypatch.setattr(architecture_helpers, "IS_OF_THIS_VERSION", True)
+    with pytest.raises(ValueError, match="no such model"):
+        check_as_the_page_says("text", "llama", tmp_path)
+    with pytest.raises(pytest.skip.Exception):
+        check_as_the_page_says("text", "musicgen", tmp_path)
