@@ -281,7 +281,8 @@ def as_markdown(results: dict[Kind, list[Result]]) -> str:
         "```",
         "",
         f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
-        "not read text alone.",
+        "not write text",
+        "from text alone; or timm, a library that it takes from elsewhere, was not installed where this was made.",
     ]
     for kind, some in results.items():
         lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]

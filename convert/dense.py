@@ -68,11 +68,21 @@ def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTraine
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
-    if found["missing_keys"]:
-        first = min(found["missing_keys"])
-        raise InputError(f"the weights of {source.name} are not complete: '{first}' is missing; fetch the model again")
+    _check_complete(source, dense_class.__name__, found)
     keep_ends_in_memory(dense)
     return dense
+
+
+def _check_complete(source: Source, class_name: str, found: dict[str, Any]) -> None:
+    if not found["missing_keys"]:
+        return
+    missing = f"'{min(found['missing_keys'])}' is missing"
+    if found["unexpected_keys"]:
+        raise InputError(
+            f"the weights of {source.name} are not those of a {class_name}: {missing}, and "
+            f"'{min(found['unexpected_keys'])}' has no place in it; check `architectures` in config.json"
+        )
+    raise InputError(f"the weights of {source.name} are not complete: {missing}; fetch the model again")
 
 
 def keep_ends_in_memory(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.head import TopKExpertsHead
+from hf_topk.joint_training import LEVEL_WEIGHT, divergence
 from hf_topk.progress import progress
 from hf_topk.routers import AttentionRouter, CentroidRouter, Router
 
@@ -19,7 +20,6 @@ LOGIT_BYTES_AT_ONCE = 2**28
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
 STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 3e12, 4096  # bounds the work on large heads, where fewer do nearly as well
 CONTEXT_DIRECTIONS = 256  # k-means on contexts finds experts as good in the states' leading directions alone
-LEVEL_WEIGHT = 0.01
 
 
 @dataclass(frozen=True)
@@ -244,9 +244,9 @@ def train_router(
             target = masses[chosen].to(router.bias)
             scores = router(states[chosen].to(target) * scale)
             predicted = torch.cat([scores, target[:, num_experts:]], dim=-1)
-            loss = F.kl_div(predicted.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
-            off = predicted.logsumexp(-1) - target.logsumexp(-1)
-            (loss + LEVEL_WEIGHT * off.square().mean()).backward()
+            terms, off = divergence(predicted, target)
+            loss = terms.sum() / len(terms)
+            (loss + LEVEL_WEIGHT * off.mean()).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -30,6 +30,7 @@ from .recipe import RECIPE_FILE, public_name
 from .source import open_source, read_json
 
 MAY_WRITE = ("write", "admin")  # roles of tokens that may write all that their owner may
+NOT_SPOKEN = (404, 405, 501)  # what servers answer that speak no more of the Hub's words than an upload needs
 CACHES = ("__pycache__",)
 
 
@@ -109,7 +110,7 @@ def check_destination(destination: Destination) -> Destination:
     except HFValidationError as error:
         raise InputError(f"{name} is no name of a repository: write OWNER/NAME, as in me/gemma-topk") from error
     with _explained(f"cannot push to {name}", InputError):
-        user = _api().whoami()
+        user = _who_asks(name)
         _check_token(user)
         if "/" not in name:
             destination = dataclasses.replace(destination, repository=f"{user['name']}/{name}")
@@ -169,6 +170,18 @@ def _check_folder(folder: Path) -> None:
     open_source(str(folder), folder)
 
 
+def _who_asks(name: str) -> dict[str, Any]:
+    """Whose the token is; empty where the server cannot tell, and the repository's name does without."""
+    try:
+        return _api().whoami()
+    except HfHubHTTPError as error:
+        if error.response.status_code not in NOT_SPOKEN:
+            raise
+        if "/" not in name:
+            raise InputError(f"{constants.ENDPOINT} does not tell who you are: write OWNER/{name}") from error
+        return {}
+
+
 def _check_token(user: dict[str, Any]) -> None:
     if _role(user) == "read":
         raise InputError(
@@ -186,8 +199,9 @@ def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
     name, api = destination.repository, _api()
     try:
         found = api.repo_info(name)
-    except RepositoryNotFoundError as error:
-        if isinstance(error, GatedRepoError):
+    except HfHubHTTPError as error:
+        is_absent = isinstance(error, RepositoryNotFoundError) or error.response.status_code == 404
+        if isinstance(error, GatedRepoError) or not is_absent:
             raise
         _check_new_repository(destination, user)
         return
@@ -211,12 +225,13 @@ def _check_new_repository(destination: Destination, user: dict[str, Any]) -> Non
     name = destination.repository
     if destination.create_pr or _is_pull_request(destination.revision):
         raise InputError(
-            f"there is no repository {name} that {user['name']} can see, so no pull request can be made there: check "
-            "the name, or push without --create-pr"
+            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be made "
+            "there: check the name, or push without --create-pr"
         )
+    if _role(user) not in MAY_WRITE:
+        return
     owner, _, rest = name.partition("/")
-    may_write_for = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
-    if _role(user) in MAY_WRITE and owner not in may_write_for:
+    if owner not in (user["name"], *(organization["name"] for organization in user.get("orgs", []))):
         raise InputError(
             f"{user['name']} cannot make a repository for {owner}: push to {user['name']}/{rest}, or log in as "
             "somebody else with `hf auth login`"
@@ -228,12 +243,13 @@ def _check_may_write(name: str, user: dict[str, Any]) -> None:
         _api().auth_check(name, write=True)
     except HfHubHTTPError as error:
         status = error.response.status_code
-        if status == 404 and not isinstance(error, RepositoryNotFoundError):
+        if status in NOT_SPOKEN and not isinstance(error, RepositoryNotFoundError):
             return  # a server that cannot tell beforehand
         if status in (401, 403, 404):
+            own = f"{user['name']}/{name.rpartition('/')[2]}" if user else "a repository of your own"
             raise InputError(
-                f"{user['name']} may not write to {name}: open a pull request with --create-pr, or push to "
-                f"{user['name']}/{name.rpartition('/')[2]}"
+                f"{user.get('name', 'you')} may not write to {name}: open a pull request with --create-pr, or push to "
+                f"{own}"
             ) from error
         raise
 

@@ -215,8 +215,11 @@ def _check_causal(model: PreTrainedModel) -> None:
         try:
             model(input_ids=token_ids, use_cache=False)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{name} does not read text alone ({reason}): choose a causal language model") from error
+            reason, was_reached = " ".join(str(error).split())[:200], tap.states.numel() > 0
+            does = (
+                "changes its logits in a way that conversion cannot follow" if was_reached else "reads more than text"
+            )
+            raise InputError(f"{name} {does} ({reason}): choose a causal language model") from error
         if tap.states.shape[:-1] != token_ids.shape:
             raise InputError(
                 f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "

@@ -47,12 +47,28 @@ FLAGS = {"causal": True, "is_decoder": True}  # some classes are encoders unless
 HINTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"num_hidden_layers": LAYERS},
+    "chameleon": {"vocabulary_map": {"<image>": FIRST_OTHER_ID, "IMGIMGAZ": FIRST_OTHER_ID + 1}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"kv_n_heads": KEY_VALUE_HEADS, "clip_qkv": 8.0, "rope_theta": 1e4}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dots3_note_text": {"head_dim": 2 * HEAD_WIDTH, "per_layer_config": {}},
+    "emu3": {"vocabulary_map": {"<image>": FIRST_OTHER_ID, "<|extra_200|>": FIRST_OTHER_ID + 1}},
+    "glm5_next_text": {"index_kpool": 2, "index_topk": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0]],
+        "downsample_rate": "1/2",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 64,  # a head of its projector has 64 dimensions
+            "num_attention_heads": 1,
+            "num_hidden_layers": LAYERS,
+        },
+    },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl_text": {"head_dim": HEAD_WIDTH},
     "mamba2": {"num_heads": 2 * HEADS},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -61,8 +77,10 @@ HINTS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
     },
     "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "radio": {"video_temporal_patch_size": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False, "num_buckets": 2},
+    "step3p5": {"sliding_window": 8},
     "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -84,14 +102,15 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def tiny_model(auto_class: Any, model_type: str) -> PreTrainedModel:
-    """A random model of a type that reads text, with logits far enough apart to be told from noise.
+    """A random model of a type that reads and writes text, with logits far enough apart to be told from noise.
 
     Args:
         auto_class: one of Transformers' Auto classes of models.
         model_type: as Transformers calls it.
 
     Raises:
-        Exception: whatever Transformers raises where there can be no such model, or it does not read text alone.
+        Exception: whatever Transformers raises where there can be no such model, or it does not read text alone, or
+            does not generate.
     """
     torch.manual_seed(0)
     dense = auto_class.from_config(tiny_config(model_type)).eval()
@@ -99,6 +118,7 @@ def tiny_model(auto_class: Any, model_type: str) -> PreTrainedModel:
     head = dense.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.weight.mul_(LOGIT_DEVIATION / deviation)
+    dense.generate(PROBE, max_new_tokens=1, do_sample=False, pad_token_id=PADDING)
     return dense
 
 

@@ -17,7 +17,7 @@ from .errors import InputError
 from .head import TopKExpertsHead
 
 LOGITS_AT_ONCE = 1 << 25
-LEVEL_WEIGHT = 0.01  # as in distillation
+LEVEL_WEIGHT = 0.01  # of the square of how far the scores' level is off, in conversion too
 
 logger = logging.get_logger(__name__)
 
@@ -170,10 +170,10 @@ class _JointLoss:
     def terms(self, hidden: Tensor) -> Tensor:
         """What each position adds to the loss: [N, d] to fp32 [N]."""
         head = self.head
-        masses, scores = expert_masses(head, hidden), head.router(hidden)
-        terms = self.router_coef * _divergence(_with_always_on(scores, masses), masses)
+        masses, scores = dense_masses(head, hidden), head.router(hidden)
+        terms = self.router_coef * _distance(_with_always_on(scores, masses), masses)
         if head.combine == "learned":
-            terms = terms + self.router_coef * _divergence(_combined(head, hidden, masses), masses)
+            terms = terms + self.router_coef * _distance(_combined(head, hidden, masses), masses)
         return terms + self.balance_coef * _imbalance(scores, head.num_experts_per_tok)
 
 
@@ -190,7 +190,7 @@ class _WeighedAlike(torch.autograd.Function):
 
 
 @torch.no_grad()
-def expert_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
+def dense_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
     """What a perfect router would score, and the always-on tokens' mass if there are any.
 
     Args:
@@ -214,10 +214,25 @@ def _with_always_on(scores: Tensor, masses: Tensor) -> Tensor:
     return torch.cat([scores, masses[:, scores.shape[1] :]], dim=-1)
 
 
-def _divergence(predicted: Tensor, masses: Tensor) -> Tensor:
-    """KL divergence of what is predicted from the true masses, and a little for being off their level: [N]."""
-    kl = F.kl_div(predicted.log_softmax(-1), masses.log_softmax(-1), log_target=True, reduction="none").sum(dim=-1)
-    return kl + LEVEL_WEIGHT * (predicted.logsumexp(-1) - masses.logsumexp(-1)).square()
+def divergence(predicted: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
+    """What distillation lessens, the second weighed by `LEVEL_WEIGHT`, since a softmax does not see it.
+
+    Args:
+        predicted: scores, fp32 [N, M].
+        masses: what a perfect router would score, fp32 [N, M].
+
+    Returns:
+        The terms of the KL divergence of the scores' distribution from that of the masses, [N, M], and the square of
+        how far the scores are off the level of the masses, [N].
+    """
+    kl = F.kl_div(predicted.log_softmax(-1), masses.log_softmax(-1), log_target=True, reduction="none")
+    return kl, (predicted.logsumexp(-1) - masses.logsumexp(-1)).square()
+
+
+def _distance(predicted: Tensor, masses: Tensor) -> Tensor:
+    """The loss of each position, [N]."""
+    kl, off = divergence(predicted, masses)
+    return kl.sum(dim=-1) + LEVEL_WEIGHT * off
 
 
 def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:

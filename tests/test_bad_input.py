@@ -152,6 +152,11 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def rename_all(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"other.{name}"] = tensors.pop(name)
+
+
 def shard(folder: Path) -> Path:
     """Split the weights into shards with an index; returns the index."""
     (folder / "model.safetensors").unlink()
@@ -223,6 +228,10 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing tensor": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
         ("are not complete", "'model.layers.1.mlp.up_proj.weight'", "fetch the model again"),
+    ),
+    "another class's names": (
+        lambda folder: edit_tensors(folder, rename_all),
+        ("not those of a LlamaForCausalLM", "is missing", "'other.model.", "check `architectures` in config.json"),
     ),
     "other shapes than the config's": (
         lambda folder: edit_config(folder, intermediate_size=64),

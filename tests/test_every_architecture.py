@@ -1,43 +1,31 @@
 """Every causal language model that Transformers has, tiny and random, converted on disk and checked."""
 
-import re
 from pathlib import Path
 
+import architecture_helpers
 import pytest
-import transformers
-from transformers import AutoModelForCausalLM
+from architecture_helpers import check_as_the_page_says, check_the_table
 
-from hf_topk import InputError
-from hf_topk.convert.architectures import NOT_BUILT, check_conversion, model_types
-from hf_topk.convert.tiny_models import tiny_model
-
-PAGE = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text(encoding="utf-8")
-TABLE = PAGE.split("## Models of text")[1].split("## ")[0]
-OUTCOMES = dict(re.findall(r"^\| (\S+) \| \w+ \| (passes|refused|fails|is not built)", TABLE, re.MULTILINE))
-SHARE_THAT_PASSES = 0.95
+from hf_topk.convert.architectures import model_types
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of Transformers' own models
 @pytest.mark.parametrize("model_type", model_types("text"))
 def test_converts(model_type: str, tmp_path: Path) -> None:
-    try:
-        dense = tiny_model(AutoModelForCausalLM, model_type)
-    except NOT_BUILT as error:
-        pytest.skip(f"is not built: {error}")
-    if OUTCOMES.get(model_type) == "refused":
-        with pytest.raises(InputError):
-            check_conversion(dense, tmp_path)
-    else:
-        check_conversion(dense, tmp_path)
+    check_as_the_page_says("text", model_type, tmp_path)
 
 
-def test_the_table_has_them_all() -> None:
-    if f"transformers {transformers.__version__}," not in PAGE:
-        pytest.skip("the table was made with another version of Transformers")
-    assert OUTCOMES.keys() == model_types("text").keys()
+def test_the_table() -> None:
+    check_the_table("text")
 
 
-def test_nearly_all_pass() -> None:
-    built = [outcome for outcome in OUTCOMES.values() if outcome != "is not built"]
-    assert built.count("passes") >= SHARE_THAT_PASSES * len(built)
-    assert "fails" not in built
+def test_a_type_that_is_no_longer_built_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(architecture_helpers, "tiny_model", fail)
+    monkeypatch.setattr(architecture_helpers, "IS_OF_THIS_VERSION", True)
+    with pytest.raises(ValueError, match="no such model"):
+        check_as_the_page_says("text", "llama", tmp_path)
+    with pytest.raises(pytest.skip.Exception):
+        check_as_the_page_says("text", "musicgen", tmp_path)

@@ -193,9 +193,36 @@ def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub, here: Path) -> None:
     assert hub.repositories["them/x"].at("refs/pr/1").oid != before
 
 
+@pytest.mark.parametrize("options", [("--private", "--revision", "small"), ("--create-pr",)])
+def test_a_conversion_is_pushed_where_it_is_told(options: tuple[str, ...], run: Run, hub: Hub, here: Path) -> None:
+    is_new = "--private" in options
+    name, revision = ("us/x", "small") if is_new else ("them/x", "refs/pr/1")
+    if not is_new:
+        hub.repositories[name] = Repository()
+    done = run("convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", name, *options)
+    assert done.code == 0, done.err
+    found = hub.repositories[name]
+    assert found.private == is_new
+    assert set(hub.files(name)) == {".gitattributes"}
+    assert set(contents(here / "new")) < set(hub.files(name, revision))
+    assert (f"commit/{found.at('small').oid}" if is_new else "discussions/1") in done.out
+
+
 def test_pushes_to_an_organization(run: Run, hub: Hub) -> None:
     assert run("push", "out", "us/x").code == 0
     assert "config.json" in hub.files("us/x")
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_pushes_to_a_server_that_cannot_tell_beforehand(status: int, run: Run, hub: Hub) -> None:
+    """One that speaks no more than an upload needs: neither who asks, nor what is there, nor who may write."""
+    hub.faults += [Fault("GET", "/whoami", status), Fault("GET", "/auth-check", status)]
+    for info in ((), (Fault("GET", "/api/models/me/x", 404),)):
+        hub.faults += info
+        hub.repositories["me/x"] = Repository()
+        done = run(*PUSH)
+        assert (done.code, done.out) == (0, f"{hub.url}/me/x/commit/{hub.repositories['me/x'].at('main').oid}\n")
+    assert "config.json" in hub.files("me/x")
 
 
 # A model in memory

@@ -125,6 +125,27 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
     "no revision": ((*PUSH, "--revision", "refs/pr/9"), is_there, TOKEN, ("no such revision", "--revision")),
     "both": ((*PUSH, "--revision", "a", "--create-pr"), lambda hub: None, TOKEN, ("leave out --revision",)),
     "no name": (("push", "out", "a/b/c"), lambda hub: None, TOKEN, ("a/b/c is no name of a repository", "OWNER/NAME")),
+    "whose": (
+        ("push", "out", "x"),
+        lambda hub: hub.faults.append(Fault("GET", "/whoami", 404)),
+        TOKEN,
+        ("does not tell who you are", "write OWNER/x"),
+    ),
+    "whoever's": (
+        ("push", "out", "them/x"),
+        lambda hub: (
+            hub.faults.extend([Fault("GET", "/whoami", 404), Fault("GET", "/auth-check", 403)])
+            or hub.repositories.update({"them/x": Repository()})
+        ),
+        TOKEN,
+        ("you may not write to them/x", "--create-pr", "a repository of your own"),
+    ),
+    "whoever's pull request": (
+        ("push", "out", "them/x", "--create-pr"),
+        lambda hub: hub.faults.append(Fault("GET", "/whoami", 404)),
+        TOKEN,
+        ("there is no repository them/x that you can see",),
+    ),
     "no network": (
         PUSH,
         lambda hub: hub.faults.append(Fault("GET", "/whoami")),

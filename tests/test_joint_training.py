@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_topk import InputError, TopKExpertsForCausalLM, TopKExpertsHead
-from hf_topk.joint_training import expert_masses
+from hf_topk.joint_training import dense_masses
 from hf_topk.routers import ROUTERS
 
 IDS = torch.randint(2, 98, (3, 12), generator=torch.Generator().manual_seed(7))
@@ -48,8 +48,8 @@ def masses_one_by_one(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
 def test_masses_are_those_of_the_dense_head(sizes: dict[str, int], bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_topk.joint_training.LOGITS_AT_ONCE", 300)  # three positions
     head, hidden = make_head(bias=bias, **sizes), make_hidden(1, 7)
-    torch.testing.assert_close(expert_masses(head, hidden), masses_one_by_one(head, hidden).float())
-    assert expert_masses(head, hidden[:0]).shape == (0, head.num_experts + bool(head.num_always_on))
+    torch.testing.assert_close(dense_masses(head, hidden), masses_one_by_one(head, hidden).float())
+    assert dense_masses(head, hidden[:0]).shape == (0, head.num_experts + bool(head.num_always_on))
 
 
 def test_nothing_is_trained_but_the_dense_model_unless_asked_for(tmp_path: Path) -> None:

@@ -125,6 +125,25 @@ def test_an_adapted_head_works_once_merged(tmp_path: Path) -> None:
     assert loaded.generate(PROMPT, **CHOICES).equal(merged.generate(PROMPT, **CHOICES))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_trained_whole_is_merged(tied: bool, tmp_path: Path) -> None:
+    dense = tiny_dense(tied=tied)
+    model = adapted(["q_proj"], tiny_converted(dense), modules_to_save=["lm_head"])
+    losses = train(model, steps=3)
+    assert losses[-1] < losses[0]
+    expected = logits_of(model)
+    merged = model.merge_and_unload()
+    assert isinstance(merged.head, TopKExpertsHead)
+    assert merged.head.weight is not merged.get_input_embeddings().weight
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-4, atol=1e-4)
+    assert not merged.head.weight.equal(dense.lm_head.weight)
+    merged.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert logits_of(loaded).equal(logits_of(merged))
+    assert loaded.generate(PROMPT, **CHOICES).equal(merged.generate(PROMPT, **CHOICES))
+
+
 @pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True:UserWarning")
 @pytest.mark.parametrize("choices", [{}, {"ensure_weight_tying": True}])
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,28 @@ def test_streamed_chat(client: openai.OpenAI, folder: Path) -> None:
 def test_completion(client: openai.OpenAI, folder: Path) -> None:
     answer = client.completions.create(model="out", prompt=PROMPT, max_tokens=NEW_TOKENS, temperature=0)
     assert answer.choices[0].text == expected(folder)
+
+
+def test_response(client: openai.OpenAI, folder: Path) -> None:
+    asked: dict[str, Any] = {"model": "out", "input": MESSAGES, "max_output_tokens": NEW_TOKENS, "temperature": 0}
+    assert client.responses.create(**asked, stream=False).output_text == expected(folder)
+    events = list(client.responses.create(**asked, stream=True))
+    assert events[-1].type == "response.completed"
+    texts = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(texts).split() == expected(folder).split()
+
+
+def test_health(client: openai.OpenAI, address: str) -> None:
+    answer = client.with_options(base_url=f"http://{address}").get("/health", cast_to=object)
+    assert answer == {"status": "ok"}
+
+
+def test_two_requests_at_once(client: openai.OpenAI, folder: Path) -> None:
+    config = json.dumps({"lossless": True, "max_new_tokens": NEW_TOKENS, "eos_token_id": 0, "pad_token_id": 1})
+    lossless, sparse = expected(folder, lossless=True), expected(folder)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(chat, client, extra_body=body) for body in [{"generation_config": config}, None] * 3]
+    assert [one.result().choices[0].message.content for one in asked] == [lossless, sparse] * 3
 
 
 def test_lossless_chat(client: openai.OpenAI, folder: Path) -> None:

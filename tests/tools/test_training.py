@@ -139,3 +139,22 @@ def test_resumes_where_it_was(tmp_path: Path) -> None:
     whole, resumed = train(), train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert all(tensor.equal(whole[name]) for name, tensor in resumed.items())
     assert not whole["base.lm_head.router.bias"].equal(tiny_converted().head.router.bias)
+
+
+def test_combiner_and_balance_are_trained_too(tmp_path: Path) -> None:
+    ids = torch.randint(2, 98, (32, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def train(balance_loss_coef: float) -> dict[str, Tensor]:
+        model = tiny_converted(combine="learned")
+        with model.joint_training(balance_loss_coef=balance_loss_coef):
+            Trainer(model, TrainingArguments(str(tmp_path), **{**CHOICES, "max_steps": 4}), train_dataset=rows).train()
+        return model.state_dict()
+
+    before, after, other = tiny_converted(combine="learned").state_dict(), train(0.01), train(0.0)
+    combiner = [name for name in before if ".combiner." in name]
+    assert combiner
+    assert not any(after[name].equal(before[name]) for name in combiner)
+    assert not after["base.lm_head.router.bias"].equal(other["base.lm_head.router.bias"])
+    for name in ("base.lm_head.weight", *combiner):  # the balance term trains the router alone
+        torch.testing.assert_close(after[name], other[name], rtol=1e-3, atol=1e-4)
