@@ -287,7 +287,13 @@ def test_prints_tables_of_a_shape(
     assert run_main(monkeypatch, "bench", "--shape", tiny_shape, *options) == 0
     text = capsys.readouterr().out
     assert text.startswith("tiny\nmachine: ")
-    for line in ("FlashHead's method: ", "sparse, tail prior: ", "no head (the ceiling): ", "batch 1: head "):
+    for line in (
+        "FlashHead's method: ",
+        "sparse, tail prior, at FlashHead's agreement: ",
+        "sparse, tail prior: ",
+        "no head (the ceiling): ",
+        "batch 1: head ",
+    ):
         assert f"\n{line}" in text
     assert "HNSW:" not in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -65,7 +65,10 @@ class Choices:
 
 @torch.inference_mode()
 def bench(
-    own: TopKExpertsForCausalLM, states_of: Callable[[Competitors], Tensor], choices: Choices | None = None
+    own: TopKExpertsForCausalLM,
+    states_of: Callable[[Competitors], Tensor],
+    choices: Choices | None = None,
+    experts_as_flashhead: int | None = None,
 ) -> Figures:
     """Measure a converted model beside its dense model and the methods of others.
 
@@ -74,6 +77,7 @@ def bench(
             measured anew.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
+        experts_as_flashhead: with how many experts the model agrees as often as FlashHead's method, if that is known.
 
     Returns:
         Figures by name, ready for JSON; null for what was left out. Under `ratios`, `a_over_b` says how many times as
@@ -86,7 +90,7 @@ def bench(
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
-    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
+    heads, rounds = Heads(models, states, choices.without, experts_as_flashhead), choices.rounds * HEAD_ROUNDS_A_ROUND
     timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
     timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}

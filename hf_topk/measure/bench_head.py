@@ -32,15 +32,23 @@ class Heads:
         states: hidden states that they are timed on, [P, d].
     """
 
-    def __init__(self, models: Competitors, states: Tensor, without: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        models: Competitors,
+        states: Tensor,
+        without: tuple[str, ...] = (),
+        experts_as_flashhead: int | None = None,
+    ) -> None:
         """Build the baselines that are not left out; those whose package is missing are, with a line on stderr.
 
         Args:
             models: the competitors.
             states: hidden states to time them on, [P, d], in the type of the head.
             without: names of baselines to leave out.
+            experts_as_flashhead: with how many experts ours agrees as often as FlashHead's method, if that is known.
         """
         self.states = states
+        self._experts_as_flashhead = experts_as_flashhead
         self._sparse = models.sparse.head
         self._default = None if models.sparse_default_tail is None else models.sparse_default_tail.head
         weight, bias = self._sparse.weight.detach(), self._sparse.bias
@@ -136,6 +144,8 @@ class Heads:
             "dense_block": lambda _: self._sparse.dense_logits(block),
             **_parts(self._sparse, self.states),
         }
+        if self._experts_as_flashhead is not None:
+            extra["sparse_as_flashhead"] = _with_experts(self._sparse, self._experts_as_flashhead)
         if is_compiled:
             runs = {"dense": self._sparse.dense_logits, "sparse": self._sparse.sparse_logits}
             if self._default is not None:
@@ -176,6 +186,19 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
         return shared_rows_dot(hidden, head.weight, head.bias, head.scored_ids(next(picked))[0])
 
     return {"part_router": head.router, "part_gather": gather, "part_gather_dot": gather_dot}
+
+
+def _with_experts(head: TopKExpertsHead, num_experts: int) -> Head:
+    """The sparse head, as greedy decoding runs it, with so many experts scored."""
+
+    def run(hidden: Tensor) -> Tensor:
+        before, head.num_experts_per_tok = head.num_experts_per_tok, num_experts
+        try:
+            return head.greedy_logits(hidden)
+        finally:
+            head.num_experts_per_tok = before
+
+    return run
 
 
 def _auto(head: TopKExpertsHead) -> Head:

@@ -14,6 +14,7 @@ NAMES = {
     "flashhead": "FlashHead's method",
     "hnsw": "HNSW",
     "sparse": "sparse, tail prior",
+    "sparse_as_flashhead": "sparse, tail prior, at FlashHead's agreement",
     "sparse_all_logits": "sparse, tail prior, all logits",
     "sparse_compiled": "sparse, tail prior, all logits, compiled",
     "sparse_default_tail": "sparse, default tail",
