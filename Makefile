@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
+# A process for each core, and one thread in each.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses auto --dist worksteal
 PIP_INSTALL = bin/pip --disable-pip-version-check install
 # Strict, so that type checkers follow `convert/` to its installed name, `hf_topk.convert`.
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
@@ -19,10 +21,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/hf-topk demo $(ARGS)
 
 test: $(VENV)/installed
-	$(VENV)/bin/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-tools: $(VENV)/tools-installed
-	$(VENV)/bin/pytest tests/tools $(ARGS)
+	$(PYTEST) tests/tools $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
@@ -30,7 +32,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/pytest $(ARGS)
+	$(subst $(VENV)/,$(OLDEST)/,$(PYTEST)) $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -60,7 +62,7 @@ export LOWER_BOUNDS
 $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 	mkdir -p $(OLDEST)
 	$(PYTHON) -c "$$LOWER_BOUNDS" > $@
-	grep -E '^(hypothesis|matplotlib|mypy|pyarrow|pytest|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
+	grep -E '^(hypothesis|matplotlib|mypy|pyarrow|pytest|pytest-xdist|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
 
 $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)

@@ -209,16 +209,19 @@ class TopKExpertsHead(nn.Linear):
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
-        scores, top, top_scores, is_used = self._pick(hidden)
+        scores, top, top_scores, is_used, known = self._pick(hidden)
+        shared_ids = self.always_on_ids[: None if known is None else 0]
         # Logits [N, A] and [N, k, S].
-        always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
+        always, routed = expert_dot(hidden, self.weight, self.bias, shared_ids, self.expert_ids, top)
+        always = always if known is None else known
         ids = self.expert_ids[top]
         masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
         if is_used is not None:
             masses, top_scores = (values.masked_fill(~is_used, -torch.inf) for values in (masses, top_scores))
         # The offset aligns the router with what was computed.
-        offset = masses.logsumexp(dim=-1, keepdim=True) - top_scores.logsumexp(dim=-1, keepdim=True)
+        exact, expected = torch.stack([masses, top_scores]).logsumexp(dim=-1, keepdim=True)
+        offset = exact - expected
         shifts, tail_scores = self._combine(scores, top, disagreement, offset)
         if shifts is not None:
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
@@ -263,15 +266,15 @@ class TopKExpertsHead(nn.Linear):
             [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
             no position uses are left out.
         """
-        scores, top, _, is_used = self._pick(hidden)
+        scores, top, _, is_used, _ = self._pick(hidden)
         return scores, top, is_used
 
-    def _pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As [`pick`], with the scores of what is picked third."""
+    def _pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As [`pick`], with the scores of what is picked third, and last the always-on logits if they were needed."""
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
         if self.routed_mass >= 1:
-            return scores, top, top_scores, None
+            return scores, top, top_scores, None, None
         always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
         certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
         total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
@@ -281,7 +284,7 @@ class TopKExpertsHead(nn.Linear):
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
             most = int(is_used.sum(dim=-1).amax()) if len(hidden) else 1
             top, is_used = top[:, :most], is_used[:, :most]
-        return scores, top, scores.gather(1, top), is_used
+        return scores, top, scores.gather(1, top), is_used, always
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""

@@ -94,7 +94,8 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     if rows.shape[0] >= SHARE_WORTH_ALL_ROWS * weight.shape[0]:
         return F.linear(hidden, weight, bias).index_select(1, rows)
     at_once = rows.shape[0] if torch.compiler.is_compiling() else max(1, CACHED_BYTES // weight[:1].nbytes)
-    logits = torch.cat([F.linear(hidden, weight.index_select(0, some)) for some in rows.split(max(1, at_once))], dim=-1)
+    parts = [F.linear(hidden, weight.index_select(0, some)) for some in rows.split(max(1, at_once))]
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 

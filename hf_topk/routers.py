@@ -16,7 +16,7 @@ SMALLEST_SCALE = 1e-30
 
 
 class Router(nn.Module):
-    """What all kinds share.
+    """What all kinds share. Products are fp32, and stay so when biases of fewer bits are added.
 
     Attributes:
         bias: added to the scores, [M] or [M, keys].
@@ -99,7 +99,7 @@ class LinearRouter(Router):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        return self.product("mean_rows", hidden) + self.bias.float()
+        return self.product("mean_rows", hidden) + self.bias
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
@@ -142,7 +142,7 @@ class LowRankRouter(LinearRouter):
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
         inputs = self.for_products("down", hidden)
-        return self.product("mean_rows", inputs) + self.product("up", self.product("down", inputs)) + self.bias.float()
+        return self.product("mean_rows", inputs) + self.product("up", self.product("down", inputs)) + self.bias
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""
@@ -173,8 +173,9 @@ class MlpRouter(LowRankRouter):
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
         inputs = self.for_products("down", hidden)
-        features = F.gelu(self.product("down", inputs) + self.down_bias.float())
-        return self.product("mean_rows", inputs) + self.product("up", features) + self.bias.float()
+        inner = self.product("down", inputs) + self.down_bias
+        features = inner * torch.special.ndtr(inner)  # torch's own GELU starts up slowly on a CPU
+        return self.product("mean_rows", inputs) + self.product("up", features) + self.bias
 
     def trainable(self) -> list[nn.Parameter]:
         """All of it."""
@@ -202,7 +203,7 @@ class AttentionRouter(Router):
     def forward(self, hidden: Tensor) -> Tensor:
         """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
         key_scores = self.product("keys", hidden).unflatten(-1, self.bias.shape)
-        return (key_scores + self.bias.float()).logsumexp(dim=-1)
+        return (key_scores + self.bias).logsumexp(dim=-1)
 
     def inward(self) -> list[nn.Parameter]:
         """The parameters that multiply the hidden state itself, and so scale inversely with it."""

@@ -141,6 +141,11 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return caught.value.code
 
 
+def own_lines(stderr: str) -> list[str]:
+    """What a command wrote there, without what torchao says where `make test-tools` has installed it."""
+    return [line for line in stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     """All there is in a folder, in depth and with hidden files: the bytes of each file, None for a folder."""
     return {

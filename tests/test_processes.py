@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PROGRESS_LINE, QUICK, check_refused, contents, tiny_checkpoint, tiny_dense, tiny_text
+from helpers import PROGRESS_LINE, QUICK, check_refused, contents, own_lines, tiny_checkpoint, tiny_dense, tiny_text
 
 from hf_topk.convert import Recipe, convert_checkpoint, processes, self_sample
 from hf_topk.errors import InputError
@@ -100,8 +100,7 @@ def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pyt
     assert not (folder / ".out.work").exists()
     figures = json.loads(done.stdout)
     assert figures["agreement"] == json.loads((folder / "self" / "figures.json").read_text())["agreement"]
-    # Where `make test-tools` has installed torchao, it has warnings of its own.
-    lines = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+    lines = own_lines(done.stderr)
     assert all(PROGRESS_LINE.fullmatch(line) for line in lines), done.stderr
     for step in ("Reading the checkpoint", "Sampling text from the model", "Running the dense model"):
         assert sum(line.startswith(step) for line in lines) == 1, done.stderr

@@ -18,6 +18,7 @@ PROMPT_LENGTH = 16  # tokens
 NEW_TOKENS = 32  # after the first one, whose time is that of reading the prompt
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 OVERHEAD_ROUNDS = 2000
+LIKELIER = 100.0
 
 PROMPT_STATS = LosslessStats(tokens=-1, body_steps=-1, dense_passes=-1)  # takes away what is not timed
 
@@ -123,9 +124,16 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
     """
     sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_attention_heads=1))
-    config = TopKExpertsConfig(text_config=dense.config, num_experts=16, expert_size=16, tail="prior")
-    wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
+    choices: dict[str, Any] = {
+        "num_experts": 15,
+        "expert_size": 16,
+        "num_always_on": 16,
+        "router_type": "mlp",
+        "tail": "prior",
+    }
+    wrapped = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(text_config=dense.config, **choices))
     wrapped.head.router.to_int8(torch.float32)
+    wrapped.head.weight[wrapped.head.always_on_ids] *= LIKELIER  # as mostly in text, the tail cannot win
     models = Competitors.of(wrapped)
     no_head = NoHead(256, torch.float32)
 
