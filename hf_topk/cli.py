@@ -57,6 +57,10 @@ def convert(
             "--num-experts-per-tok", "-k", help="Experts scored for a position: more agree better, fewer are faster."
         ),
     ] = None,
+    routed_mass: Annotated[
+        float | None,
+        typer.Option(help="Score no more once this share of the probability is, such as 0.7. [default: 1: always k]"),
+    ] = None,
     target_agreement: Annotated[
         float | None,
         typer.Option(
