@@ -185,9 +185,9 @@ def test_convert_prints_a_summary(printed: Callable[..., tuple[str, str]], here:
 
 
 def test_options_win_over_the_recipe_file(printed: Callable[..., tuple[str, str]]) -> None:
-    options = ("--text", "text.jsonl", "--recipe", "recipe.yaml", "--expert-size", 8, "--json")
+    options = ("--text", "text.jsonl", "--recipe", "recipe.yaml", "--expert-size", 8, "--routed-mass", 0.7, "--json")
     recipe = json.loads(printed("convert", "model", "new", *options)[0])["recipe"]
-    assert (recipe["expert_size"], recipe["tail_rank"]) == (8, QUICK["tail_rank"])
+    assert (recipe["expert_size"], recipe["routed_mass"], recipe["tail_rank"]) == (8, 0.7, QUICK["tail_rank"])
 
 
 def test_evaluate_prints_what_json_holds(printed: Callable[..., tuple[str, str]]) -> None:
