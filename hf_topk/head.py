@@ -22,7 +22,8 @@ HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
 # again, large ones are fetched from the system anew each time.
 LOGITS_AT_ONCE = 1 << 20
-SCORED_AT_ONCE = 64  # positions whose experts' rows are gathered once for all of them
+# Positions whose experts' rows are gathered once for all of them, and their exact logits that are held at once.
+SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
 
 
 class TopKExpertsHead(nn.Linear):
@@ -184,8 +185,8 @@ class TopKExpertsHead(nn.Linear):
         at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
             return logits(hidden, self.score(hidden))
-        parts = []
-        for some in hidden.split(max(at_once, SCORED_AT_ONCE)):
+        parts, exact = [], self.num_always_on + self.num_experts_per_tok * self.expert_size
+        for some in hidden.split(max(at_once, min(SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE // exact))):
             scored = self.score(some)
             few = [slice(start, start + at_once) for start in range(0, len(some), at_once)]
             parts += [logits(some[positions], scored.part(positions)) for positions in few]
