@@ -69,6 +69,7 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
                 contexts[rows] = torch.addmm(contexts[rows] * shrink.unsqueeze(-1), shares.t(), coordinates)
                 sums[rows] = sums[rows] * shrink + shares.sum(dim=0)
                 tops[rows] = top
+            del logits  # before there are the next
             advance(len(some))
     probabilities = (tops + sums.log() - math.log(len(sample))).exp_()
     return TokenStatistics(probabilities, contexts.div_(sums.unsqueeze(-1)).to(weight.dtype))
