@@ -31,7 +31,7 @@ TOKENS_A_ROUND = 2**16
 
 # Bounds on the work, in floating-point operations of the products of rows and centroids.
 KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
-ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.6e12, 2, 8
+ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.4e12, 2, 8
 SAMPLE_SHARE, MIN_SAMPLE_SLOTS = 1 / 8, 4
 TOKENS_WORTH_LOOKING = 256  # fewer wait for one another, since centroids are read once for all that look
 ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 1000, 8
