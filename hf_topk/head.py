@@ -15,7 +15,7 @@ from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .kernels import expert_dot, shared_rows_dot
 from .routers import ROUTERS
-from .scored import Scored
+from .scored import Picked, Scored
 from .tails import TAILS
 
 HEAD_MODES = ("auto", "sparse", "dense")
@@ -210,11 +210,11 @@ class TopKExpertsHead(nn.Linear):
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
-        scores, top, top_scores, is_used, known = self._pick(hidden)
-        shared_ids = self.always_on_ids[: None if known is None else 0]
+        scores, top, top_scores, is_used, always = self.pick(hidden)
+        shared_ids = self.always_on_ids if always is None else self.always_on_ids[:0]  # not a second time
         # Logits [N, A] and [N, k, S].
-        always, routed = expert_dot(hidden, self.weight, self.bias, shared_ids, self.expert_ids, top)
-        always = always if known is None else known
+        shared, routed = expert_dot(hidden, self.weight, self.bias, shared_ids, self.expert_ids, top)
+        always = shared if always is None else always
         ids = self.expert_ids[top]
         masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
@@ -256,26 +256,12 @@ class TopKExpertsHead(nn.Linear):
         logits.index_copy_(1, self.always_on_ids, scored.always)
         return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
 
-    def pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Pick the experts to score.
-
-        Args:
-            hidden: hidden states, [N, d].
-
-        Returns:
-            The router's scores, fp32 [N, M]; the picked experts, best first, [N, k] int64; and which of them are used,
-            [N, k] bool, or None for all: an unused place repeats the first expert. In eager mode on a CPU places that
-            no position uses are left out.
-        """
-        scores, top, _, is_used, _ = self._pick(hidden)
-        return scores, top, is_used
-
-    def _pick(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As [`pick`], with the scores of what is picked third, and last the always-on logits if they were needed."""
+    def pick(self, hidden: Tensor) -> Picked:
+        """Pick the experts to score for hidden states [N, d]."""
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
         if self.routed_mass >= 1:
-            return scores, top, top_scores, None, None
+            return Picked(scores, top, top_scores, None, None)
         always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
         certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
         total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
@@ -285,7 +271,7 @@ class TopKExpertsHead(nn.Linear):
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
             most = int(is_used.sum(dim=-1).amax()) if len(hidden) else 1
             top, is_used = top[:, :most], is_used[:, :most]
-        return scores, top, scores.gather(1, top), is_used, always
+        return Picked(scores, top, scores.gather(1, top), is_used, always)
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""

@@ -238,8 +238,8 @@ def _distance(predicted: Tensor, masses: Tensor) -> Tensor:
 def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:
     """The masses that experts and always-on tokens have in the sparse head's logits, for the combiner to learn."""
     with torch.no_grad():
-        scores, top, is_used = head.pick(hidden)
-        exact, estimated = masses.gather(1, top), scores.gather(1, top)
+        scores, top, estimated, is_used, _ = head.pick(hidden)
+        exact = masses.gather(1, top)
         unused = torch.zeros_like(top, dtype=torch.bool) if is_used is None else ~is_used
         totals = (values.masked_fill(unused, -torch.inf).logsumexp(-1, keepdim=True) for values in (exact, estimated))
         offset = torch.sub(*totals)

@@ -1,8 +1,27 @@
-"""What the sparse head computes exactly at some positions."""
+"""What the sparse head picks and computes exactly at some positions."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Picked(NamedTuple):
+    """Which experts the head scores.
+
+    Attributes:
+        scores: the router's, fp32 [N, M].
+        experts: those picked, best first, [N, k] int64.
+        expert_scores: the router's scores of those, fp32 [N, k].
+        is_used: which of them are used, [N, k] bool, or None for all: an unused place repeats the first expert. In
+            eager mode on a CPU places that no position uses are left out.
+        always: logits of the always-on tokens, [N, A], if it took them to pick, else None.
+    """
+
+    scores: Tensor
+    experts: Tensor
+    expert_scores: Tensor
+    is_used: Tensor | None
+    always: Tensor | None
 
 
 class Scored(NamedTuple):

@@ -95,8 +95,8 @@ def test_tail_prior_goes_with_the_same_experts_and_router() -> None:
     prior = Competitors.of(own).sparse.head
     assert type(prior.tail).__name__ == "PriorTail"
     hidden = torch.randn(4, own.head.in_features)
-    assert torch.equal(prior.pick(hidden)[1], own.head.pick(hidden)[1])
-    scored = own.head.scored_ids(own.head.pick(hidden)[1])
+    assert torch.equal(prior.pick(hidden).experts, own.head.pick(hidden).experts)
+    scored = own.head.scored_ids(own.head.pick(hidden).experts)
     torch.testing.assert_close(
         prior.sparse_logits(hidden).gather(1, scored), own.head.sparse_logits(hidden).gather(1, scored)
     )

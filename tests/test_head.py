@@ -331,8 +331,8 @@ def test_experts_are_scored_up_to_a_share_of_the_probability(
 def test_a_smaller_share_scores_fewer_experts() -> None:
     head, hidden, counts = make_head(num_experts_per_tok=6), make_hidden(0, 50) * 0.3, []
     for head.routed_mass in (0.2, 0.6, 0.9, 1.0):
-        _, picked, is_used = head.pick(hidden)
-        counts.append(picked.numel() if is_used is None else int(is_used.sum()))
+        picked = head.pick(hidden)
+        counts.append(picked.experts.numel() if picked.is_used is None else int(picked.is_used.sum()))
     assert 50 <= counts[0] < counts[1] < counts[2] < counts[3] == 300
 
 
@@ -378,6 +378,6 @@ def test_drafts_know_how_much_lies_outside_of_what_was_scored(combine: str, shar
     logits, outside = head.draft_logits(hidden)
     torch.testing.assert_close(logits, head.sparse_logits(hidden))
     for row, state, share_outside in zip(logits, hidden, outside, strict=True):
-        _, picked, _ = head.pick(state.unsqueeze(0))
-        inside = row.softmax(-1)[head.scored_ids(picked)[0].unique()].sum()
+        picked = head.pick(state.unsqueeze(0))
+        inside = row.softmax(-1)[head.scored_ids(picked.experts)[0].unique()].sum()
         assert abs(share_outside - 1 + inside) < 1e-4

@@ -118,5 +118,5 @@ def test_a_random_conversion_is_whole_and_shares_the_weights(
     rows = head.num_always_on + head.num_experts_per_tok * head.expert_size
     assert 0 <= rows - SHARE_OF_ROWS * 20_000 < head.expert_size
     assert head.router.mean_rows.dtype == torch.int8
-    one, other = (set(some.tolist()) for some in head.pick(torch.randn(2, 32))[1])
+    one, other = (set(some.tolist()) for some in head.pick(torch.randn(2, 32)).experts)
     assert one != other

@@ -177,7 +177,7 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
 
     The rows are those that other states pick, found beforehand.
     """
-    picked = itertools.cycle(head.pick(states[:PICKS])[1].split(1))
+    picked = itertools.cycle(head.pick(states[:PICKS]).experts.split(1))
 
     def gather(_: Tensor) -> Tensor:
         return head.weight.index_select(0, head.scored_ids(next(picked))[0])

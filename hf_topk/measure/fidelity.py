@@ -171,8 +171,8 @@ def experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
     """
     if head.routed_mass >= 1:  # no need to ask the router once more
         return len(hidden) * head.num_experts_per_tok
-    _, picked, is_used = head.pick(hidden)
-    return picked.numel() if is_used is None else int(is_used.sum())
+    picked = head.pick(hidden)
+    return picked.experts.numel() if picked.is_used is None else int(picked.is_used.sum())
 
 
 def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
@@ -180,7 +180,7 @@ def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hid
     if head.tail is None or (head.num_experts_per_tok == head.num_experts and head.routed_mass >= 1):
         return []
     some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
-    scored = head.scored_ids(head.pick(hidden[some])[1]).to(dense.device)
+    scored = head.scored_ids(head.pick(hidden[some]).experts).to(dense.device)
     correlations = []
     for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
         is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)

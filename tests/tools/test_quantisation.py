@@ -101,7 +101,7 @@ def test_sparse_agrees_with_dense_as_before(kind: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=choices())
     hidden = model.base.model(IDS).last_hidden_state[0]
     found = logits_of(model)
-    scored = model.head.scored_ids(model.head.pick(hidden)[1])
+    scored = model.head.scored_ids(model.head.pick(hidden).experts)
     for mode in found:
         assert found[mode].isfinite().all()
     # Of what is scored the logits are the dense ones.
