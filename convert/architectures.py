@@ -3,8 +3,11 @@
 `python -m hf_topk.convert.architectures` prints the table of docs/architectures.md.
 """
 
+import dataclasses
 import io
+import json
 import multiprocessing
+import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,12 +20,15 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -39,7 +45,7 @@ from hf_topk.rollback import why_not_rolled_back
 
 from .recipe import Recipe
 from .run import convert_checkpoint
-from .tiny_models import PADDING, PROBE, tiny_model
+from .tiny_models import FIRST_OTHER_ID, PADDING, PROBE, VOCAB_SIZE, tiny_model
 
 Kind = Literal["text", "images and text"]
 Outcome = Literal["passes", "refused", "fails", "is not built"]
@@ -113,7 +119,8 @@ def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
     """
     expected, is_tied = _logits(dense), _is_tied(dense)
     dense.save_pretrained(folder / "dense")
-    convert_checkpoint(str(folder / "dense"), folder / "converted", RECIPE)
+    recipe = dataclasses.replace(RECIPE, text=str(_write_text(dense, folder)))
+    convert_checkpoint(str(folder / "dense"), folder / "converted", recipe)
     converted = _load(folder / "converted", AutoModelForCausalLM)
     converted.head_mode = "sparse"
     converted.save_pretrained(folder / "again")
@@ -128,6 +135,23 @@ def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
     text = _text(dense)
     _check(_text(converted) == text, "with all experts its text is not the dense model's")
     _check_lossless(converted, text)
+
+
+def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
+    """Write a tokenizer of one token a character beside the dense model, and a file of random documents."""
+    vocab_size = getattr(dense.config.get_text_config(), "vocab_size", None) or VOCAB_SIZE
+    characters = [chr(ord("A") + number) for number in range(vocab_size)]
+    # Byte-pair encoding without pairs: the classes that AutoTokenizer has for a model's type read it, too.
+    vocabulary = {character: number for number, character in enumerate(characters)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[], unk_token=characters[0]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "dense")
+    generator = random.Random(0)
+    documents = [
+        "".join(generator.choices(characters[:FIRST_OTHER_ID], k=RECIPE.window_length)) for _ in range(RECIPE.positions)
+    ]
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
+    return text
 
 
 def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) -> None:

@@ -120,8 +120,10 @@ def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
     """What conversion added, under the names that it has on disk."""
     prefix = f"{model.base_model_prefix}.{model.head_name}."
     additions = {f"{prefix}{name}": tensor for name, tensor in model.head.additions().items()}
+    dtype = model.head.stored_type
     return {
-        name: tensor.detach().cpu().contiguous() for name, tensor in revert_weight_conversion(model, additions).items()
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in revert_weight_conversion(model, additions).items()
     }
 
 
@@ -132,7 +134,7 @@ def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
         prefix = report.model.base_model_prefix
         device_map = {f"{prefix}.{name}" if name else name: device for name, device in device_map.items()}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map=device_map, output_loading_info=True
+        folder, dtype=report.model.dtype, device_map=device_map, output_loading_info=True
     )
     reloaded, found = loaded
     keep_ends_in_memory(reloaded)

@@ -1,5 +1,6 @@
 """Loads the dense model: whole on one device, or its parts where a device map sends them."""
 
+import os
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_topk.compute_type import faster_type
 from hf_topk.dense_class import class_that_writes_text, config_for
 from hf_topk.errors import InputError
 
@@ -14,6 +16,7 @@ from .source import Source
 
 DeviceMap = str | dict[str, Any]
 
+SHARE_OF_MEMORY = 0.5  # that a model may take in a larger type than its own
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -44,13 +47,46 @@ def _is_device(name: str) -> bool:
         return False
 
 
-def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTrainedModel:
-    """Load a dense checkpoint in its own type.
+def stored_type(source: Source) -> torch.dtype:
+    """The number type of a dense checkpoint: the one that its configuration names, or else that of its first floats.
+
+    Args:
+        source: the dense checkpoint.
+    """
+    config = AutoConfig.from_pretrained(source.folder)
+    named = config.dtype or config.get_text_config().dtype
+    return named if isinstance(named, torch.dtype) else source.first_float_type()
+
+
+def type_to_compute_in(source: Source, device_map: DeviceMap | None) -> torch.dtype:
+    """The number type to run a dense checkpoint in: float32 where that is faster than its own, and memory suffices.
+
+    Args:
+        source: the dense checkpoint.
+        device_map: where its parts go; its own type does where there is one, for memory is what a map is about.
+    """
+    own = stored_type(source)
+    parameters = source.nbytes() // own.itemsize
+    if device_map is not None or torch.float32.itemsize * parameters > SHARE_OF_MEMORY * _main_memory():
+        return own
+    return faster_type(own, torch.device("cpu"))
+
+
+def _main_memory() -> int:
+    """Bytes of this machine's memory; 0 where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def load_dense(
+    source: Source, device_map: DeviceMap | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a dense checkpoint.
 
     Args:
         source: the dense checkpoint.
         device_map: where its parts go, as `from_pretrained` takes it; main memory if None. The head and the input
             embeddings are kept in memory even where it offloads them.
+        dtype: the number type to compute in; the checkpoint's own if None.
 
     Raises:
         InputError: when a tensor is missing or of the wrong shape, or memory does not suffice.
@@ -60,7 +96,7 @@ def load_dense(source: Source, device_map: DeviceMap | None = None) -> PreTraine
     config = config_for(dense_class, config)
     try:
         loaded: Any = dense_class.from_pretrained(
-            source.folder, config=config, dtype="auto", device_map=device_map, output_loading_info=True
+            source.folder, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True
         )
         dense, found = loaded
     except torch.OutOfMemoryError as error:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_topk.compute_type import faster_type
 from hf_topk.head import TopKExpertsHead
 from hf_topk.joint_training import LEVEL_WEIGHT, divergence
 from hf_topk.progress import progress
@@ -52,7 +53,7 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
     # one as well (online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
     tops = torch.full((weight.shape[0],), -torch.inf, device=weight.device)
     sums, contexts = torch.zeros_like(tops), projected.new_zeros(len(tops), projected.shape[1])
-    dtype = product_type(weight)
+    dtype = faster_type(weight.dtype, weight.device)
     at_once = max(1, LOGIT_BYTES_AT_ONCE // (weight.shape[0] * dtype.itemsize))
     with progress("Reading token statistics", len(sample), "positions") as advance:
         for some, coordinates in zip(sample.split(at_once), projected.split(at_once), strict=True):
@@ -108,7 +109,7 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
     Returns:
         The masses of the groups, in main memory.
     """
-    log_sums, dtype = torch.empty(states.shape[0], len(groups)), product_type(weight)
+    log_sums, dtype = torch.empty(states.shape[0], len(groups)), faster_type(weight.dtype, weight.device)
     best, highest = torch.zeros(len(log_sums), dtype=torch.long), torch.full((len(log_sums),), -torch.inf)
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
         for first, block in _blocks_of_groups(groups):
@@ -124,14 +125,6 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
                 highest[some] = torch.maximum(top, highest[some])
             advance(len(block))
     return Masses(log_sums, best)
-
-
-def product_type(weight: Tensor) -> torch.dtype:
-    """The type that many logits are made in: bfloat16 if the head is and its products are fast, else fp32."""
-    is_fast = (
-        weight.device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    )  # not in all versions of torch
-    return torch.bfloat16 if weight.dtype == torch.bfloat16 and is_fast else torch.float32
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

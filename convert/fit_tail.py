@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from hf_topk.head import TopKExpertsHead
 from hf_topk.kernels import pack
 from hf_topk.progress import Advance, progress
-from hf_topk.tails import LowRankTail, PriorTail
+from hf_topk.tails import LowRankTail, PriorTail, ScreenTail
 
 from .distill import STATES_FOR_STATISTICS, evenly_spaced, without_repeats
 
@@ -30,11 +30,11 @@ def fit_tail(head: TopKExpertsHead, states: Tensor, probabilities: Tensor) -> No
         states: hidden states, [N, d].
         probabilities: mean probability of each token over the sample, fp32 [V].
     """
-    if isinstance(head.tail, PriorTail):
+    if isinstance(head.tail, PriorTail | ScreenTail):
         prior = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
         for expert, ids in enumerate(without_repeats(head.expert_ids)):
             head.tail.log_prior[expert] = prior[head.expert_ids[expert]] - prior[ids].logsumexp(dim=0)
-    elif isinstance(head.tail, LowRankTail):
+    if isinstance(head.tail, LowRankTail):
         sample = evenly_spaced(states, STATES_FOR_STATISTICS)
         _fit_low_rank(head, head.tail, sample.to(head.weight.device, torch.float32), probabilities)
 

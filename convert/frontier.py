@@ -22,20 +22,22 @@ from transformers import PreTrainedModel
 
 from hf_topk.cli import main
 from hf_topk.configuration_topk_experts import RouterType
+from hf_topk.documents import read_documents
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
 from hf_topk.measure.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageError
 from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.progress import progress
-from hf_topk.text import make_windows, read_documents
+from hf_topk.text import make_windows
 
 from .dense import load_dense
+from .dense_head import head_of
 from .distill import Masses, expert_masses, groups_of, token_statistics, without_repeats
 from .features import place_tokens
 from .hidden_states import HiddenStates, collect
 from .misses import swap_in_missed
 from .partition import partition
-from .pipeline import Sample, cast_additions, config_of, distil_router, head_of
+from .pipeline import Sample, cast_additions, config_of, distil_router
 from .preflight import preflight
 from .recipe import ROUTER_RANKS, PartitionType, Recipe
 from .special_tokens import special_ids

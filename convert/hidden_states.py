@@ -57,7 +57,12 @@ class HiddenStates:
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder / "hidden_states.json")
         states = cls(folder, hidden_size, dtype, record.get("windows", 0), record.get("positions", 0))
-        if states._file.exists() and states._file.stat().st_size >= states.positions * states._bytes_a_state:
+        is_same_type = record.get("dtype") == str(dtype)  # which type is the faster one may be a close call
+        if (
+            is_same_type
+            and states._file.exists()
+            and states._file.stat().st_size >= states.positions * states._bytes_a_state
+        ):
             return states
         return cls(folder, hidden_size, dtype, 0, 0)
 
@@ -83,9 +88,8 @@ class HiddenStates:
                 file.flush()
                 self.windows_done += windows
                 self.positions += states.shape[0]
-                write_record(
-                    self.folder / "hidden_states.json", {"windows": self.windows_done, "positions": self.positions}
-                )
+                done = {"windows": self.windows_done, "positions": self.positions, "dtype": str(self.dtype)}
+                write_record(self.folder / "hidden_states.json", done)
 
     def load(self) -> Tensor:
         """All states, [N, d], mapped from disk: only what is touched takes memory."""

@@ -6,23 +6,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.documents import fingerprint, read_documents
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
 from hf_topk.measure.crossover import fastest_up_to
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
-from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
-from hf_topk.text import Window, fingerprint, make_windows, read_documents
+from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.text import Window, make_windows
 
 from .agreement_plot import Point
 from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
+from .dense_head import check_causal, check_finite, head_of
 from .distill import (
+    STATES_FOR_STATISTICS,
     Masses,
     evenly_spaced,
     expert_masses,
@@ -33,18 +36,16 @@ from .distill import (
 )
 from .features import place_tokens
 from .fit_tail import fit_combiner, fit_tail
-from .hidden_states import HiddenStates, collect, tapped_head
+from .hidden_states import HiddenStates, collect
 from .hub import Uploaded
 from .misses import swap_in_missed
+from .mixed_sample import mixed_sample, no_tokenizer
 from .processes import ALONE, Processes
-from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
-from .self_sample import sample_from_model
+from .recipe import MIXED, POSITIONS_AN_EXPERT, Recipe
 from .special_tokens import check_ends_always_on, end_ids, special_ids
 
 STATES_TIMED = 1024
 LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
-ROWS_AT_ONCE = 1 << 14
-LOOKAHEAD = 1e-3  # change of a state, as a share of its size, that is more than rounding
 
 
 @dataclasses.dataclass
@@ -108,6 +109,7 @@ def convert(
     windows: list[Window] | None = None,
     folder: Path | None = None,
     processes: Processes = ALONE,
+    stored_type: torch.dtype | None = None,
 ) -> Report:
     """Convert a dense causal language model in memory.
 
@@ -119,6 +121,7 @@ def convert(
         folder: where hidden states are kept as they are made, and found again by a later call with the same arguments;
             a temporary folder if None.
         processes: what the passes of the dense model are dealt out to; they are released when these are done.
+        stored_type: the number type that the result is to be stored in; that of `model` if None.
 
     Returns:
         The converted model and its figures.
@@ -131,13 +134,13 @@ def convert(
     with tempfile.TemporaryDirectory() as temporary:
         folder = folder or Path(temporary)
         head = head_of(model)
-        _check_finite(head)
-        _check_causal(model)
+        check_finite(head)
+        check_causal(model)
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         num_always_on = recipe.num_always_on or 0
         check_ends_always_on(num_always_on, end_ids(model.generation_config), head.weight.shape[0])
-        if windows is None and recipe.text == SELF:
-            windows = sample_from_model(model, recipe.positions, recipe.window_length, recipe.seed, folder, processes)
+        if windows is None and recipe.text == MIXED:
+            windows = mixed_sample(model, tokenizer, recipe, folder, processes)
         elif windows is None:
             windows = sample_from_text(tokenizer, recipe)[0]
         check_sample(windows, recipe, head.weight.shape[0])
@@ -147,7 +150,7 @@ def convert(
             states = collect(model, to_distil_on, kept, processes)
         processes.release()
         specials = special_ids(model, tokenizer, num_always_on)
-        converted, router_kl = _convert_head(model, specials, states, recipe, clock)
+        converted, router_kl = _convert_head(model, specials, states, recipe, clock, stored_type or model.dtype)
         with clock("calibration"):
             fidelity = _calibrate(converted, states, held_out, recipe)
     return Report(
@@ -187,52 +190,6 @@ class StepClock:
         self.seconds[step] = time.monotonic() - started
 
 
-def head_of(model: PreTrainedModel) -> nn.Linear:
-    """The dense model's head.
-
-    Raises:
-        InputError: when it has none, it is not linear, or the model is already converted.
-    """
-    if isinstance(model, TopKExpertsForCausalLM):
-        raise InputError("this model is already converted: give the dense model it was made from")
-    return cast(nn.Linear, model.get_submodule(name_of_head(model)))
-
-
-def _check_finite(head: nn.Linear) -> None:
-    for name, tensor in (("weight", head.weight), ("bias", head.bias)):
-        # Row by row of many: a look at all at once takes twice the head's memory.
-        if tensor is not None and not all(rows.isfinite().all() for rows in tensor.split(ROWS_AT_ONCE)):
-            raise InputError(
-                f"the head's {name} holds NaN or infinite values: the checkpoint is damaged, fetch it again"
-            )
-
-
-@torch.inference_mode()
-def _check_causal(model: PreTrainedModel) -> None:
-    """Refuse encoders, which share classes with decoders: the state at a token must not depend on the next one."""
-    token_ids, name = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), type(model).__name__
-    with tapped_head(model) as tap:
-        try:
-            model(input_ids=token_ids, use_cache=False)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason, was_reached = " ".join(str(error).split())[:200], tap.states.numel() > 0
-            does = (
-                "changes its logits in a way that conversion cannot follow" if was_reached else "reads more than text"
-            )
-            raise InputError(f"{name} {does} ({reason}): choose a causal language model") from error
-        if tap.states.shape[:-1] != token_ids.shape:
-            raise InputError(
-                f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "
-                "not one for each: choose a model that predicts one token at a time"
-            )
-        one, other = tap.states[:, :2].float()
-    if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
-        raise InputError(
-            f"{name} looks ahead, as encoders do, so it has no head that writes text: choose a causal "
-            "language model, or set `is_decoder` to true in config.json if it is meant as one"
-        )
-
-
 def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
     """Read and cut the sample text that a recipe names.
 
@@ -243,7 +200,7 @@ def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) 
         InputError: when there is no tokenizer, or the text cannot be read.
     """
     if tokenizer is None:
-        raise InputError("sample text needs a tokenizer, and the model has none: add its files, or use --text self")
+        raise no_tokenizer()
     documents = read_documents(recipe.text)
     windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
     return windows, fingerprint(documents)
@@ -271,7 +228,12 @@ def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None
 
 
 def _convert_head(
-    model: PreTrainedModel, specials: list[int], states: Tensor, recipe: Recipe, clock: StepClock
+    model: PreTrainedModel,
+    specials: list[int],
+    states: Tensor,
+    recipe: Recipe,
+    clock: StepClock,
+    stored_type: torch.dtype,
 ) -> tuple[TopKExpertsForCausalLM, float]:
     """Make the converted model; its router's KL divergence comes with it."""
     dense = head_of(model)
@@ -282,6 +244,8 @@ def _convert_head(
         torch.manual_seed(recipe.seed)  # of what a router starts from
         converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
+    head.stored_type = converted.config.dtype = stored_type
+    converted.config.get_text_config().dtype = stored_type
     with clock("partition"):
         reserved = place_tokens(head, recipe, specials, statistics)
     with clock("experts' masses"):
@@ -336,7 +300,7 @@ def distil_router(head: TopKExpertsHead, recipe: Recipe, sample: Sample) -> floa
         rate *= LAST_LEARNING_RATE
         router_kl = train_router(head.router, states, masses, last_steps, recipe.batch_size, rate, seed + 1)
     if recipe.router_int8:
-        head.router.to_int8(head.weight.dtype)
+        head.router.to_int8(head.stored_type, evenly_spaced(states, STATES_FOR_STATISTICS))
     return router_kl
 
 
@@ -370,7 +334,8 @@ def target_of(recipe: Recipe) -> Target | None:
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ["expert_size", "routed_mass", "num_always_on", "router_rank", "tail", "tail_rank", "combine"]
+    copied = ["expert_size", "routed_mass", "num_always_on", "router_rank"]
+    copied += ["tail", "tail_rank", "num_rescored", "combine"]
     choices = recipe.to_dict()
     if recipe.sparse_max_positions is not None:
         copied.append("sparse_max_positions")
@@ -384,6 +349,6 @@ def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
 
 
 def cast_additions(head: TopKExpertsHead) -> None:
-    """Bring what was fitted in fp32 to the type of the dense head."""
+    """Round what was fitted in fp32 to the type that it is stored in, and bring it to the type of the dense head."""
     for module in head.children():
-        module.to(head.weight.dtype)
+        module.to(head.stored_type).to(head.weight.dtype)

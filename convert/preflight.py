@@ -13,14 +13,16 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.dense_class import random_dense_model, writes_text
+from hf_topk.documents import fingerprint
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
 from hf_topk.text import Window
 
 from .hub import Destination, check_destination
+from .mixed_sample import bundled_documents, no_tokenizer
 from .pipeline import check_sample, sample_from_text
-from .recipe import POSITIONS_AN_EXPERT, SELF, Recipe
+from .recipe import MIXED, POSITIONS_AN_EXPERT, Recipe
 from .source import Source, find_folder, open_source, read_json
 from .special_tokens import check_ends_always_on, end_ids
 
@@ -38,7 +40,7 @@ class Plan:
         out: the folder to write.
         recipe: every choice, with none left open.
         tokenizer: the model's, or None if it has none.
-        windows: the sample; None if the model is to write it itself.
+        windows: the sample; None if it is taken once the model is loaded, which may have to write some of it.
         text_fingerprint: of the sample text.
         destination: where on the Hub the folder goes, if it does, with the owner named.
     """
@@ -169,15 +171,17 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
 def _sample(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> tuple[list[Window] | None, str]:
-    """The windows of the sample, unless the model is to write it, and the fingerprint of its text."""
-    if recipe.text == SELF:
+    """The windows of the sample, unless the model may have to write some of it, and the fingerprint of its text."""
+    if recipe.text == MIXED:
+        if tokenizer is None:
+            raise no_tokenizer()
         experts = recipe.num_experts(vocab_size)
         if recipe.positions < POSITIONS_AN_EXPERT * experts:
             raise InputError(
                 f"positions is {recipe.positions}, too few for {experts} experts (at least "
                 f"{POSITIONS_AN_EXPERT * experts}): raise it, or choose a larger expert_size"
             )
-        return None, SELF
+        return None, fingerprint(bundled_documents())
     windows, text_fingerprint = sample_from_text(tokenizer, recipe)
     check_sample(windows, recipe, vocab_size)
     return windows, text_fingerprint

@@ -35,9 +35,9 @@ class Processes:
         """The device map to load the dense model with, where `device_map` is asked for."""
         return device_map
 
-    def load(self, source: Source, device_map: DeviceMap | None) -> PreTrainedModel:
+    def load(self, source: Source, device_map: DeviceMap | None, dtype: torch.dtype) -> PreTrainedModel:
         """Load the dense model in every process; see [`load_dense`]."""
-        return load_dense(source, device_map)
+        return load_dense(source, device_map, dtype)
 
     def run(
         self, function: Callable[..., Any], dense: PreTrainedModel, arguments: Iterable[tuple[Any, ...]]
@@ -80,10 +80,10 @@ class LaunchedProcesses(Processes):
             raise InputError("a device map spreads one process over all devices: leave it out, or launch only one")
         return _place(self._state)
 
-    def load(self, source: Source, device_map: DeviceMap | None) -> PreTrainedModel:
+    def load(self, source: Source, device_map: DeviceMap | None, dtype: torch.dtype) -> PreTrainedModel:
         """Load the dense model in all processes at once; see [`Processes.load`]."""
-        _broadcast(source)
-        dense, error = _attempt(load_dense, source, device_map)
+        _broadcast((source, dtype))
+        dense, error = _attempt(load_dense, source, device_map, dtype)
         for _, one in _gather((None, error)):
             if one is not None:
                 raise one
@@ -147,9 +147,10 @@ def help_first_process() -> None:
     logging.disable_progress_bar()
     state = _meet()
     try:
-        source = _broadcast()
-        if source is not None:
-            dense, error = _attempt(load_dense, source, _place(state))
+        model = _broadcast()
+        if model is not None:
+            source, dtype = model
+            dense, error = _attempt(load_dense, source, _place(state), dtype)
             _gather((None, error))
             while (dealt := _broadcast()) is not None:
                 function, calls = dealt

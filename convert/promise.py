@@ -18,10 +18,10 @@ from hf_topk.text import Window
 
 from .calibrate import lower_bound
 from .dense import load_dense
+from .mixed_sample import mixed_sample
 from .pipeline import convert, sample_from_text
 from .preflight import load_tokenizer
-from .recipe import SELF, Recipe
-from .self_sample import sample_from_model
+from .recipe import MIXED, Recipe
 from .source import find_folder, open_source
 
 TESTED = 0.2  # share of the documents that a split sets aside
@@ -98,7 +98,7 @@ def promise(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="The dense model; the bundled one if left out.")
     ] = None,
-    text: Annotated[str, typer.Option(help="The sample: text of several documents, or the model's own.")] = SELF,
+    text: Annotated[str, typer.Option(help="The sample: text of several documents.")] = MIXED,
     target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = 0.995,
     positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = Recipe.positions,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of the documents.")] = 20,
@@ -113,11 +113,12 @@ def promise(
     source = open_source(model or str(folder), folder)
     dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
     length = readable_length(dense.config, recipe.window_length)
-    if text == SELF:
+    recipe = dataclasses.replace(recipe, window_length=length)
+    if text == MIXED:
         with tempfile.TemporaryDirectory() as temporary:
-            windows = sample_from_model(dense, positions, length, recipe.seed, Path(temporary))
+            windows = mixed_sample(dense, tokenizer, recipe, Path(temporary))
     else:
-        windows, _ = sample_from_text(tokenizer, dataclasses.replace(recipe, window_length=length))
+        windows, _ = sample_from_text(tokenizer, recipe)
     outcomes = []
     for seed in range(splits):
         outcome = try_split(dense, tokenizer, recipe, windows, seed)

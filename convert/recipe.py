@@ -15,9 +15,9 @@ from hf_topk.errors import InputError
 
 PartitionType = Literal["rows", "frequency", "context"]
 
-SELF = "self"
+MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"
-ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256}
+ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256, "packed_mlp": 128}
 ALWAYS_ON = 256
 LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held to
 POSITIONS_AN_EXPERT = 4  # fewer cannot tell the router where an expert belongs
@@ -30,7 +30,7 @@ class Recipe:
 
     Attributes:
         text: sample text: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a `datasets` data set,
-            or "self": the model samples its own.
+            or "mixed": bundled texts of many kinds and, of a model with a chat template, half its own answers.
         positions: positions of the sample to keep hidden states of.
         window_length: tokens that the model reads in one pass.
         held_out: share of the documents kept back to measure on, above 0 and below 1.
@@ -47,7 +47,8 @@ class Recipe:
         router_rank: rank, width or keys of the router; None for the kind's own default.
         router_int8: whether to round the router's matrices to int8 once they are learned.
         tail: kind of tail.
-        tail_rank: rank of a low-rank tail, a third of a byte each for every token.
+        tail_rank: rank of a low-rank tail or a screen, a third of a byte each for every token.
+        num_rescored: R, how many of the picked experts' tokens get exact logits where the tail is a screen.
         combine: how a scored token's logit is made.
         sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None measures on this machine
             up to how many it is the faster one.
@@ -61,7 +62,7 @@ class Recipe:
             `InputError`.
     """
 
-    text: str = SELF
+    text: str = MIXED
     positions: int = 60_000
     window_length: int = 256
     held_out: float = 0.1
@@ -78,6 +79,7 @@ class Recipe:
     router_int8: bool = True
     tail: TailType = "low_rank"
     tail_rank: int = 96
+    num_rescored: int = 256
     combine: CombineType = "exact"
     sparse_max_positions: int | None = None
     distill_steps: int = 2000
@@ -91,7 +93,7 @@ class Recipe:
         Raises:
             ValueError: when one is out of range.
         """
-        for name in ("positions", "expert_size", "tail_rank", "distill_steps", "batch_size"):
+        for name in ("positions", "expert_size", "tail_rank", "num_rescored", "distill_steps", "batch_size"):
             _at_least(name, getattr(self, name), 1)
         for name in ("num_experts_per_tok", "router_rank"):
             if getattr(self, name) is not None:
@@ -221,7 +223,7 @@ def sample_name(text: str) -> str:
     Args:
         text: as the recipe names it.
     """
-    return "text that the model wrote itself" if text == SELF else public_name(text)
+    return "the bundled texts, with the own answers of a chat model" if text == MIXED else public_name(text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from hf_topk.errors import InputError, TopKExpertsError
 from .agreement_plot import measure_around
 from .calibrate import TargetNotReachedError
 from .checkpoint import write_checkpoint
-from .dense import DeviceMap, check_device_map
+from .dense import DeviceMap, check_device_map, stored_type, type_to_compute_in
 from .hidden_states import read_record, write_record
 from .hub import Destination, upload
 from .pipeline import Report, convert
@@ -79,11 +79,19 @@ def _convert_checkpoint(
     fingerprint = _fingerprint(plan)
     goes_on = resume and _can_resume(work, fingerprint)
     place = processes.place(device_map)
-    dense = processes.load(plan.source, place)
+    dense = processes.load(plan.source, place, type_to_compute_in(plan.source, place))
     try:
         if not goes_on:
             _start_anew(work, fingerprint)
-        report = convert(dense, plan.tokenizer, plan.recipe, windows=plan.windows, folder=work, processes=processes)
+        report = convert(
+            dense,
+            plan.tokenizer,
+            plan.recipe,
+            windows=plan.windows,
+            folder=work,
+            processes=processes,
+            stored_type=stored_type(plan.source),
+        )
         report.curve = measure_around(report.model, report.held_out)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again

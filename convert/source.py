@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
@@ -52,6 +53,15 @@ class Source:
                         digest.update(block)
                         advance(len(block))
         return digest.hexdigest()
+
+    def first_float_type(self) -> torch.dtype:
+        """The number type of the first tensor that holds floats; float32 if none does."""
+        for shard in self.shards:
+            with safe_open(shard, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                    if (dtype := tensors.get_slice(name)[:0].dtype).is_floating_point:
+                        return dtype
+        return torch.float32
 
     def nbytes(self) -> int:
         """Bytes of all shards together."""

@@ -44,7 +44,7 @@ def convert(
         str | None,
         typer.Option(
             help="Sample text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
-            "`datasets` data set, or 'self': the model writes its own. [default: self]"
+            "`datasets` data set, or 'mixed': bundled texts and, of a chat model, its own answers. [default: mixed]"
         ),
     ] = None,
     positions: Annotated[
@@ -91,10 +91,13 @@ def convert(
     router_rank: Annotated[int | None, typer.Option(help="Rank, hidden width or keys of the router.")] = None,
     tail: Annotated[
         str | None,
-        typer.Option(help="What unscored tokens get: low_rank, prior, or none (no probability). [default: low_rank]"),
+        typer.Option(
+            help="What unscored tokens get: low_rank, prior, or none (no probability); with screen exact logits are "
+            "computed for the likeliest tokens of the experts alone. [default: low_rank]"
+        ),
     ] = None,
     tail_rank: Annotated[
-        int | None, typer.Option(help="Rank of a low_rank tail: three take a byte a token. [default: 96]")
+        int | None, typer.Option(help="Rank of a low_rank tail or a screen: three take a byte a token. [default: 96]")
     ] = None,
     combine: Annotated[
         str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
@@ -121,7 +124,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a dense language model; the result loads with AutoModelForCausalLM."""
+    """Convert a dense language model; the result loads with AutoModelForCausalLM.
+
+    It is stored in the dense model's number type; what runs meanwhile computes in float32 where that is faster here.
+    """
     from .convert.processes import help_first_process, is_helper
 
     quiet()
@@ -151,12 +157,10 @@ def convert(
         device_map=device_map,
         destination=Destination(push_to_hub, private, revision, create_pr) if push_to_hub else None,
     )
-    on_the_hub = {"url": report.uploaded.url} if report.uploaded else {}
+    on_the_hub, figures = {"url": report.uploaded.url} if report.uploaded else {}, report.figures()
     if as_json:
-        print_json({"out": out, **on_the_hub, **report.figures(), "recipe": report.recipe.to_dict()})
+        print_json({"out": out, **on_the_hub, **figures, "recipe": report.recipe.to_dict()})
         return
-    figures = report.figures()
-    added = figures["added_bytes_share"]
     print_table(
         f"Wrote {out}",
         {
@@ -168,7 +172,7 @@ def convert(
             + ("" if figures["target_reached"] else ": the target is not reached"),
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{figures['added_bytes'] / 2**20:.2f} MiB, {added:.1%} of the dense head",
+            "added on disk": f"{figures['added_bytes'] / 1e6:.1f} MB, {figures['added_bytes_share']:.1%} of the head",
             "time": f"{figures['seconds']:.0f} s",
             **on_the_hub,
         },
@@ -190,24 +194,26 @@ def evaluate(
     ] = False,
     prompts: Annotated[int, typer.Option(min=1, help="With --lossless: how many prompts to go on from.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts in a batch.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored, or float32 if faster.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
+    from .documents import read_documents
     from .loading import load_converted
     from .measure.fidelity import measure_fidelity, readable_length
-    from .text import make_windows, read_documents
+    from .text import make_windows
 
     quiet()
     documents = read_documents(text)
-    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype)
+    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, fastest=True)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
     figures, rows = dataclasses.asdict(fidelity), {}
     if lossless:
-        from .measure.lossless import compare_lossless, prompts_of
+        from .measure.lossless import PROMPT_LENGTH, compare_lossless, prompts_of
 
-        compared = compare_lossless(model, prompts_of(windows, prompts), batch_size=batch_size)
+        beginnings = prompts_of(make_windows(documents, tokenizer, PROMPT_LENGTH, positions, seed=0), prompts)
+        compared = compare_lossless(model, beginnings, batch_size=batch_size)
         figures |= compared.figures()
         rows = {
             "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "

@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import InputError
 
-RouterType = Literal["centroid", "linear", "low_rank", "mlp", "attention"]
-TailType = Literal["low_rank", "prior", "none"]
+RouterType = Literal["centroid", "linear", "low_rank", "mlp", "packed_mlp", "attention"]
+TailType = Literal["low_rank", "screen", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
@@ -47,6 +47,9 @@ class TopKExpertsConfig(PreTrainedConfig):
             of no meaning to the others.
         router_int8: whether the router's matrices are kept as int8, with a scale a row.
         tail: the estimate given to tokens that were not scored: `low_rank`, `prior`, or `none` for minus infinity.
+            `screen` estimates the tokens of the picked experts by few bits each, and exact logits are computed for the
+            likeliest of them alone; other experts' tokens get a prior.
+        num_rescored: R, for how many of the picked experts' tokens a `screen` computes exact logits.
         tail_rank: rank of a `low_rank` tail, a third of a byte each for every token.
         combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
             place of the expert's own mass, `learned` goes as far between the two as distillation found best.
@@ -73,6 +76,7 @@ class TopKExpertsConfig(PreTrainedConfig):
     router_int8: bool = False
     tail: TailType = "low_rank"
     tail_rank: int = 96
+    num_rescored: int = 256
     combine: CombineType = "exact"
     head_mode: HeadMode = "auto"
     sparse_max_positions: int = 16
@@ -126,7 +130,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         Raises:
             ValueError: when a size is out of range.
         """
-        for name in ("num_experts", "expert_size", "router_rank", "tail_rank"):
+        for name in ("num_experts", "expert_size", "router_rank", "tail_rank", "num_rescored"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -12,11 +12,12 @@ from transformers import initialization as init
 
 from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
-from .errors import InputError
-from .kernels import expert_dot, shared_rows_dot
+from .head_layout import check_sizes, places_left
+from .head_sizes import SizedHead
+from .kernels import expert_dot, gather_dot, shared_rows_dot
 from .routers import ROUTERS
 from .scored import Picked, Scored
-from .tails import TAILS
+from .tails import TAILS, ScreenTail
 
 HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
@@ -26,7 +27,7 @@ LOGITS_AT_ONCE = 1 << 20
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
 
 
-class TopKExpertsHead(nn.Linear):
+class TopKExpertsHead(SizedHead):
     """A dense head that reads only the rows of the experts its router picks.
 
     It *is* the dense linear layer, weight and bias as they were, so that ties, dense decoding and training work on
@@ -38,13 +39,11 @@ class TopKExpertsHead(nn.Linear):
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for unscored tokens, or None for minus infinity.
-        head_mode: "auto", "sparse" or "dense".
-        num_experts_per_tok: k.
+        head_mode, num_experts_per_tok: "auto", "sparse" or "dense"; k.
         routed_mass: estimated probability from which on no further expert is scored; 1 to score k always.
+        num_rescored: R, how many of the picked experts' tokens get exact logits where the tail is a screen.
+        stored_type: the number type that it is stored in, which bytes are counted in; it may compute in a larger one.
     """
-
-    always_on_ids: Tensor
-    expert_ids: Tensor
 
     def __init__(self, dense: nn.Linear, config: TopKExpertsConfig) -> None:
         """Take over a dense head.
@@ -57,12 +56,12 @@ class TopKExpertsHead(nn.Linear):
             InputError: when its experts and always-on tokens are not enough for the vocabulary.
         """
         vocab_size, hidden_size = dense.weight.shape
-        _check_sizes(config, vocab_size)
+        check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
         self.head_mode, self.combine = config.head_mode, config.combine
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.routed_mass = config.routed_mass
+        self.routed_mass, self.num_rescored = config.routed_mass, config.num_rescored
         self.sparse_max_positions = config.sparse_max_positions
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
@@ -91,21 +90,6 @@ class TopKExpertsHead(nn.Linear):
         self._reset_ids()
         for added in self.children():
             cast(Any, added).requires_grad_(False).reset_parameters()
-
-    @property
-    def num_experts(self) -> int:
-        """M."""
-        return self.expert_ids.shape[0]
-
-    @property
-    def expert_size(self) -> int:
-        """S."""
-        return self.expert_ids.shape[1]
-
-    @property
-    def num_always_on(self) -> int:
-        """A."""
-        return self.always_on_ids.shape[0]
 
     def runs_sparse(self, num_positions: int) -> bool:
         """Whether a call on so many positions takes the sparse path under the present head mode."""
@@ -210,6 +194,8 @@ class TopKExpertsHead(nn.Linear):
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
+        if self.screens:
+            return self._score_screened(hidden)
         scores, top, top_scores, is_used, always = self.pick(hidden)
         shared_ids = self.always_on_ids if always is None else self.always_on_ids[:0]  # not a second time
         # Logits [N, A] and [N, k, S].
@@ -228,13 +214,34 @@ class TopKExpertsHead(nn.Linear):
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
         return Scored(always, routed, ids, top, tail_scores, masses)
 
+    def _score_screened(self, hidden: Tensor) -> Scored:
+        """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
+        scores, top, top_scores, _, _ = self.pick(hidden)
+        ids = self.expert_ids[top]
+        screened = cast(ScreenTail, self.tail).screen(hidden, top)
+        screened = screened - self.mask_padding(screened, ids).logsumexp(dim=-1, keepdim=True)
+        estimates = self.mask_padding(screened + top_scores.unsqueeze(-1), ids).flatten(1)  # (N, k S)
+        likeliest = estimates.topk(self.num_rescored + 1, dim=-1)
+        kept = likeliest.indices[:, :-1]
+        kept_ids = ids.flatten(1).gather(1, kept)
+        routed = gather_dot(hidden, self.weight, self.bias, kept_ids)
+        exact = routed.float()
+        if self._has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
+            exact = exact.masked_fill(likeliest.values[:, :-1].isneginf(), -torch.inf)
+        exact = exact.logsumexp(dim=-1, keepdim=True)
+        offset = exact - likeliest.values[:, :-1].logsumexp(dim=-1, keepdim=True)
+        left = estimates.scatter(1, kept, -torch.inf).logsumexp(dim=-1, keepdim=True) + offset
+        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
+        best_left, masses = (likeliest.values[:, -1:] + offset).squeeze(-1), torch.logaddexp(exact, left)
+        return Scored(always, routed, kept_ids, top, scores + offset, masses, screened, best_left)
+
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
         outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1)
         best = scored.routed.flatten(1).amax(dim=-1)
         if self.num_always_on:
             best = torch.maximum(best, scored.always.amax(dim=-1))
-        return outside >= best
+        return outside >= best if scored.best_left is None else torch.maximum(outside, scored.best_left) >= best
 
     def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Logits with the tail at those positions alone where it could win, [N, V]."""
@@ -251,7 +258,7 @@ class TopKExpertsHead(nn.Linear):
             logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
         else:
             logits = hidden.new_empty(shape, dtype=dtype)  # every token is routed or always on
-            within = self._normalise(self.tail(hidden)) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
+            within = self._within(hidden, scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
             logits.scatter_(1, self.expert_ids.flatten().expand(shape[0], -1), within.flatten(1).to(dtype))
         logits.index_copy_(1, self.always_on_ids, scored.always)
         return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
@@ -288,6 +295,14 @@ class TopKExpertsHead(nn.Linear):
             return None, scores + offset
         return self.combiner(scores + offset, top, disagreement + offset)
 
+    def _within(self, hidden: Tensor, scored: Scored) -> Tensor:
+        """Log p(v | e, h) of all tokens, fp32 [N or 1, M, S]."""
+        if not isinstance(self.tail, ScreenTail):
+            return self._normalise(cast(Any, self.tail)(hidden))
+        prior = self.tail.log_prior.float().expand(hidden.shape[0], -1, -1)
+        places = scored.experts.unsqueeze(-1).expand(-1, -1, self.expert_size)
+        return prior if scored.screened is None else prior.scatter(1, places, scored.screened)
+
     def _normalise(self, within: Tensor) -> Tensor:
         """Log-softmax within each expert, [N, M, S], to which repeated ids add nothing."""
         if self.tail is None or self.tail.is_normalised:
@@ -323,60 +338,8 @@ class TopKExpertsHead(nn.Linear):
         added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
         kept = self.always_on_ids[self.always_on_ids < vocab_size]
         self.always_on_ids = torch.cat([kept, added])
-        places = _places_left(self.expert_ids, vocab_size)
+        places = places_left(self.expert_ids, vocab_size)
         self.expert_ids = self.expert_ids.flatten()[places]
         if self.tail is not None:
             self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size
-
-    def bytes_read(self, experts_scored: float | None = None) -> float:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode.
-
-        Args:
-            experts_scored: number of experts, a mean if it varies; k if not given.
-        """
-        row = self.weight[:1].nbytes + (0 if self.bias is None else self.bias[:1].nbytes)
-        scored = self.num_always_on + (experts_scored or self.num_experts_per_tok) * self.expert_size
-        return scored * row + _nbytes(self.router) + (0 if self.tail is None else _nbytes(self.tail))
-
-    def dense_bytes(self) -> int:
-        """Bytes of the dense head, weight and bias."""
-        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def added_bytes(self) -> int:
-        """Bytes of all that conversion added to the dense head."""
-        return sum(tensor.nbytes for tensor in self.additions().values())
-
-    def additions(self) -> dict[str, Tensor]:
-        """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
-        everything: dict[str, Tensor] = self.state_dict()
-        return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}
-
-
-def _check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
-    if config.num_always_on >= vocab_size:
-        raise InputError(f"num_always_on is {config.num_always_on}, which leaves none of {vocab_size} tokens to route")
-    slots = config.num_experts * config.expert_size
-    if slots + config.num_always_on < vocab_size:
-        raise InputError(
-            f"{config.num_experts} experts of {config.expert_size} and {config.num_always_on} always-on tokens do not "
-            f"cover a vocabulary of {vocab_size}: raise num_experts or expert_size"
-        )
-
-
-def _places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:
-    """Where each place takes its token from once ids of `vocab_size` and above are gone, counted over all experts.
-
-    Places of tokens that are gone repeat one that is left, put first: of the same expert where there is one.
-    """
-    gone = expert_ids >= vocab_size
-    order = gone.int().argsort(dim=-1, stable=True)  # tokens that are left come first
-    places = torch.arange(gone.numel(), device=gone.device).view_as(gone).gather(1, order)
-    gone = gone.gather(1, order)
-    first = torch.where(gone[:, :1], places[~gone][0], places[:, :1])
-    return torch.where(gone, first, places)
-
-
-def _nbytes(module: nn.Module) -> int:
-    state: dict[str, Any] = module.state_dict()
-    return sum(tensor.nbytes for tensor in state.values())

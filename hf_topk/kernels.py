@@ -188,11 +188,32 @@ def _packed_product(parts: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tens
     return total
 
 
+def expert_packed_logits(inputs: Tensor, codes: Tensor, bits: int, experts: Tensor) -> Tensor:
+    """[`packed_logits`] with the rows of the experts that each position picked.
+
+    Args:
+        inputs: [N, r], any float type.
+        codes: [M, S, r bits / 8] uint8.
+        bits: bits of a number, 1, 2 or 4.
+        experts: the picked experts, [N, k] int64.
+
+    Returns:
+        inputs @ numbers^T up to the rounding of the inputs, fp32 [N, k, S].
+    """
+    if inputs.device.type == "cpu" and not torch.compiler.is_compiling():  # each expert is read once for all positions
+        chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
+        logits = packed_logits(inputs, codes[chosen].flatten(0, 1), bits).unflatten(-1, (-1, codes.shape[1]))
+        return logits if place is None else logits.gather(1, place.unsqueeze(-1).expand(-1, -1, codes.shape[1]))
+    rounded, input_scales = _round_through(inputs)
+    numbers = unpack(codes[experts].flatten(1, 2), bits).float()  # (N, k S, r)
+    logits = torch.bmm(numbers, rounded.unsqueeze(-1)).squeeze(-1) * input_scales
+    return logits.unflatten(-1, (-1, codes.shape[1]))
+
+
 def packed_logits_reference(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
     """What [`packed_logits`] computes, with all numbers unpacked at once and in floating point."""
     rounded, input_scales = _round_through(inputs)
-    numbers = torch.cat([_plane(codes, bits, place) for place in range(8 // bits)], dim=-1)
-    return F.linear(rounded, numbers.float()) * input_scales
+    return F.linear(rounded, unpack(codes, bits).float()) * input_scales
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -200,6 +221,11 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
     planes = numbers.to(torch.uint8).unflatten(-1, (8 // bits, -1))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
     return (planes << shifts.unsqueeze(-1)).sum(dim=-2, dtype=torch.uint8)
+
+
+def unpack(codes: Tensor, bits: int) -> Tensor:
+    """Unpack what [`pack`] packed: uint8 [..., r bits / 8] to int8 [..., r]."""
+    return torch.cat([_plane(codes, bits, place) for place in range(8 // bits)], dim=-1)
 
 
 def _plane(codes: Tensor, bits: int, place: int) -> Tensor:

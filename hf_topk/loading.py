@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .compute_type import faster_type
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .modeling_topk_experts import TopKExpertsForCausalLM
@@ -15,7 +17,12 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def load_converted(
-    name: str, num_experts_per_tok: int | None = None, dtype: str = "auto", device_map: str | None = None
+    name: str,
+    num_experts_per_tok: int | None = None,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    *,
+    fastest: bool = False,
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer.
 
@@ -24,6 +31,8 @@ def load_converted(
         num_experts_per_tok: k in place of the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
         device_map: the device to load onto, or "auto"; main memory if None.
+        fastest: whether "auto" is float32 where that computes faster in main memory than the stored type does; bytes
+            are counted in the stored type then, too.
 
     Raises:
         InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
@@ -38,9 +47,14 @@ def load_converted(
                 f"num_experts_per_tok is {num_experts_per_tok}, must be from 1 to the {config.num_experts} experts"
             )
         config.num_experts_per_tok = num_experts_per_tok
+    stored = config.dtype if fastest and dtype == "auto" else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, device_map=device_map, output_loading_info=True
+            name,
+            config=config,
+            dtype=faster_type(stored, torch.device("cpu")) if stored else dtype,
+            device_map=device_map,
+            output_loading_info=True,
         )
         model, found = loaded
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
@@ -49,6 +63,8 @@ def load_converted(
     if found["missing_keys"]:
         first = min(found["missing_keys"])
         raise InputError(f"{name} is not complete, '{first}' is missing: convert or fetch it again")
+    if stored:
+        model.head.stored_type = stored
     return model, tokenizer
 
 

@@ -3,10 +3,11 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
+SECONDS_BEFORE_PROGRESS = 2.0  # of steps that are short for most inputs
 
 
 class Advance(Protocol):
@@ -29,6 +30,35 @@ def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
     """
     show = _live_bar if sys.stderr.isatty() else _plain_lines
     with show(description, total, unit) as advance:
+        yield advance
+
+
+@contextmanager
+def progress_once_slow(description: str, total: int, unit: str) -> Iterator[Advance]:
+    """Show progress as [`progress`] does, but only of a step that takes longer than `SECONDS_BEFORE_PROGRESS`.
+
+    Args:
+        description: what the step does, in a few words.
+        total: the number of units that make the step whole.
+        unit: the name of one unit, in the plural.
+
+    Yields:
+        A function to call with the number of units done since its last call.
+    """
+    started = time.monotonic()
+    done = 0
+    shown: Advance | None = None
+    with ExitStack() as stack:
+
+        def advance(amount: int = 1) -> None:
+            nonlocal done, shown
+            done += amount
+            if shown is not None:
+                shown(amount)
+            elif time.monotonic() - started > SECONDS_BEFORE_PROGRESS:
+                shown = stack.enter_context(progress(description, total, unit))
+                shown(done)
+
         yield advance
 
 

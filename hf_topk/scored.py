@@ -1,6 +1,6 @@
 """What the sparse head picks and computes exactly at some positions."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -29,11 +29,14 @@ class Scored(NamedTuple):
 
     Attributes:
         always: logits of the always-on tokens, [N, A].
-        routed: logits of the picked experts' tokens, [N, k, S].
-        ids: token ids of those, [N, k, S] int64.
+        routed: logits of the picked experts' tokens, [N, k, S], or of the R that a screen left of them, [N, R].
+        ids: token ids of those, int64.
         experts: the picked experts, [N, k] int64.
         tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
         masses: log-sum-exp of each picked expert's logits, fp32 [N, k]; minus infinity for a place that is not used.
+            With a screen that of all picked experts, [N, 1].
+        screened: log p(v | e, h) of the picked experts' tokens as the screen has it, fp32 [N, k, S]; None without one.
+        best_left: the largest logit that the screen gives a token that it left out, fp32 [N]; None without one.
     """
 
     always: Tensor
@@ -42,7 +45,9 @@ class Scored(NamedTuple):
     experts: Tensor
     tail_scores: Tensor
     masses: Tensor
+    screened: Tensor | None = None
+    best_left: Tensor | None = None
 
     def part(self, positions: Tensor | slice) -> "Scored":
         """The same at some of the positions."""
-        return Scored(*(tensor[positions] for tensor in self))
+        return Scored(*(cast(Tensor, None if tensor is None else tensor[positions]) for tensor in self))

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .kernels import packed_logits
+from .kernels import expert_packed_logits, packed_logits
 
 
 class PriorTail(nn.Module):
@@ -101,13 +101,74 @@ class LowRankTail(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of every token in the order of the experts: [N, d] to fp32 [N, M, S]."""
-        projected = F.linear(hidden.float(), self.basis.float(), -self.center.float())  # (N, r)
-        first, others = projected[:, : self.directions_4bit], projected[:, self.directions_4bit :]
+        first, others = self._projected(hidden)
         logits = packed_logits(first, self.codes_4bit.flatten(0, 1), 4)
         logits = logits + packed_logits(others, self.codes_2bit.flatten(0, 1), 2)
         return logits.unflatten(-1, self.bias.shape) + self.bias.float()
 
+    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of hidden states in the directions of 4 and of 2 bits, fp32 [N, r] in all."""
+        projected = F.linear(hidden.float(), self.basis.float(), -self.center.float())
+        return projected[:, : self.directions_4bit], projected[:, self.directions_4bit :]
+
+
+class ScreenTail(LowRankTail):
+    """A low-rank approximation for the tokens of the picked experts, a fixed prior for all others.
+
+    The picked experts' tokens are screened with it: exact logits are computed for the likeliest of them alone, and the
+    rest keep what the screen says. (Screening by low-bit codes before exact scores: Guo et al. 2020,
+    https://arxiv.org/abs/1908.10396.)
+
+    Attributes:
+        log_prior: log p(v | e) where the expert was not picked, [M, S].
+    """
+
+    log_prior: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, expert_size: int, rank: int) -> None:
+        """Make an empty tail.
+
+        Args:
+            hidden_size: d.
+            num_experts: M.
+            expert_size: S.
+            rank: r; a few directions more are kept where bytes would not be full.
+        """
+        super().__init__(hidden_size, num_experts, expert_size, rank)
+        self.register_buffer("log_prior", torch.empty(num_experts, expert_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make all tokens of an expert alike where nothing was loaded."""
+        super().reset_parameters()
+        if hasattr(self, "log_prior"):  # the parent's constructor asks first
+            init.constant_(self.log_prior, -math.log(self.log_prior.shape[1]))
+
+    def take_places(self, places: Tensor) -> None:
+        """Move tokens: each place, [M, S], gets what stood at the one given, counted over all experts."""
+        super().take_places(places)
+        self.log_prior = self.log_prior.flatten()[places]
+
+    def screen(self, hidden: Tensor, experts: Tensor) -> Tensor:
+        """Unnormalised log p(v | e, h) of the tokens of picked experts: [N, d] and [N, k] to fp32 [N, k, S]."""
+        first, others = self._projected(hidden)
+        logits = expert_packed_logits(first, self.codes_4bit, 4, experts)
+        logits = logits + expert_packed_logits(others, self.codes_2bit, 2, experts)
+        return logits + self.bias[experts].float()
+
+    def read_by_expert(self) -> tuple[Tensor, ...]:
+        """Tensors [M, ...] of which the rows of the picked experts alone are read."""
+        return self.codes_4bit, self.codes_2bit, self.bias
+
+    def read_always(self) -> tuple[Tensor, ...]:
+        """Tensors that are read at every position."""
+        return self.basis, self.center, self.log_prior
+
 
 Tail = PriorTail | LowRankTail
 
-TAILS: dict[str, type[PriorTail] | type[LowRankTail]] = {"low_rank": LowRankTail, "prior": PriorTail}
+TAILS: dict[str, type[PriorTail] | type[LowRankTail]] = {
+    "low_rank": LowRankTail,
+    "prior": PriorTail,
+    "screen": ScreenTail,
+}

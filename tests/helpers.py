@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
 from hf_topk.cli import main
-from hf_topk.tails import PriorTail
+from hf_topk.tails import PriorTail, ScreenTail
 
 VOCAB_SIZE = 100
 PROGRESS_LINE = re.compile(r"[\w' ]+: [\d,]+ \w+ in [\d.]+ s")
@@ -71,7 +71,7 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
                     tensor.random_(0, 256, generator=generator)
                 else:
                     tensor.normal_(std=0.3, generator=generator)
-        if isinstance(head.tail, PriorTail):
+        if isinstance(head.tail, PriorTail | ScreenTail):
             repeats = (head.expert_ids == head.expert_ids[:, :1]) & (torch.arange(head.expert_size) > 0)
             head.tail.log_prior[repeats] = -torch.inf
             head.tail.log_prior.copy_(head.tail.log_prior.log_softmax(dim=-1))
@@ -103,10 +103,15 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
 
-def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None) -> Path:
-    """Save a tiny dense model and its tokenizer."""
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{{ 'w1' if add_generation_prompt }}"
+
+
+def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None, *, chats: bool = False) -> Path:
+    """Save a tiny dense model and its tokenizer, which may have a chat template."""
     (tiny_dense() if dense is None else dense).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    if chats:
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# tiny\n", encoding="utf-8")
     return folder
 

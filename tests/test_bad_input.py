@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, check_refused, tiny_checkpoint, tiny_dense, tiny_text
+from helpers import QUICK, check_refused, tiny_checkpoint, tiny_dense, tiny_text, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerFast
@@ -103,6 +103,7 @@ def test_refuses_an_encoder_whose_config_does_not_say_so(tmp_path: Path, refused
     config = AutoConfig.for_model("bert", vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "other")
     edit_config(tmp_path / "other", architectures=None)
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
     options = ("--expert-size", 16, "--positions", 600)
     refused(
         "convert", "other", "out", *options, parts=("BertLMHeadModel looks ahead", "choose a causal language model")
@@ -257,7 +258,7 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "text but no tokenizer": (
         lambda folder: [file.unlink() for file in folder.glob("tokenizer*")],
-        ("needs a tokenizer", "--text self"),
+        ("needs a tokenizer", "in its folder"),
     ),
 }
 

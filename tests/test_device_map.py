@@ -25,13 +25,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("text", ["text.jsonl", "self"])
+@pytest.mark.parametrize("text", ["text.jsonl", "mixed"])
 @pytest.mark.parametrize(("model_type", "tied", "device_map"), CASES)
 def test_offloaded_parts_change_nothing(
     model_type: str, tied: bool, device_map: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tiny_checkpoint(tmp_path / "model", tiny_dense(model_type, tied=tied))
+    tiny_checkpoint(tmp_path / "model", tiny_dense(model_type, tied=tied), chats=True)
     tiny_text(tmp_path / "text.jsonl")
     recipe = Recipe.from_dict({**QUICK, "text": text})
     convert_checkpoint("model", "plain", recipe)

@@ -121,7 +121,7 @@ def test_the_command_prints_json_and_a_table(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--text", "self"), "the frontier is measured on text"),
+        (("--text", "mixed"), "the frontier is measured on text"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
         (("--text", "text.jsonl", "--expert-size", 0), "expert_size is 0"),
     ],

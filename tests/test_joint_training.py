@@ -161,7 +161,7 @@ def test_an_int8_router_is_in_floats_meanwhile(kind: str, dtype: torch.dtype, tm
     scores = model.head.router(hidden)
     with model.joint_training():
         assert all(parameter.dtype == dtype for parameter in model.head.router.parameters())
-        torch.testing.assert_close(model.head.router(hidden), scores, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(model.head.router(hidden), scores, rtol=3e-2, atol=1e-1)
         model.save_pretrained(tmp_path / "inside")
         inside = model.head.router(hidden)
     assert {name: tensor.dtype for name, tensor in model.head.router.state_dict().items()} == {

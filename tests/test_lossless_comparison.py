@@ -24,6 +24,11 @@ def small() -> TopKExpertsForCausalLM:
     return convert(tiny_dense(tied=False))
 
 
+def windows_of(first: int, end: int) -> list[Window]:
+    """Token ids from the first one on in windows of 16, the last one shorter."""
+    return [Window(0, tuple(range(start, min(start + 16, end)))) for start in range(first, end, 16)]
+
+
 def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
     """What a block must not do: give sparse logits for the dense ones."""
     block._states.append(block._head.sparse_logits(hidden.flatten(0, 1))[:, None])
@@ -32,7 +37,7 @@ def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
 
 
 def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
+    prompts = prompts_of(windows_of(2, 90), 5, length=16)
     assert [prompt[0] for prompt in prompts] == [2, 18, 34, 50, 66]
     same = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
     assert same.tokens == same.identical == 5 * NEW_TOKENS
@@ -57,7 +62,7 @@ def test_comparison_judges_by_what_tokens_are_chosen_by(
     monkeypatch.setattr(measured, "is_tie", note)
     monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
     monkeypatch.setattr(small, "generation_config", GenerationConfig(repetition_penalty=3.0))
-    prompts = prompts_of([Window(0, tuple(range(2, 90)))], 5, length=16)
+    prompts = prompts_of(windows_of(2, 90), 5, length=16)
     compared = compare_lossless(small, prompts, NEW_TOKENS)
     assert compared.differing == len(judged) > 0
     assert compared.ties == 0
@@ -65,7 +70,7 @@ def test_comparison_judges_by_what_tokens_are_chosen_by(
 
 
 def test_in_bfloat16_only_ties_differ(small: TopKExpertsForCausalLM) -> None:
-    prompts = prompts_of([Window(0, tuple(range(2, 98)))], 6, length=16)
+    prompts = prompts_of(windows_of(2, 98), 6, length=16)
     compared = compare_lossless(small.to(torch.bfloat16), prompts, NEW_TOKENS, batch_size=2)
     assert compared.dtype == torch.bfloat16
     assert compared.differing == compared.ties < compared.identical

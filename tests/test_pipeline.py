@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUICK, VOCAB_SIZE, tiny_converted, tiny_dense, tiny_tokenizer
+from helpers import CHAT_TEMPLATE, QUICK, VOCAB_SIZE, tiny_converted, tiny_dense, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from hf_topk.convert import Recipe, Report, convert
 from hf_topk.convert import distill as distillation
 from hf_topk.convert.calibrate import split_by_document
+from hf_topk.convert.dense_head import head_of
 from hf_topk.convert.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.fit_tail import fit_combiner, fit_tail
 from hf_topk.convert.hidden_states import HiddenStates, batches_of, collect
-from hf_topk.convert.pipeline import head_of
-from hf_topk.convert.self_sample import sample_from_model
+from hf_topk.convert.mixed_sample import TEXTS, mixed_sample, own_answers
+from hf_topk.documents import read_documents
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
 from hf_topk.measure.fidelity import measure_fidelity
@@ -88,42 +89,57 @@ def test_batches_hold_every_window_in_order() -> None:
     assert [len(batch) for batch in batches_of(windows, positions=1)] == [1] * len(windows)
 
 
-# The model's own text
+# The mixed sample
+
+PROMPTS = [[2 + number, 50, 3 + number] for number in range(60)]
 
 
-def test_own_text_follows_the_model_not_its_generation_config(tmp_path: Path) -> None:
+def test_every_other_batch_of_answers_is_greedy(tmp_path: Path) -> None:
     dense = tiny_dense(tied=False)
-    for name in ("plain", "changed"):
-        (tmp_path / name).mkdir()
-    plain = sample_from_model(dense, 500, 20, 0, tmp_path / "plain")
-    dense.generation_config.update(do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, num_beams=3)
-    assert sample_from_model(dense, 500, 20, 0, tmp_path / "changed") == plain
-    assert len({window.token_ids for window in plain}) == len(plain)
-
-
-def test_own_text_is_as_long_as_asked_for(tmp_path: Path) -> None:
-    windows = sample_from_model(tiny_dense(), 500, 20, 0, tmp_path)
-    assert sum(len(window.token_ids) for window in windows) == 500
-    assert max(len(window.token_ids) for window in windows) <= 20
-    assert [window.document for window in windows] == list(range(len(windows)))
-    assert all(window.token_ids[0] == 0 for window in windows)  # the token that starts a text
-    assert not any(0 in window.token_ids[1:] for window in windows)  # the one that ends it
-
-
-def test_own_text_has_the_model_s_own_distribution(tmp_path: Path) -> None:
-    dense = tiny_dense(tied=False)
-    windows = sample_from_model(dense, 6000, 2, 0, tmp_path)
-    drawn = torch.bincount(torch.tensor([window.token_ids[1] for window in windows]), minlength=VOCAB_SIZE)
-    logits = dense(torch.tensor([[0]])).logits[0, -1].detach()
-    logits[0] = -torch.inf  # no text ends before its first token
-    assert float((drawn / drawn.sum() - logits.softmax(dim=-1)).abs().sum()) < 0.1
-
-
-def test_own_text_leaves_the_random_state_alone(tmp_path: Path) -> None:
-    dense = tiny_dense()
     before = torch.get_rng_state()
-    sample_from_model(dense, 100, 20, 0, tmp_path)
+    answers = own_answers(dense, PROMPTS[:40], 2 * 40 * 20, 20, 0, tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+    assert [answer[:3] for answer in answers] == [*PROMPTS[:32] * 2, *PROMPTS[32:40] * 2]
+    assert max(map(len, answers)) <= 20
+    assert not any(0 in answer[3:] for answer in answers)  # the token that ends a text
+    greedy = answers[5]
+    expected = dense.generate(torch.tensor([PROMPTS[5]]), max_new_tokens=17, do_sample=False)[0].tolist()
+    assert greedy == expected[: len(greedy)]
+    assert sum(one != other for one, other in zip(answers[:32], answers[32:64], strict=True)) > 24
+
+
+def test_answers_follow_the_model_not_its_generation_config(tmp_path: Path) -> None:
+    dense = tiny_dense(tied=False)
+    plain = own_answers(dense, PROMPTS, 1500, 20, 0, tmp_path / "plain")
+    assert sum(map(len, plain)) == 1500
+    dense.generation_config.update(do_sample=True, temperature=0.01, top_k=1, repetition_penalty=9.0, num_beams=3)
+    assert own_answers(dense, PROMPTS, 1500, 20, 0, tmp_path / "changed") == plain
+
+
+def test_answers_have_the_model_s_own_distribution(tmp_path: Path) -> None:
+    dense = tiny_dense(tied=False)
+    dense.generation_config.eos_token_id = None
+    answers = own_answers(dense, [[5]] * 6000, 24_000, 2, 0, tmp_path)
+    drawn = torch.bincount(
+        torch.tensor([answer[1] for batch in range(1, 375, 2) for answer in answers[32 * batch : 32 * batch + 32]]),
+        minlength=VOCAB_SIZE,
+    )
+    probabilities = dense(torch.tensor([[5]])).logits[0, -1].detach().softmax(dim=-1)
+    assert float((drawn / drawn.sum() - probabilities).abs().sum()) < 0.1
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_chat_models_learn_from_their_answers_too(chats: bool, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if chats else None
+    recipe = Recipe(positions=4000, window_length=64)
+    windows = mixed_sample(tiny_dense(), tokenizer, recipe, tmp_path)
+    assert sum(len(window.token_ids) for window in windows) == 4000
+    documents = [window.document for window in windows]
+    assert documents == sorted(documents)
+    texts = len(read_documents(str(TEXTS)))
+    own = sum(len(window.token_ids) for window in windows if window.document >= texts)
+    assert own == (2000 if chats else 0)
 
 
 # Distillation
@@ -353,7 +369,7 @@ def test_windows_are_cut_to_what_the_model_reads() -> None:
 
 
 def test_refuses_text_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"needs a tokenizer.*--text self"):
+    with pytest.raises(InputError, match=r"needs a tokenizer"):
         convert(tiny_dense(), None, Recipe(**QUICK, text=str(tmp_path)))
 
 

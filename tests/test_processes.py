@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import PROGRESS_LINE, QUICK, check_refused, contents, own_lines, tiny_checkpoint, tiny_dense, tiny_text
 
-from hf_topk.convert import Recipe, convert_checkpoint, processes, self_sample
+from hf_topk.convert import Recipe, convert_checkpoint, mixed_sample, processes
 from hf_topk.errors import InputError
 
 ACCELERATE = (
@@ -39,11 +39,11 @@ main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, two recipes, and `text` and `self`, what one process makes of them; five batches of each."""
+    """A dense model, two recipes, and `text` and `mixed`, what one process makes of them; five batches of each."""
     folder = tmp_path_factory.mktemp("folder")
-    tiny_checkpoint(folder / "model", tiny_dense(tied=False))
+    tiny_checkpoint(folder / "model", tiny_dense(tied=False), chats=True)
     text = tiny_text(folder / "text.jsonl", documents=100)
-    for name, sample, positions in (("text", str(text), 20_000), ("self", "self", 8_000)):
+    for name, sample, positions in (("text", str(text), 20_000), ("mixed", "mixed", 8_000)):
         recipe = Recipe.from_dict({**QUICK, "text": sample, "positions": positions})
         (folder / f"{name}.yaml").write_text(recipe.to_yaml())
         convert_checkpoint(str(folder / "model"), folder / name, recipe)
@@ -88,21 +88,21 @@ def result(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = iter([self_sample._write_documents])
+    batches = iter([mixed_sample._write_answers])
     with monkeypatch.context() as patched:
-        patched.setattr(self_sample, "_write_documents", lambda *arguments: next(batches, interrupt)(*arguments))
+        patched.setattr(mixed_sample, "_write_answers", lambda *arguments: next(batches, interrupt)(*arguments))
         with pytest.raises(KeyboardInterrupt):
-            convert_here(folder, "out", "self")
+            convert_here(folder, "out", "mixed")
     assert len((folder / ".out.work" / "sample.jsonl").read_text().splitlines()) == 1
-    done = launch(folder, f"{ACCELERATE} -m hf_topk.cli", "out", "self", "--resume", "--json")
+    done = launch(folder, f"{ACCELERATE} -m hf_topk.cli", "out", "mixed", "--resume", "--json")
     assert done.returncode == 0, done.stderr
-    assert result(folder / "out") == result(folder / "self")
+    assert result(folder / "out") == result(folder / "mixed")
     assert not (folder / ".out.work").exists()
     figures = json.loads(done.stdout)
-    assert figures["agreement"] == json.loads((folder / "self" / "figures.json").read_text())["agreement"]
+    assert figures["agreement"] == json.loads((folder / "mixed" / "figures.json").read_text())["agreement"]
     lines = own_lines(done.stderr)
     assert all(PROGRESS_LINE.fullmatch(line) for line in lines), done.stderr
-    for step in ("Reading the checkpoint", "Sampling text from the model", "Running the dense model"):
+    for step in ("Reading the checkpoint", "Letting the model answer", "Running the dense model"):
         assert sum(line.startswith(step) for line in lines) == 1, done.stderr
 
 

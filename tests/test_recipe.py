@@ -72,7 +72,7 @@ def test_an_empty_file_is_all_defaults(content: str, tmp_path: Path) -> None:
 def test_choices_left_out_keep_their_defaults() -> None:
     recipe = Recipe.from_dict({"expert_size": 64})
     assert recipe == dataclasses.replace(Recipe(), expert_size=64)
-    assert (recipe.text, recipe.tail, recipe.combine) == ("self", "low_rank", "exact")
+    assert (recipe.text, recipe.tail, recipe.combine) == ("mixed", "low_rank", "exact")
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-3", 0.001), ("1", 1.0), ("0.5", 0.5)])

@@ -11,7 +11,7 @@ import torch
 from helpers import QUICK, check_refused, contents, run_main, tiny_checkpoint, tiny_dense, tiny_text
 from transformers import LlamaForCausalLM
 
-from hf_topk.convert import Recipe, convert_checkpoint, hidden_states, pipeline, self_sample
+from hf_topk.convert import Recipe, convert_checkpoint, hidden_states, mixed_sample, pipeline
 
 ARGUMENTS = ("convert", "model", "out", "--recipe", "recipe.yaml")
 WINDOWS_AT_ONCE = 2
@@ -23,13 +23,13 @@ Uninterrupted = tuple[dict[str, bytes | None], int]
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_states, "POSITIONS_AT_ONCE", 32 * WINDOWS_AT_ONCE)
     monkeypatch.setattr(hidden_states.batches_of, "__defaults__", (32 * WINDOWS_AT_ONCE,))
-    monkeypatch.setattr(self_sample, "DOCUMENTS_AT_ONCE", 4)
+    monkeypatch.setattr(mixed_sample, "ANSWERS_AT_ONCE", 2)
 
 
-@pytest.fixture(params=["text.jsonl", "self"])
+@pytest.fixture(params=["text.jsonl", "mixed"])
 def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a dense model, a text and a recipe that takes the sample from one of both."""
-    tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False))
+    tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False), chats=True)
     tiny_text(tmp_path / "text.jsonl")
     write_recipe(tmp_path, text=request.param)
     monkeypatch.chdir(tmp_path)
@@ -64,11 +64,11 @@ class Passes:
 
 
 class Batches:
-    """Counts the batches of documents that the model writes, and interrupts one of them."""
+    """Counts the batches of answers that the model writes, and interrupts one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt_at: int | None = None) -> None:
         self.count = 0
-        honest = self_sample._write_documents
+        honest = mixed_sample._write_answers
 
         def write(*arguments: Any) -> Any:
             self.count += 1
@@ -76,7 +76,7 @@ class Batches:
                 raise KeyboardInterrupt
             return honest(*arguments)
 
-        monkeypatch.setattr(self_sample, "_write_documents", write)
+        monkeypatch.setattr(mixed_sample, "_write_answers", write)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
@@ -125,8 +125,10 @@ def test_goes_on_with_hidden_states(
     assert not (here / ".out.work").exists()
 
 
-@pytest.mark.parametrize("here", ["self"], indirect=True)
-def test_goes_on_with_its_own_text(here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("here", ["mixed"], indirect=True)
+def test_goes_on_with_its_own_answers(
+    here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patched:
         first = Batches(patched, interrupt_at=3)
         assert run(patched) == 130

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_topk import text
+from hf_topk import progress, text
+from hf_topk.documents import Chat
 from hf_topk.errors import InputError
 from hf_topk.text import Window, make_windows
 
@@ -49,10 +51,6 @@ SEED = st.integers(min_value=0, max_value=2**32)
 TOKENIZER = word_tokenizer()
 
 
-def without_a_last_single_token(ids: list[int], window_length: int) -> list[int]:
-    return ids[:-1] if len(ids) % window_length == 1 else ids
-
-
 @given(lengths=LENGTHS, window_length=LENGTH, seed=SEED, limit=st.sampled_from([None, 10_000]))
 def test_windows_make_up_the_documents(lengths, window_length, seed, limit):
     documents = numbered_documents(lengths)
@@ -60,9 +58,9 @@ def test_windows_make_up_the_documents(lengths, window_length, seed, limit):
     assert all(2 <= len(window.token_ids) <= window_length for window in windows)
     assert [window.document for window in windows] == sorted(window.document for window in windows)
     for index, ids in by_document(windows).items():
-        full = TOKENIZER(documents[index])["input_ids"]
-        assert full[0] == BEGIN
-        assert ids == without_a_last_single_token(full, window_length)
+        own = TOKENIZER(documents[index], add_special_tokens=False)["input_ids"]
+        assert [token for token in ids if token != BEGIN] == own
+    assert all(window.token_ids[0] == BEGIN and BEGIN not in window.token_ids[1:] for window in windows)
     assert len(by_document(windows)) == len(documents)
 
 
@@ -78,6 +76,7 @@ def test_sample_keeps_the_rules(lengths, window_length, seed, limit):
     assert all(2 <= len(window.token_ids) <= window_length for window in windows)
     words = [token for window in windows for token in window.token_ids if token != BEGIN]
     assert len(set(words)) == len(words)
+    assert all(window.token_ids[0] == BEGIN for window in windows)
     starts = {(window.document, window.token_ids[:2]) for window in all_windows}
     assert all((window.document, window.token_ids[:2]) in starts for window in windows)
     assert len(Counter(windows) - all_windows) <= 1  # the one that was cut to fit
@@ -88,7 +87,7 @@ def test_sample_keeps_the_rules(lengths, window_length, seed, limit):
 
 @given(seed=SEED, window_length=LENGTH, rounds=st.integers(min_value=1, max_value=3))
 def test_sample_takes_documents_in_turn(seed, window_length, rounds):
-    documents = numbered_documents([window_length * 3] * 5)
+    documents = numbered_documents([(window_length - 1) * 3] * 5)
     windows = make_windows(documents, TOKENIZER, window_length, rounds * 5 * window_length, seed)
     assert set(Counter(window.document for window in windows).values()) == {rounds}
 
@@ -107,6 +106,55 @@ def test_seeds_draw_different_windows():
 def test_only_opening_special_tokens_are_added(template, opening):
     windows = make_windows(["w0 w1", "w2 w3 unheard-of"], word_tokenizer(template), 8, None, 0)
     assert by_document(windows) == {0: [*opening, 3, 4], 1: [*opening, 5, 6, 2]}
+
+
+@pytest.mark.parametrize("template", ["<begin> $A", "<end> <begin> $A"])
+def test_every_window_begins_as_a_text_does(template):
+    tokenizer = word_tokenizer(template)
+    opening = tokenizer("w0")["input_ids"][:-1]
+    windows = make_windows(numbered_documents([9]), tokenizer, 5, None, 0)
+    assert all(list(window.token_ids[: len(opening)]) == opening for window in windows)
+    assert [token - 3 for window in windows for token in window.token_ids[len(opening) :]] == list(range(9))
+    with (
+        pytest.raises(InputError, match=f"window_length is 2: it must be {len(opening) + 1}")
+        if len(opening) > 1
+        else (nullcontext())
+    ):
+        make_windows(["w0 w1"], tokenizer, 2, None, 0)
+
+
+def test_a_text_that_spells_its_opening_is_not_given_it_twice():
+    windows = make_windows(["<begin> w0 w1", "w2"], TOKENIZER, 8, None, 0)
+    assert by_document(windows) == {0: [BEGIN, 3, 4], 1: [BEGIN, 5]}
+
+
+CHAT = Chat((("user", "w0 w1"), ("assistant", "w2")))
+TURNS = "{% for message in messages %}{{ message.role }} {{ message.content }} <end> {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "runs"),
+    [
+        (TURNS, [[2, 3, 4], [1, 2, 5], [1]]),  # the model has no opening in a chat, or none of its own
+        ("{{ bos_token }} " + TURNS, [[0, 2, 3], [0, 4, 1], [0, 2, 5], [0, 1]]),
+    ],
+)
+def test_chats_begin_as_their_template_does(chat_template, runs):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = chat_template
+    windows = make_windows([CHAT], tokenizer, 3, None, 0)
+    assert [list(window.token_ids) for window in windows] == [run for run in runs if len(run) > 1]
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "part"),
+    [(None, "has no chat template"), ("{{ raise_exception('no system role') }}", "no system role"), ("{{", "not take")],
+)
+def test_refuses_chats_without_a_fitting_template(chat_template, part):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = chat_template
+    with pytest.raises(InputError, match=part):
+        make_windows(["w1 w2", CHAT], tokenizer, 8, None, 0)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -165,7 +213,7 @@ def test_no_warning_of_long_texts(caplog):
 def test_progress_is_shown_when_slow_alone(monkeypatch, capsys):
     make_windows(["w1 w2"], TOKENIZER, 8, None, 0)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(text, "SECONDS_BEFORE_PROGRESS", -1)
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_PROGRESS", -1)
     make_windows(["w1 w2"], TOKENIZER, 8, None, 0)
     assert "Tokenising: 5 characters" in capsys.readouterr().err
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hf_topk.documents import read_documents
 from hf_topk.errors import TopKExpertsError
 from hf_topk.loading import load_converted
 from hf_topk.measure.fidelity import WINDOW_LENGTH, Fidelity, measure_fidelity
 from hf_topk.measure.timing import head_milliseconds
-from hf_topk.text import make_windows, read_documents
+from hf_topk.text import make_windows
 
 from ..recipe import Recipe
 from ..run import convert_checkpoint

@@ -1,5 +1,7 @@
 """Up to how many positions the sparse head is the faster one on this machine."""
 
+import copy
+
 from torch import Tensor
 
 from ..head import TopKExpertsHead
@@ -13,7 +15,8 @@ WORTH_IT = 0.95  # of the dense head's time: less of a gain than that is noise
 def fastest_up_to(head: TopKExpertsHead, states: Tensor) -> int:
     """Find how many positions a call may have for the sparse head to be the faster one.
 
-    Both are timed side by side on 1, 2, 4, ... positions, until it gains nothing.
+    Both are timed side by side on 1, 2, 4, ... positions, until it gains nothing, in the type that the head is stored
+    in.
 
     Args:
         head: the head of a converted model.
@@ -22,6 +25,8 @@ def fastest_up_to(head: TopKExpertsHead, states: Tensor) -> int:
     Returns:
         The most positions tried up to which the sparse head was faster by more than noise; 0 if there are none.
     """
+    if head.stored_type != head.weight.dtype:  # which it is going to be loaded in
+        head = copy.deepcopy(head).to(head.stored_type)
     states = states.to(head.weight)
     positions = 1
     while positions <= MOST_POSITIONS:

@@ -75,18 +75,17 @@ class LosslessComparison:
 
 
 def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
-    """Take prompts from a text, spread evenly over it.
+    """Take windows as prompts, spread evenly over a text.
 
     Args:
-        windows: the text.
+        windows: the text, cut to windows of `length`, so that each prompt begins as a text does.
         count: how many prompts, at most; they do not overlap.
-        length: tokens in a prompt.
+        length: tokens in a prompt; shorter windows are left out.
 
     Raises:
         InputError: when no window is long enough.
     """
-    runs = [window.token_ids[at : at + length] for window in windows for at in range(0, len(window.token_ids), length)]
-    runs = [run for run in runs if len(run) == length]
+    runs = [window.token_ids for window in windows if len(window.token_ids) == length]
     if not runs:
         raise InputError(f"the text has no {length} tokens in a row for a prompt: give a longer one")
     count = min(count, len(runs))

@@ -1,4 +1,4 @@
-"""What `hf_topk.text` reads, what it refuses and how it cuts windows."""
+"""What `hf_topk.documents` reads, and what it refuses."""
 
 import os
 import sys
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_topk import text
+from hf_topk import documents
+from hf_topk.documents import Chat, fingerprint, read_documents
 from hf_topk.errors import InputError
-from hf_topk.text import fingerprint, read_documents
 
 BEGIN = 0
 WORDS = 400
@@ -47,6 +47,13 @@ READABLE = {
     "a.MD": ({"a.MD": "# Title\n"}, ["# Title\n"]),
     "a.jsonl": ({"a.jsonl": BYTE_ORDER_MARK + '{"text": "1", "n": "x"}\n \n\n{"text": ""}\n'}, ["1"]),
     "c.jsonl": ({"c.jsonl": '{"body": null}\n{"n": 1, "body": "é\\n2"}'}, ["é\n2"]),
+    "d.jsonl": (
+        {
+            "d.jsonl": r'{"n": "1", "messages": [{"role": "user", "content": "\ud83d?"}]}'
+            + '\n{"messages": []}\n{"text": "1"}'
+        },
+        [Chat((("user", "??"),)), "1"],
+    ),
     # Half a surrogate pair, which no tokenizer takes, then a whole one.
     "b.jsonl": ({"b.jsonl": r'{"text": "a \ud83d b \ud83d\ude00"}'}, ["a ? b 😀"]),
     # In depth, sorted, without hidden files.
@@ -95,7 +102,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     ],
 )
 def test_reading_stops_at_the_limit(tmp_path, monkeypatch, caplog, files, expected, is_cut):
-    monkeypatch.setattr(text, "TEXT_LIMIT", 10)
+    monkeypatch.setattr(documents, "TEXT_LIMIT", 10)
     write(tmp_path, files)
     assert read_documents(str(tmp_path)) == expected
     assert ("not the rest" in caplog.text) is is_cut
@@ -262,7 +269,7 @@ def test_data_set_name(hub, source, call):
 
 
 def test_data_set_stops_at_the_limit(hub, monkeypatch):
-    monkeypatch.setattr(text, "TEXT_LIMIT", 10)
+    monkeypatch.setattr(documents, "TEXT_LIMIT", 10)
     hub.rows = [{"body": "x" * 6} for _ in range(100)]
     assert read_documents("owner/set") == ["x" * 6] * 2
 
@@ -345,3 +352,20 @@ def test_fingerprint_tells_order_and_boundaries():
     assert len(set(prints)) == len(different)
     assert all(len(value) == 64 and int(value, 16) >= 0 for value in prints)
     assert fingerprint(iter(["a", "b"])) == fingerprint(("a", "b"))
+
+
+# Conversations
+
+
+def test_reads_conversations_of_every_kind(tmp_path):
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    write_parquet(tmp_path / "a.parquet", {"messages": [messages, None], "source": ["x", "y"]})
+    chat = Chat((("user", "Hi"), ("assistant", "Hello")))
+    assert read_documents(str(tmp_path / "a.parquet")) == [chat]
+    assert fingerprint([chat]) != fingerprint([Chat(chat.messages[:1])])
+
+
+@pytest.mark.parametrize("messages", ["1", '"x"', '["x"]', '[{"role": "user"}]', '[{"role": "user", "content": 1}]'])
+def test_refuses_broken_conversations(messages, tmp_path):
+    write(tmp_path, {"a.jsonl": f'{{"messages": {messages}}}'})
+    check_refused(tmp_path / "a.jsonl", "a.jsonl, line 1", "'messages' must be a list of")

