@@ -7,12 +7,10 @@ from pathlib import Path
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_topk.measure.fidelity import experts_scored
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
-from hf_topk.text import Window
 
-from .calibrate import STATES_AT_ONCE, argmax, rank_experts
+from .calibrate import DenseChoices, agrees
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
 POSITIONS = 2048  # about so many at most
@@ -38,33 +36,26 @@ class Point:
 
 
 @torch.inference_mode()
-def measure_around(model: TopKExpertsForCausalLM, held_out: list[Window]) -> list[Point]:
-    """Agreement and bytes read at a quarter to four times the model's own k, on some of the held-out positions.
+def measure_around(model: TopKExpertsForCausalLM, choices: DenseChoices) -> list[Point]:
+    """Agreement and bytes read at a quarter to four times the model's own k, on some of the positions.
 
     Args:
         model: the converted model; its k is as it was once this returns.
-        held_out: windows of documents that the router has not seen.
+        choices: what the dense head chooses on documents that the router has not seen.
 
     Returns:
         A point for each k, in their order.
     """
     head, chosen = model.head, model.head.num_experts_per_tok
-    total = sum(len(window.token_ids) for window in held_out)
-    dense = rank_experts(model, held_out[:: math.ceil(total / POSITIONS)])
-    order = dense.experts_needed.argsort()  # positions of a kind together: few turns then need the tail
-    batches = [(dense.states[some], dense.best[some]) for some in order.split(STATES_AT_ONCE)]
+    dense = choices.evenly_spaced(POSITIONS)
     numbers = sorted({min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS})
     points = []
-    with progress("Measuring at fewer and more experts", len(numbers) * len(order), "positions") as advance:
+    with progress("Measuring at fewer and more experts", len(numbers), "numbers") as advance:
         for k in numbers:
             model.num_experts_per_tok = k
-            agreed = scored = 0
-            for states, best in batches:
-                agreed += int((argmax(head.greedy_logits(states)) == best).sum())
-                scored += experts_scored(head, states)
-                advance(len(best))
-            bytes_read = head.bytes_read(scored / len(order)) / head.dense_bytes()
-            points.append(Point(k, agreed / len(order), bytes_read, len(order)))
+            agreement = float(agrees(head, dense).double().mean())
+            points.append(Point(k, agreement, head.bytes_read() / head.dense_bytes(), len(dense.best)))
+            advance()
     model.num_experts_per_tok = chosen
     return points
 

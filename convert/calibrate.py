@@ -1,29 +1,34 @@
-"""The last step: how many experts it takes to agree with the dense head, on documents that were not distilled on."""
+"""The last step: how many experts and exact logits it takes to agree with the dense head, on documents held out."""
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.errors import InputError, TopKExpertsError
 from hf_topk.head import LOGITS_AT_ONCE, TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity, measure_fidelity
+from hf_topk.measure.bound import lower_bound
+from hf_topk.measure.fidelity import Fidelity
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
 
 from .hidden_states import batches_of, states_of_batch
 
-CONFIDENCE = 0.95
 STATES_AT_ONCE = 256
+ESTIMATES_AT_ONCE = 1 << 22
+GROWTH = 1.15  # from one number of experts tried, or of exact logits, to the next
+FEWEST_RESCORED = 16
+# Where nothing is promised, at most this share of the positions may lose the dense argmax to the screen.
+LOST_TO_SCREEN = 0.001
 
 
 class TargetNotReachedError(TopKExpertsError):
-    """No number of experts that was allowed reaches the target agreement."""
+    """No setting that was allowed reaches the target agreement."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,28 @@ class Target:
     agreement: float
     max_bytes_read: float | None = None
     or_nearest: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Numbers of experts and exact logits.
+
+    Attributes:
+        num_experts_per_tok: k.
+        num_rescored: R.
+    """
+
+    num_experts_per_tok: int
+    num_rescored: int
+
+    def apply(self, model: TopKExpertsForCausalLM) -> None:
+        """Set a converted model's k and R."""
+        model.num_experts_per_tok = self.num_experts_per_tok
+        model.head.num_rescored = model.config.num_rescored = self.num_rescored
+
+    def apply_to(self, head: TopKExpertsHead) -> None:
+        """Set k and R of a head alone."""
+        head.num_experts_per_tok, head.num_rescored = self.num_experts_per_tok, self.num_rescored
 
 
 def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
@@ -71,113 +98,214 @@ def split_by_document(windows: list[Window], held_out: float, seed: int) -> tupl
     )
 
 
-def lower_bound(agreement: float, positions: int) -> float:
-    """One-sided 95 % Clopper-Pearson lower bound of an agreement.
-
-    The exact bound for independent positions (Clopper and Pearson 1934, https://doi.org/10.1093/biomet/26.4.404).
-
-    Args:
-        agreement: share of the positions that agreed.
-        positions: number of positions measured.
-    """
-    agreed = round(agreement * positions)
-    return float(beta.ppf(1 - CONFIDENCE, agreed, positions - agreed + 1)) if agreed else 0.0
-
-
-def choose_num_experts(model: TopKExpertsForCausalLM, held_out: list[Window], target: Target) -> Fidelity | None:
-    """Set k to the smallest number of experts whose agreement reaches the target with confidence.
-
-    Args:
-        model: the converted model; its k is set, to the fewest that come nearest if nothing reaches the target.
-        held_out: windows of documents that the router has not seen.
-        target: what to reach.
-
-    Returns:
-        What was measured at this k, or None if nothing was at the one that comes nearest.
-    """
-    dense, measured = rank_experts(model, held_out), dict[int, Fidelity]()
-
-    def reaches(num_experts: int) -> bool:
-        model.num_experts_per_tok = num_experts
-        # The whole of the text is only read where this does not rule it out.
-        if lower_bound(highest_agreement(model.head, dense), len(dense.best)) < target.agreement:
-            return False
-        measured[num_experts] = measure_fidelity(model, held_out)
-        return lower_bound(measured[num_experts].agreement, len(dense.best)) >= target.agreement
-
-    largest = _largest_allowed(model.head, target.max_bytes_read)
-    shares = [float((dense.experts_needed <= k).double().mean()) for k in range(1, largest + 1)]
-    bounds = (lower_bound(share, len(dense.best)) for share in shares)
-    expected = next((k for k, bound in enumerate(bounds, 1) if bound >= target.agreement), largest)
-    # What was expected is measured: the tail, too, has a say at rare positions.
-    chosen = next((k for k in range(expected, largest + 1) if reaches(k)), 0)
-    if not chosen:  # the fewest that do no worse than all that are allowed
-        model.num_experts_per_tok = 1 + shares.index(shares[-1])
-        return measured.get(model.head.num_experts_per_tok)
-    while chosen > 1 and reaches(chosen - 1):
-        chosen -= 1
-    model.num_experts_per_tok = chosen
-    return measured[chosen]
-
-
 @dataclass(frozen=True)
 class DenseChoices:
-    """What the dense head chooses at each position, read once for every k.
+    """What the dense head chooses at each position, read once for every setting.
 
     Attributes:
         states: hidden states, [N, d].
         best: the dense argmax, int64 [N].
-        experts_needed: how many experts have to be scored for it to be among them, from 1 to M, and 0 where it is
-            always on: int64 [N].
+        documents: number of the document that a position is in, from 0 up, int64 [N].
     """
 
     states: Tensor
     best: Tensor
-    experts_needed: Tensor
+    documents: Tensor
+
+    def evenly_spaced(self, count: int) -> "DenseChoices":
+        """The same at `count` positions or fewer."""
+        step = -(-len(self.best) // count)
+        return DenseChoices(self.states[::step], self.best[::step], self.documents[::step])
+
+    def bound(self, agrees: Tensor) -> float:
+        """The lower bound of an agreement: bool [N]."""
+        positions = self.documents.bincount()
+        return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
 
 
 @torch.inference_mode()
-def rank_experts(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseChoices:
-    """Find the dense argmax at each position, and where the router puts its expert.
+def dense_choices(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseChoices:
+    """Run the dense model and find its argmax at each position.
 
     Args:
         model: the converted model.
         windows: runs of token ids; each token is one position.
     """
-    head = model.head
-    expert_of = torch.full((head.out_features,), -1, device=head.expert_ids.device)
-    expert_of[head.expert_ids] = torch.arange(head.num_experts, device=expert_of.device).unsqueeze(-1)
-    kept, best, needed = [], [], []
-    total = sum(len(window.token_ids) for window in windows)
-    with progress("Ranking the experts", total, "positions") as advance:
+    head, kept, best = model.head, [], []
+    numbers = {document: number for number, document in enumerate(dict.fromkeys(one.document for one in windows))}
+    documents = [numbers[window.document] for window in windows for _ in window.token_ids]
+    with progress("Running the dense model", len(documents), "positions") as advance:
         for batch in batches_of(windows):
             states = states_of_batch(model.base, batch).to(head.weight.device)
-            for some in states.split(STATES_AT_ONCE):
-                some_best = argmax(F.linear(some, head.weight, head.bias))
-                scores, expert = head.router(some), expert_of[some_best].unsqueeze(-1)
-                rank = (scores > scores.gather(1, expert.clamp_min(0))).sum(dim=-1)
-                needed.append(torch.where(expert.squeeze(-1) < 0, 0, rank + 1))
-                best.append(some_best)
+            best += [argmax(F.linear(some, head.weight, head.bias)) for some in states.split(STATES_AT_ONCE)]
             kept.append(states)
             advance(len(states))
-    return DenseChoices(torch.cat(kept), torch.cat(best), torch.cat(needed))
+    return DenseChoices(torch.cat(kept), torch.cat(best), torch.tensor(documents, device=best[0].device))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Where the dense argmax stands at each position, for every number of experts that is tried.
+
+    Attributes:
+        tried: numbers of experts, ascending, up to M.
+        ranks: how many tokens of the k best experts the screen puts before the dense argmax, for each number tried;
+            -1 where it is always on, and above all where none of these experts has it: int64 [N, tried].
+    """
+
+    tried: list[int]
+    ranks: Tensor
+
+    def agrees(self, which: int, num_rescored: int) -> Tensor:
+        """Whether the dense argmax gets an exact logit, bool [N].
+
+        Args:
+            which: of the numbers of experts tried.
+            num_rescored: R.
+        """
+        return self.ranks[:, which] < num_rescored
 
 
 @torch.inference_mode()
-def highest_agreement(head: TopKExpertsHead, dense: DenseChoices) -> float:
-    """The agreement at the head's k if the tail outbids no token that is scored; it is this or a little lower.
+def reach(head: TopKExpertsHead, dense: DenseChoices, k: int = 1) -> Reach:
+    """Rank the dense argmax among the tokens of the best experts.
+
+    Args:
+        head: the sparse head.
+        dense: what the dense head chooses.
+        k: a number of experts that is to be among those tried.
+    """
+    places = torch.arange(head.expert_ids.numel(), device=head.expert_ids.device)
+    nowhere = torch.full((head.out_features,), len(places), device=places.device)
+    place_of = nowhere.scatter_reduce(0, head.expert_ids.flatten(), places, "amin")  # the first of those that repeat
+    place_of = place_of.masked_fill(place_of == len(places), -1)
+    tried, ranks = sorted({*_growing(1, head.num_experts), k, head.num_experts}), []
+    at_once = max(1, ESTIMATES_AT_ONCE // head.out_features)
+    with progress("Ranking the tokens", len(dense.states), "positions") as advance:
+        for states, best in zip(dense.states.split(at_once), dense.best.split(at_once), strict=True):
+            ranks.append(_ranks(head, states, place_of[best], torch.tensor(tried, device=best.device)))
+            advance(len(states))
+    return Reach(tried, torch.cat(ranks))
+
+
+def _ranks(head: TopKExpertsHead, states: Tensor, places: Tensor, tried: Tensor) -> Tensor:
+    """Ranks of some tokens, given by their places among all experts', at each number of experts: [n, tried]."""
+    scores = head.router(states)
+    within = head.tail.products(states) + head.tail.bias.float()
+    within = head.mask_padding(within, head.expert_ids)
+    estimates = within - within.logsumexp(dim=-1, keepdim=True) + scores.unsqueeze(-1)  # (n, M, S)
+    own = estimates.flatten(1).gather(1, places.clamp_min(0).unsqueeze(-1)).unsqueeze(-1)
+    before = (estimates > own).sum(dim=-1)  # (n, M)
+    order = scores.argsort(dim=-1, descending=True)
+    ranks = before.gather(1, order).cumsum(dim=-1)[:, tried - 1]
+    position = (order == (places // head.expert_size).unsqueeze(-1)).int().argmax(dim=-1, keepdim=True)
+    ranks = ranks.masked_fill(position >= tried, torch.iinfo(torch.long).max)
+    return ranks.masked_fill((places < 0).unsqueeze(-1), -1)
+
+
+def numbers_rescored(most: int) -> list[int]:
+    """Numbers of exact logits to try, ascending.
+
+    Args:
+        most: tokens of all picked experts together.
+    """
+    return [*_growing(FEWEST_RESCORED, most - 1), most]
+
+
+def _growing(first: int, last: int) -> Iterator[int]:
+    number = first
+    while number <= last:
+        yield number
+        number = max(number + 1, round(number * GROWTH))
+
+
+def choose(model: TopKExpertsForCausalLM, dense: DenseChoices, target: Target) -> None:
+    """Set k and R to what reads the fewest bytes of all that reach the target with confidence.
+
+    Args:
+        model: the converted model; k and R are set, to what comes nearest if nothing reaches the target.
+        dense: what the dense head chooses on documents that the router has not seen.
+        target: what to reach.
+    """
+    reached = reach(model.head, dense)
+    found = sorted(_candidates(model, dense, reached, target), key=lambda one: one[0])
+    for _, setting in found:
+        setting.apply(model)
+        # What was expected is tried: the tail, too, has a say at rare positions.
+        if dense.bound(agrees(model.head, dense)) >= target.agreement:
+            return
+    _nearest(model, dense, reached, target).apply(model)
+
+
+def _candidates(
+    model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target
+) -> Iterator[tuple[float, Setting]]:
+    """For each number of experts the fewest exact logits that reach the target within its bytes, and those bytes."""
+    for which, k in enumerate(reached.tried):
+        most = k * model.head.expert_size
+        rescored = numbers_rescored(most)
+        if dense.bound(reached.agrees(which, most)) < target.agreement:
+            continue
+        low, high = 0, len(rescored) - 1  # by bisection: more exact logits agree at more positions
+        while low < high:
+            middle = (low + high) // 2
+            if dense.bound(reached.agrees(which, rescored[middle])) >= target.agreement:
+                high = middle
+            else:
+                low = middle + 1
+        # All of them, for which there is no screen, may be fewer bytes than nearly all.
+        for number in dict.fromkeys((rescored[low], most)):
+            setting = Setting(k, number)
+            if (share := _bytes_of(model, setting)) <= (target.max_bytes_read or math.inf):
+                yield share, setting
+
+
+def _nearest(model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target) -> Setting:
+    """What agrees so often here, if without confidence, for the fewest bytes, or else most often, within the limit."""
+    best, nearest = (-1.0, 0.0), Setting(1, FEWEST_RESCORED)
+    for which, k in enumerate(reached.tried):
+        for rescored in numbers_rescored(k * model.head.expert_size):
+            setting = Setting(k, rescored)
+            share = _bytes_of(model, setting)
+            if share <= (target.max_bytes_read or math.inf):
+                key = min(target.agreement, float(reached.agrees(which, rescored).double().mean())), -share
+                best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
+    return nearest
+
+
+def choose_num_rescored(model: TopKExpertsForCausalLM, dense: DenseChoices) -> None:
+    """Set R, at the k that a model has, to the fewest exact logits by which hardly a position is lost.
+
+    Args:
+        model: the converted model; R is set.
+        dense: what the dense head chooses on documents that the router has not seen.
+    """
+    k = model.head.num_experts_per_tok
+    reached = reach(model.head, dense, k)
+    which = reached.tried.index(k)
+    most = reached.tried[which] * model.head.expert_size
+    wanted = float(reached.agrees(which, most).double().mean()) - LOST_TO_SCREEN
+    for rescored in numbers_rescored(most):
+        Setting(k, rescored).apply(model)
+        if float(reached.agrees(which, rescored).double().mean()) >= wanted:
+            return
+
+
+def _bytes_of(model: TopKExpertsForCausalLM, setting: Setting) -> float:
+    setting.apply(model)
+    return model.head.bytes_read() / model.head.dense_bytes()
+
+
+@torch.inference_mode()
+def agrees(head: TopKExpertsHead, dense: DenseChoices) -> Tensor:
+    """Whether the sparse head, as it is set, has the dense argmax, bool [N].
 
     Args:
         head: the sparse head.
         dense: what the dense head chooses.
     """
-    is_covered = dense.experts_needed <= head.num_experts_per_tok
-    others, agreed = ~is_covered, int(is_covered.sum())
-    for states, best in zip(
-        dense.states[others].split(STATES_AT_ONCE), dense.best[others].split(STATES_AT_ONCE), strict=True
-    ):
-        agreed += int((argmax(head.sparse_logits(states)) == best).sum())
-    return agreed / len(dense.best)
+    parts = zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True)
+    return torch.cat([argmax(head.greedy_logits(states)) == best for states, best in parts])
 
 
 def argmax(logits: Tensor) -> Tensor:
@@ -193,8 +321,8 @@ def is_reached(fidelity: Fidelity, target: Target) -> bool:
         fidelity: measured on held-out documents.
         target: what the model was to reach.
     """
-    bound = lower_bound(fidelity.agreement, fidelity.positions)
-    return bound >= target.agreement and fidelity.bytes_read <= (target.max_bytes_read or math.inf)
+    is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
+    return fidelity.agreement_lower_bound >= target.agreement and is_within
 
 
 def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
@@ -210,19 +338,10 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
     """
     if target.or_nearest or is_reached(fidelity, target):
         return
-    bound = lower_bound(fidelity.agreement, fidelity.positions)
     within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
     raise TargetNotReachedError(
-        f"the target agreement of {target.agreement} is not reached{within}: its lower bound is {bound:.4f} (agreement "
-        f"{fidelity.agreement:.4f} on {fidelity.positions:,} held-out positions) at num_experts_per_tok "
-        f"{num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; lower the target, allow more bytes, give a "
-        "larger sample, or take this with --allow-below-target"
+        f"the target agreement of {target.agreement} is not reached{within}: its lower bound is "
+        f"{fidelity.agreement_lower_bound:.4f} (agreement {fidelity.agreement:.4f} on {fidelity.positions:,} held-out "
+        f"positions) at num_experts_per_tok {num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; lower the "
+        "target, allow more bytes, give a larger sample, or take this with --allow-below-target"
     )
-
-
-def _largest_allowed(head: TopKExpertsHead, max_bytes_read: float | None) -> int:
-    """The largest k within a limit of bytes read; 1 if there is none."""
-    if max_bytes_read is None:
-        return head.num_experts
-    limit = max_bytes_read * head.dense_bytes()
-    return max((k for k in range(1, head.num_experts + 1) if head.bytes_read(k) <= limit), default=1)

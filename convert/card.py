@@ -15,7 +15,7 @@ from hf_topk.hub_card import CARD_FILE, PLOT_FILE, TAGS
 
 from .agreement_plot import draw
 from .pipeline import Report
-from .recipe import public_name, sample_name
+from .recipe import TARGET_AGREEMENT, public_name, sample_name
 from .source import DEMO, Source
 
 DEMO_NAME = "books"
@@ -71,6 +71,7 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         recipe_yaml=dataclasses.replace(report.recipe, text=public_name(report.recipe.text)).to_yaml(),
         figures=figures,
         sample=sample,
+        target_agreement=report.recipe.target_agreement or TARGET_AGREEMENT,
         plot=PLOT_FILE if report.curve else None,
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / CARD_FILE)

@@ -1,9 +1,8 @@
-"""Distillation: the router learns the dense head's mass over experts; the tail and the combiner are fitted to it."""
+"""Distillation: the router learns the dense head's mass over experts."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +12,15 @@ from hf_topk.compute_type import faster_type
 from hf_topk.head import TopKExpertsHead
 from hf_topk.joint_training import LEVEL_WEIGHT, divergence
 from hf_topk.progress import progress
-from hf_topk.routers import AttentionRouter, CentroidRouter, Router
+from hf_topk.router import Router
 
 ROWS_AT_ONCE = 4096  # of the head
 STATES_AT_ONCE = 1024
 LOGIT_BYTES_AT_ONCE = 2**28
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
-STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 3e12, 4096  # bounds the work on large heads, where fewer do nearly as well
-CONTEXT_DIRECTIONS = 256  # k-means on contexts finds experts as good in the states' leading directions alone
+STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 1.5e12, 4096  # bounds the work on large heads, where fewer do nearly as well
+CONTEXT_DIRECTIONS = 64  # k-means on contexts finds experts as good in the states' leading directions alone
+RIDGE = 3e-3  # of the mean of the diagonal; a tenth and three times as much do as well
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TokenStatistics:
     Attributes:
         probabilities: mean probability, fp32 [V]; they sum to 1.
         contexts: the mean hidden state in which a token is likely, sum_n p(v | h_n) h_n / sum_n p(v | h_n), in the type
-            of the head: [V, d], or [V, 256] in the leading directions of the states where they have more.
+            of the head: [V, d], or [V, 64] in the leading directions of the states where they have more.
     """
 
     probabilities: Tensor
@@ -58,9 +58,7 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
     with progress("Reading token statistics", len(sample), "positions") as advance:
         for some, coordinates in zip(sample.split(at_once), projected.split(at_once), strict=True):
             logits = _logits(some, weight, bias, dtype)  # (n, V)
-            log_sums = [
-                _tops_and_log_sums(part.to(torch.float32, copy=True))[1] for part in logits.split(ROWS_AT_ONCE, dim=-1)
-            ]
+            log_sums = [_log_sums(part.to(torch.float32, copy=True)) for part in logits.split(ROWS_AT_ONCE, dim=-1)]
             total = torch.stack(log_sums, dim=-1).logsumexp(dim=-1, keepdim=True)
             for start in range(0, len(tops), ROWS_AT_ONCE):
                 rows = slice(start, start + ROWS_AT_ONCE)
@@ -77,28 +75,16 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
 
 
 def _in_leading_directions(states: Tensor) -> Tensor:
-    """States in their principal components, [N, d] to [N, 256], or as they are where they have no more dimensions."""
+    """States in their principal components, [N, d] to [N, 64], or as they are where they have no more dimensions."""
     if states.shape[1] <= CONTEXT_DIRECTIONS:
         return states
     states = states - states.mean(dim=0)
     return states @ torch.linalg.eigh(states.t() @ states).eigenvectors[:, -CONTEXT_DIRECTIONS:]
 
 
-class Masses(NamedTuple):
-    """What the dense head gives each group of tokens.
-
-    Attributes:
-        log_sums: log-sum-exp of each group's logits, what a perfect router would score, fp32 [N, number of groups].
-        best: the group of the largest logit, int64 [N].
-    """
-
-    log_sums: Tensor
-    best: Tensor
-
-
 @torch.no_grad()
-def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Masses:
-    """Read what a router is to learn.
+def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Tensor:
+    """Read what a router is to learn: the log-sum-exp of each group's logits, which a perfect router would score.
 
     Args:
         states: hidden states, [N, d].
@@ -107,10 +93,9 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
         groups: token ids of each group, each once.
 
     Returns:
-        The masses of the groups, in main memory.
+        The masses of the groups, in main memory, fp32 [N, number of groups].
     """
-    log_sums, dtype = torch.empty(states.shape[0], len(groups)), faster_type(weight.dtype, weight.device)
-    best, highest = torch.zeros(len(log_sums), dtype=torch.long), torch.full((len(log_sums),), -torch.inf)
+    masses, dtype = torch.empty(states.shape[0], len(groups)), faster_type(weight.dtype, weight.device)
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
         for first, block in _blocks_of_groups(groups):
             ids = torch.cat(block)
@@ -119,31 +104,26 @@ def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: l
             for start in range(0, states.shape[0], STATES_AT_ONCE):
                 some = slice(start, start + STATES_AT_ONCE)
                 logits = _logits(states[some].to(weight.device), rows, row_bias, dtype).float()
-                tops, log_sums[some, first : first + len(block)] = _segment_tops_and_log_sums(logits, sizes)
-                top, where = tops.cpu().max(dim=-1)
-                best[some] = torch.where(top > highest[some], first + where, best[some])
-                highest[some] = torch.maximum(top, highest[some])
+                masses[some, first : first + len(block)] = _segment_log_sums(logits, sizes)
             advance(len(block))
-    return Masses(log_sums, best)
+    return masses
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return F.linear(states.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _segment_tops_and_log_sums(logits: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """The largest and the log-sum-exp of runs of columns, [N, runs] each; the logits are spoilt."""
+def _segment_log_sums(logits: Tensor, sizes: list[int]) -> Tensor:
+    """The log-sum-exp of runs of columns, [N, runs]; the logits are spoilt."""
     if len(set(sizes)) == 1:
-        return _tops_and_log_sums(logits.unflatten(-1, (len(sizes), sizes[0])))
-    tops, log_sums = zip(*(_tops_and_log_sums(part) for part in logits.split(sizes, dim=-1)), strict=True)
-    return torch.stack(tops, dim=-1), torch.stack(log_sums, dim=-1)
+        return _log_sums(logits.unflatten(-1, (len(sizes), sizes[0])))
+    return torch.stack([_log_sums(part) for part in logits.split(sizes, dim=-1)], dim=-1)
 
 
-def _tops_and_log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _log_sums(logits: Tensor) -> Tensor:
     """Of the last dimension, in place: a third of the time of `logsumexp`, which makes large copies."""
     top = logits.amax(dim=-1, keepdim=True)
-    log_sums = logits.sub_(top).exp_().sum(dim=-1).log_().add_(top.squeeze(-1))
-    return top.squeeze(-1), log_sums
+    return logits.sub_(top).exp_().sum(dim=-1).log_().add_(top.squeeze(-1))
 
 
 def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
@@ -175,29 +155,28 @@ def without_repeats(expert_ids: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def start_router(head: TopKExpertsHead) -> None:
-    """Set the router to the mean row of each expert, or of each of its groups of rows, before it is trained."""
-    router = head.router
-    for expert, ids in enumerate(groups_of(head)[: head.num_experts]):
-        rows = head.weight[ids].float()
-        row_bias = rows.new_zeros(len(ids)) if head.bias is None else head.bias[ids].float()
-        if isinstance(router, AttentionRouter):
-            router.keys[expert], router.bias[expert] = _group_means(rows, row_bias, router.keys.shape[1])
-        else:
-            router.mean_rows[expert] = rows.mean(dim=0)
-            router.bias[expert] = row_bias.logsumexp(dim=0)
+def start_router(router: Router, states: Tensor, masses: Tensor) -> None:
+    """Set the router to the ridge regression of the experts' masses on the hidden states.
 
+    It ranks experts better than any number of gradient steps from their mean rows, from a tenth of the states.
 
-def _group_means(rows: Tensor, row_bias: Tensor, groups: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
-    """Means of `groups` clusters of an expert's rows (Lloyd's algorithm) and their log-sum-exp of biases."""
-    means = rows[torch.linspace(0, len(rows) - 1, groups, device=rows.device).long()]
-    for _ in range(iterations):
-        member = F.one_hot(torch.cdist(rows, means).argmin(dim=-1), groups).float()  # (S, groups)
-        counts = member.sum(dim=0)
-        means = torch.where(counts.unsqueeze(-1) > 0, member.t() @ rows / counts.clamp_min(1).unsqueeze(-1), means)
-    member = F.one_hot(torch.cdist(rows, means).argmin(dim=-1), groups).bool()
-    masses = torch.where(member, row_bias.unsqueeze(-1), -1e4).logsumexp(dim=0)  # an empty cluster says nothing
-    return means, masses
+    Args:
+        router: its rows and bias are set in place.
+        states: hidden states, [N, d].
+        masses: what a perfect router would score, fp32 [N, M] or more columns, which are not looked at.
+    """
+    device, num_experts = router.bias.device, router.bias.shape[0]
+    size = states.shape[1]
+    gram, cross = torch.zeros(size, size, device=device), torch.zeros(size, num_experts, device=device)
+    mean, mean_mass = states.float().mean(dim=0).to(device), masses[:, :num_experts].mean(dim=0).to(device)
+    for some, target in zip(states.split(STATES_AT_ONCE), masses.split(STATES_AT_ONCE), strict=True):
+        centred = some.to(device).float() - mean
+        gram.addmm_(centred.t(), centred)
+        cross.addmm_(centred.t(), target[:, :num_experts].to(device) - mean_mass)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    rows = torch.linalg.solve(gram, cross).t()
+    router.floats.copy_(rows)
+    router.bias.copy_(mean_mass - rows @ mean)
 
 
 def train_router(
@@ -210,7 +189,7 @@ def train_router(
     logits, which a softmax does not see.
 
     Args:
-        router: trained in place; a centroid router is left as it is.
+        router: trained in place.
         states: hidden states, [N, d].
         masses: what a perfect router would score, fp32 [N, M], or [N, M + 1] with the always-on tokens' mass last.
         steps: training steps.
@@ -219,15 +198,12 @@ def train_router(
         seed: of the order of positions.
 
     Returns:
-        The mean KL divergence of the last tenth of the steps, in nats; 0 if nothing was trained.
+        The mean KL divergence of the last tenth of the steps, in nats.
     """
-    if isinstance(router, CentroidRouter):
-        return 0.0
     scale = 1.0 / float(evenly_spaced(states, STATES_FOR_STATISTICS).float().square().mean().sqrt())
     _scale_inward(router, 1.0 / scale)  # so that one learning rate does for states of any magnitude
     generator = torch.Generator().manual_seed(seed)
-    router.requires_grad_(False)
-    parameters = [parameter.requires_grad_() for parameter in router.trainable()]
+    parameters = [parameter.requires_grad_() for parameter in router.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
@@ -253,5 +229,4 @@ def train_router(
 
 @torch.no_grad()
 def _scale_inward(router: Router, factor: float) -> None:
-    for parameter in router.inward():
-        parameter.mul_(factor)
+    router.floats.mul_(factor)

@@ -1,9 +1,10 @@
 """Share the tokens out among experts of equal size: balanced Euclidean k-means.
 
-scikit-learn finds the centroids (mini-batch k-means), an auction gives every expert the same number of tokens at the
-least total squared distance, and the two alternate: every centroid moves to the mean of its expert, and the auction
-runs again from the prices and the homes that it had. Nothing of size tokens x experts is ever held: a token knows its
-nearest experts alone, and looks at all of them again when prices have made those too dear.
+scikit-learn finds the centroids (mini-batch k-means), or bisection where there are too many for that. An auction gives
+every expert the same number of tokens at the least total squared distance, and the two alternate: every centroid moves
+to the mean of its expert, and the auction runs again from the prices and the homes that it had. Nothing of size
+tokens x experts is ever held: a token knows its nearest experts alone, and looks at all of them again when prices have
+made those too dear.
 
 Sources: Bertsekas, "The auction algorithm: a distributed relaxation method for the assignment problem" (1988);
 Bertsekas and Castanon, "The auction algorithm for the transportation problem" (1989), for slots that are alike;
@@ -14,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -24,6 +25,8 @@ from sklearn.exceptions import ConvergenceWarning
 from hf_topk.errors import InputError
 from hf_topk.progress import Advance, progress
 
+from .bisection import bisect
+
 NEAREST_EXPERTS = 64  # known to a token, 512 bytes of them
 BLOCK_ELEMENTS = 2**24
 TOKENS_A_BATCH = 4096
@@ -32,7 +35,6 @@ TOKENS_A_ROUND = 2**16
 # Bounds on the work, in floating-point operations of the products of rows and centroids.
 KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
 ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.4e12, 2, 8
-SAMPLE_SHARE, MIN_SAMPLE_SLOTS = 1 / 8, 4
 TOKENS_WORTH_LOOKING = 256  # fewer wait for one another, since centroids are read once for all that look
 ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 1000, 8
 
@@ -110,11 +112,6 @@ class _Rows:
         """The rows of `tokens`, numbers below n, as fp32 [len(tokens), d]."""
         return self.features[self.ids[tokens]].float().sub_(self.mean).div_(self.scale)
 
-    def sample(self, count: int, seed: int) -> "_Rows":
-        """Up to `count` of the rows, drawn at random."""
-        drawn = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return replace(self, ids=self.ids[drawn.sort().values])
-
 
 def _refuse_rows(is_finite: torch.Tensor) -> None:
     bad = (~is_finite).nonzero()[:, 0]
@@ -126,17 +123,18 @@ def _refuse_rows(is_finite: torch.Tensor) -> None:
 
 
 def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int) -> torch.Tensor:
-    """The expert of every token, int64 [n]. If the tokens are too many to alternate often, a sample goes first."""
-    centroids, price = _kmeans_centroids(rows, num_experts, seed), torch.zeros(num_experts)
-    alternations = round(ALTERNATION_FLOPS / (2.0 * len(rows) * centroids.numel()))
-    coarsest = COARSE_RAISE
+    """The expert of every token, int64 [n]. Where it would take too long to alternate often, bisection goes first."""
+    alternations = round(ALTERNATION_FLOPS / (2.0 * len(rows) * num_experts * rows.features.shape[1]))
     if alternations < MAX_ALTERNATIONS:
-        slots = min(expert_size, max(MIN_SAMPLE_SLOTS, int(expert_size * SAMPLE_SHARE)))
-        sample = _Auction(rows.sample(num_experts * slots, seed), slots, centroids, price)
-        raises = _geometric(COARSE_RAISE, MEDIUM_RAISE, MAX_ALTERNATIONS)
-        _alternate("balancing the experts on a sample", sample, raises, ROUNDS_WHILE_ALTERNATING)
-        centroids, price, coarsest = sample.centroids, sample.price, MEDIUM_RAISE
-    auction = _Auction(rows, expert_size, centroids, price)
+        every_row = rows.take(torch.arange(len(rows)))
+        home = bisect(every_row, num_experts, expert_size)
+        sums = torch.zeros(num_experts, every_row.shape[1]).index_add_(0, home, every_row)
+        auction = _Auction(rows, expert_size, sums / home.bincount(minlength=num_experts).unsqueeze(-1))
+        auction.home[: len(rows)] = home
+        coarsest = MEDIUM_RAISE
+    else:
+        auction = _Auction(rows, expert_size, _kmeans_centroids(rows, num_experts, seed))
+        coarsest = COARSE_RAISE
     raises = _geometric(coarsest, FINE_RAISE, min(MAX_ALTERNATIONS, max(MIN_ALTERNATIONS, alternations)))
     _alternate("balancing the experts", auction, raises, ROUNDS_AT_THE_END)
     return auction.home[: len(rows)]
@@ -183,12 +181,12 @@ class _Auction:
     experts, fill the slots left over: without them a price could stay above zero at an expert that is short.
     """
 
-    def __init__(self, rows: _Rows, expert_size: int, centroids: torch.Tensor, price: torch.Tensor) -> None:
+    def __init__(self, rows: _Rows, expert_size: int, centroids: torch.Tensor) -> None:
         self.rows = rows
         self.expert_size = expert_size
         self.centroids = centroids  # [M, d]
         self.norms = centroids.square().sum(1)
-        self.price = price.clone()  # [M]
+        self.price = torch.zeros(len(centroids))  # [M]
         self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: nobody
         self.bids = torch.full((len(centroids), expert_size), -torch.inf)
         self.home = torch.full((len(centroids) * expert_size,), -1)  # expert of every token, then of the spare ones

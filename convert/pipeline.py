@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,11 +22,20 @@ from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.text import Window, make_windows
 
 from .agreement_plot import Point
-from .calibrate import Target, check_target, choose_num_experts, is_reached, lower_bound, split_by_document
+from .bundled_sample import bundled_documents
+from .calibrate import (
+    DenseChoices,
+    Target,
+    check_target,
+    choose,
+    choose_num_rescored,
+    dense_choices,
+    is_reached,
+    split_by_document,
+)
 from .dense_head import check_causal, check_finite, head_of
 from .distill import (
     STATES_FOR_STATISTICS,
-    Masses,
     evenly_spaced,
     expert_masses,
     groups_of,
@@ -35,17 +44,15 @@ from .distill import (
     train_router,
 )
 from .features import place_tokens
-from .fit_tail import fit_combiner, fit_tail
+from .fit_combiner import fit_combiner
+from .fit_packed import fit_tail, metric_of, pack_router
 from .hidden_states import HiddenStates, collect
 from .hub import Uploaded
-from .misses import swap_in_missed
-from .mixed_sample import mixed_sample, no_tokenizer
 from .processes import ALONE, Processes
-from .recipe import MIXED, POSITIONS_AN_EXPERT, Recipe
+from .recipe import MIXED, TARGET_AGREEMENT, Recipe
 from .special_tokens import check_ends_always_on, end_ids, special_ids
 
 STATES_TIMED = 1024
-LAST_STEPS, LAST_LEARNING_RATE = 0.25, 0.2  # of distillation, once the tokens have their last places, as shares
 
 
 @dataclasses.dataclass
@@ -54,10 +61,9 @@ class Report:
 
     Attributes:
         model: the converted model, in memory.
-        recipe: every choice, with none left open but what is measured: k, if there is a target agreement, and
-            `sparse_max_positions`.
+        recipe: every choice, with none left open but what is measured: k, R and `sparse_max_positions`.
         fidelity: measured at k on held-out documents of the sample.
-        held_out: windows of these documents.
+        choices: what the dense head chooses at their positions.
         num_experts: M.
         added_bytes: bytes that conversion adds to the model on disk.
         distilled_positions: positions that the router was distilled on.
@@ -72,7 +78,7 @@ class Report:
     model: TopKExpertsForCausalLM
     recipe: Recipe
     fidelity: Fidelity
-    held_out: list[Window]
+    choices: DenseChoices
     num_experts: int
     added_bytes: int
     distilled_positions: int
@@ -84,16 +90,17 @@ class Report:
 
     def figures(self) -> dict[str, Any]:
         """All figures, ready for JSON but that some may not be finite."""
-        target = target_of(self.recipe)
+        head, target = self.model.head, target_of(self.recipe)
+        has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
         return {
             **dataclasses.asdict(self.fidelity),
-            "agreement_lower_bound": lower_bound(self.fidelity.agreement, self.fidelity.positions),
-            "target_reached": target is None or is_reached(self.fidelity, target),
+            "target_reached": is_reached(self.fidelity, target) if has_target else None,
             "num_experts": self.num_experts,
-            "num_experts_per_tok": self.model.head.num_experts_per_tok,
-            "sparse_max_positions": self.model.head.sparse_max_positions,
+            "num_experts_per_tok": head.num_experts_per_tok,
+            "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
+            "sparse_max_positions": head.sparse_max_positions,
             "added_bytes": self.added_bytes,
-            "added_bytes_share": self.added_bytes / self.model.head.dense_bytes(),
+            "added_bytes_share": self.added_bytes / head.dense_bytes(),
             "distilled_positions": self.distilled_positions,
             "router_kl": self.router_kl,
             "seconds": round(self.seconds, 1),
@@ -128,7 +135,7 @@ def convert(
 
     Raises:
         InputError: when model, sample and recipe do not fit one another.
-        TargetNotReachedError: when no k that is allowed reaches the target agreement.
+        TargetNotReachedError: when no setting that is allowed reaches the target agreement of the recipe.
     """
     started, clock = time.monotonic(), StepClock()
     with tempfile.TemporaryDirectory() as temporary:
@@ -139,11 +146,9 @@ def convert(
         recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
         num_always_on = recipe.num_always_on or 0
         check_ends_always_on(num_always_on, end_ids(model.generation_config), head.weight.shape[0])
-        if windows is None and recipe.text == MIXED:
-            windows = mixed_sample(model, tokenizer, recipe, folder, processes)
-        elif windows is None:
+        if windows is None:
             windows = sample_from_text(tokenizer, recipe)[0]
-        check_sample(windows, recipe, head.weight.shape[0])
+        check_sample(windows, *head.weight.shape)
         to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
         kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
         with clock("hidden states"):
@@ -152,12 +157,22 @@ def convert(
         specials = special_ids(model, tokenizer, num_always_on)
         converted, router_kl = _convert_head(model, specials, states, recipe, clock, stored_type or model.dtype)
         with clock("calibration"):
-            fidelity = _calibrate(converted, states, held_out, recipe)
+            choices = dense_choices(converted, held_out)
+            _calibrate(converted, choices, recipe)
+            if recipe.combine == "learned":
+                fit_combiner(converted.head, states, recipe.seed)
+                cast_additions(converted.head)
+            fidelity = measure_fidelity(converted, held_out)
+            if recipe.target_agreement is not None:
+                check_target(fidelity, target_of(recipe), converted.head.num_experts_per_tok)
+            if recipe.sparse_max_positions is None:
+                most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
+                converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
     return Report(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
-        held_out=held_out,
+        choices=choices,
         num_experts=converted.head.num_experts,
         added_bytes=converted.head.added_bytes(),
         distilled_positions=states.shape[0],
@@ -200,24 +215,25 @@ def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) 
         InputError: when there is no tokenizer, or the text cannot be read.
     """
     if tokenizer is None:
-        raise no_tokenizer()
-    documents = read_documents(recipe.text)
+        raise InputError(
+            "sample text needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
+        )
+    documents = bundled_documents(tokenizer) if recipe.text == MIXED else read_documents(recipe.text)
     windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
     return windows, fingerprint(documents)
 
 
-def check_sample(windows: list[Window], recipe: Recipe, vocab_size: int) -> None:
-    """Refuse a sample that is too short for the number of experts, or has ids that the head does not.
+def check_sample(windows: list[Window], vocab_size: int, hidden_size: int) -> None:
+    """Refuse a sample that is too short for the size of a hidden state, or has ids that the head does not.
 
     Raises:
         InputError: when it is either.
     """
     positions = sum(len(window.token_ids) for window in windows)
-    experts = recipe.num_experts(vocab_size)
-    if positions < POSITIONS_AN_EXPERT * experts:
+    if positions < hidden_size:
         raise InputError(
-            f"the sample has {positions} positions, too few for {experts} experts (at least "
-            f"{POSITIONS_AN_EXPERT * experts}): give more text, raise `positions`, or choose a larger expert_size"
+            f"the sample has {positions} positions, fewer than the {hidden_size} numbers of a hidden state, which is "
+            "too few to learn from: give more text, or raise `positions`"
         )
     largest = max(max(window.token_ids) for window in windows)
     if largest >= vocab_size:
@@ -247,103 +263,50 @@ def _convert_head(
     head.stored_type = converted.config.dtype = stored_type
     converted.config.get_text_config().dtype = stored_type
     with clock("partition"):
-        reserved = place_tokens(head, recipe, specials, statistics)
+        place_tokens(head, specials, statistics, recipe.seed)
     with clock("experts' masses"):
         masses = expert_masses(states, weight, bias, groups_of(head))
+    metric = metric_of(evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device))
     with clock("distillation"):
-        router_kl = distil_router(head, recipe, Sample(states, masses, statistics.probabilities, reserved))
-    converted.config.router_int8 = recipe.router_int8
+        start_router(head.router, states, masses)
+        router_kl = train_router(
+            head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
+        )
+        pack_router(head.router, metric, stored_type)
+        converted.config.router_packed = True
     with clock("tail"):
-        fit_tail(head, states, statistics.probabilities)
+        fit_tail(head, metric, statistics.probabilities)
     cast_additions(head)
     return converted, router_kl
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """What a router is distilled from.
-
-    Attributes:
-        states: hidden states, [N, d].
-        masses: of the experts as tokens are placed, and of the always-on tokens; kept up to date where tokens move.
-        probabilities: mean probability of each token, [V].
-        reserved: always-on tokens that only keep a place, int64 [places].
-    """
-
-    states: Tensor
-    masses: Masses
-    probabilities: Tensor
-    reserved: Tensor
-
-
-def distil_router(head: TopKExpertsHead, recipe: Recipe, sample: Sample) -> float:
-    """Start, train and store a head's router as a recipe says, and make always-on what it misses; see [`train_router`].
-
-    Args:
-        head: with its tokens placed; router and ids are set in place.
-        recipe: resolved.
-        sample: what to distil from.
-
-    Returns:
-        The KL divergence at the end, in nats.
-    """
-    start_router(head)
-    states, masses, seed = sample.states, sample.masses.log_sums, recipe.seed
-    last_steps = round(LAST_STEPS * recipe.distill_steps) if len(sample.reserved) else 0
-    steps, rate = recipe.distill_steps - last_steps, recipe.learning_rate
-    router_kl = train_router(head.router, states, masses, steps, recipe.batch_size, rate, seed)
-    changed = swap_in_missed(head, states, sample.masses.best, sample.probabilities, sample.reserved)
-    if changed and last_steps:
-        places, groups = [*changed, head.num_experts], groups_of(head)
-        bias = None if head.bias is None else head.bias.detach()
-        masses[:, places] = expert_masses(states, head.weight.detach(), bias, [groups[one] for one in places]).log_sums
-        rate *= LAST_LEARNING_RATE
-        router_kl = train_router(head.router, states, masses, last_steps, recipe.batch_size, rate, seed + 1)
-    if recipe.router_int8:
-        head.router.to_int8(head.stored_type, evenly_spaced(states, STATES_FOR_STATISTICS))
-    return router_kl
-
-
-def _calibrate(converted: TopKExpertsForCausalLM, states: Tensor, held_out: list[Window], recipe: Recipe) -> Fidelity:
-    """Choose k if the recipe has a target, fit what depends on it, and measure."""
-    target, fidelity = target_of(recipe), None
-    if target and recipe.num_experts_per_tok is None:
-        fidelity = choose_num_experts(converted, held_out, target)
-    if recipe.combine == "learned":
-        fit_combiner(converted.head, states, recipe.seed)
-        cast_additions(converted.head)
-        fidelity = None
-    fidelity = fidelity or measure_fidelity(converted, held_out)
-    if target:
-        check_target(fidelity, target, converted.head.num_experts_per_tok)
-    if recipe.sparse_max_positions is None:
-        most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
-        converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
+def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: Recipe) -> None:
+    """Choose k and R where the recipe leaves them open."""
+    if recipe.num_experts_per_tok is None:
+        choose(converted, choices, target_of(recipe))
+    elif recipe.num_rescored is None:
+        choose_num_rescored(converted, choices)
     converted.head.requires_grad_(True)
     for added in converted.head.children():  # is trained in joint training alone
-        added.requires_grad_(False)
-    return fidelity
+        cast(Any, added).requires_grad_(False)
 
 
-def target_of(recipe: Recipe) -> Target | None:
-    """What a recipe promises, if anything."""
-    if recipe.target_agreement is None:
-        return None
-    return Target(recipe.target_agreement, recipe.max_bytes_read, recipe.allow_below_target)
+def target_of(recipe: Recipe) -> Target:
+    """What a recipe promises, or comes as near to as it can where it names no target."""
+    is_named = recipe.target_agreement is not None
+    agreement = recipe.target_agreement if recipe.target_agreement is not None else TARGET_AGREEMENT
+    return Target(agreement, recipe.max_bytes_read, recipe.allow_below_target or not is_named)
 
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ["expert_size", "routed_mass", "num_always_on", "router_rank"]
-    copied += ["tail", "tail_rank", "num_rescored", "combine"]
+    copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine"]
     choices = recipe.to_dict()
-    if recipe.sparse_max_positions is not None:
-        copied.append("sparse_max_positions")
+    copied += [name for name in ("num_rescored", "sparse_max_positions") if choices[name] is not None]
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=recipe.num_experts(head_of(model).out_features),
         num_experts_per_tok=recipe.num_experts_per_tok or 1,
-        router_type=recipe.router,
         **{name: choices[name] for name in copied},
     )
 

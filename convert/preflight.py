@@ -13,16 +13,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.dense_class import random_dense_model, writes_text
-from hf_topk.documents import fingerprint
 from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import readable_length
 from hf_topk.modeling_topk_experts import name_of_head
 from hf_topk.text import Window
 
 from .hub import Destination, check_destination
-from .mixed_sample import bundled_documents, no_tokenizer
 from .pipeline import check_sample, sample_from_text
-from .recipe import MIXED, POSITIONS_AN_EXPERT, Recipe
+from .recipe import Recipe
 from .source import Source, find_folder, open_source, read_json
 from .special_tokens import check_ends_always_on, end_ids
 
@@ -40,7 +38,7 @@ class Plan:
         out: the folder to write.
         recipe: every choice, with none left open.
         tokenizer: the model's, or None if it has none.
-        windows: the sample; None if it is taken once the model is loaded, which may have to write some of it.
+        windows: the sample.
         text_fingerprint: of the sample text.
         destination: where on the Hub the folder goes, if it does, with the owner named.
     """
@@ -49,7 +47,7 @@ class Plan:
     out: Path
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase | None
-    windows: list[Window] | None
+    windows: list[Window]
     text_fingerprint: str
     destination: Destination | None
 
@@ -87,7 +85,8 @@ def preflight(
     tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
-    windows, text_fingerprint = _sample(resolved, tokenizer, vocab_size)
+    windows, text_fingerprint = sample_from_text(tokenizer, resolved)
+    check_sample(windows, vocab_size, hidden_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
 
@@ -166,25 +165,6 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
             f"the tokenizer has {tokens} tokens but the head has {vocab_size} rows: they are not of one model, "
             "put the model's own tokenizer in its folder"
         )
-
-
-def _sample(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
-) -> tuple[list[Window] | None, str]:
-    """The windows of the sample, unless the model may have to write some of it, and the fingerprint of its text."""
-    if recipe.text == MIXED:
-        if tokenizer is None:
-            raise no_tokenizer()
-        experts = recipe.num_experts(vocab_size)
-        if recipe.positions < POSITIONS_AN_EXPERT * experts:
-            raise InputError(
-                f"positions is {recipe.positions}, too few for {experts} experts (at least "
-                f"{POSITIONS_AN_EXPERT * experts}): raise it, or choose a larger expert_size"
-            )
-        return None, fingerprint(bundled_documents())
-    windows, text_fingerprint = sample_from_text(tokenizer, recipe)
-    check_sample(windows, recipe, vocab_size)
-    return windows, text_fingerprint
 
 
 def _check_out(out: Path, folder: Path, overwrite: bool) -> None:

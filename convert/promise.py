@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import random
-import tempfile
-from pathlib import Path
 from statistics import median
 from typing import Annotated
 
@@ -16,9 +14,7 @@ from hf_topk.errors import InputError
 from hf_topk.measure.fidelity import measure_fidelity, readable_length
 from hf_topk.text import Window
 
-from .calibrate import lower_bound
 from .dense import load_dense
-from .mixed_sample import mixed_sample
 from .pipeline import convert, sample_from_text
 from .preflight import load_tokenizer
 from .recipe import MIXED, Recipe
@@ -69,8 +65,12 @@ def try_split(
     seen = [window for window in windows if window.document not in tested]
     report = convert(model, tokenizer, dataclasses.replace(recipe, seed=seed), windows=seen)
     fidelity = measure_fidelity(report.model, [window for window in windows if window.document in tested])
-    bound = lower_bound(report.fidelity.agreement, report.fidelity.positions)
-    return Outcome(report.model.head.num_experts_per_tok, bound, fidelity.agreement, fidelity.positions)
+    return Outcome(
+        report.model.head.num_experts_per_tok,
+        report.fidelity.agreement_lower_bound,
+        fidelity.agreement,
+        fidelity.positions,
+    )
 
 
 def summary(outcomes: list[Outcome], target_agreement: float) -> dict[str, int | float]:
@@ -114,11 +114,7 @@ def promise(
     dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
     length = readable_length(dense.config, recipe.window_length)
     recipe = dataclasses.replace(recipe, window_length=length)
-    if text == MIXED:
-        with tempfile.TemporaryDirectory() as temporary:
-            windows = mixed_sample(dense, tokenizer, recipe, Path(temporary))
-    else:
-        windows, _ = sample_from_text(tokenizer, recipe)
+    windows, _ = sample_from_text(tokenizer, recipe)
     outcomes = []
     for seed in range(splits):
         outcome = try_split(dense, tokenizer, recipe, windows, seed)

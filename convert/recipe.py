@@ -4,23 +4,20 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_topk.configuration_topk_experts import CombineType, RouterType, TailType
+from hf_topk.configuration_topk_experts import CombineType
 from hf_topk.errors import InputError
-
-PartitionType = Literal["rows", "frequency", "context"]
 
 MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"
-ROUTER_RANKS = {"attention": 4, "centroid": 1, "linear": 1, "low_rank": 32, "mlp": 256, "packed_mlp": 128}
 ALWAYS_ON = 256
 LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held to
-POSITIONS_AN_EXPERT = 4  # fewer cannot tell the router where an expert belongs
+TARGET_AGREEMENT = 0.995  # where neither it nor k is given
 
 
 @strict
@@ -30,29 +27,24 @@ class Recipe:
 
     Attributes:
         text: sample text: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a `datasets` data set,
-            or "mixed": bundled texts of many kinds and, of a model with a chat template, half its own answers.
+            or "mixed": bundled texts of many kinds, with prompts for a model that has a chat template.
         positions: positions of the sample to keep hidden states of.
         window_length: tokens that the model reads in one pass.
         held_out: share of the documents kept back to measure on, above 0 and below 1.
         expert_size: S, tokens in an expert.
-        num_experts_per_tok: k, experts scored for a position; None for half the square root of their number.
-        routed_mass: estimated probability from which on no further expert is scored; 1 scores k at every position.
-        target_agreement: agreement that is to be reached on documents held out, as a 95 % lower bound; k is then the
-            smallest that does, or, if k is given, has to.
+        num_experts_per_tok: k, experts scored for a position; None for what the target takes.
+        target_agreement: agreement that has to be reached on documents held out, as a 95 % lower bound; None for
+            0.995, or as near to it as can be. Of all that reaches it the least bytes read are taken.
         max_bytes_read: most bytes read for a position to reach it with, as a share of the dense head's.
         allow_below_target: whether to convert as near to the target as can be where it is not reached.
         num_always_on: A, tokens scored at every position; None for 256, less in small vocabularies.
-        partition: by which feature tokens share an expert; see [`features.share_out`].
-        router: kind of router.
-        router_rank: rank, width or keys of the router; None for the kind's own default.
-        router_int8: whether to round the router's matrices to int8 once they are learned.
-        tail: kind of tail.
-        tail_rank: rank of a low-rank tail or a screen, a third of a byte each for every token.
-        num_rescored: R, how many of the picked experts' tokens get exact logits where the tail is a screen.
+        router_rank: numbers kept of an expert's row of the router, a third of a byte each.
+        tail_rank: numbers kept of a token's row to screen it, a third of a byte each.
+        num_rescored: R, how many of the picked experts' tokens get exact logits; None for what it takes.
         combine: how a scored token's logit is made.
         sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None measures on this machine
             up to how many it is the faster one.
-        distill_steps: steps that the router is trained for.
+        distill_steps: steps that the router is trained for once it is fitted.
         batch_size: positions in one training step.
         learning_rate: of the first training step; it falls to zero along a cosine.
         seed: of all random choices.
@@ -63,28 +55,23 @@ class Recipe:
     """
 
     text: str = MIXED
-    positions: int = 60_000
+    positions: int = 24_000
     window_length: int = 256
     held_out: float = 0.1
-    expert_size: int = 128
+    expert_size: int = 16
     num_experts_per_tok: int | None = None
-    routed_mass: float = 1.0
     target_agreement: float | None = None
     max_bytes_read: float | None = None
     allow_below_target: bool = False
     num_always_on: int | None = None
-    partition: PartitionType = "context"
-    router: RouterType = "mlp"
-    router_rank: int | None = None
-    router_int8: bool = True
-    tail: TailType = "low_rank"
-    tail_rank: int = 96
-    num_rescored: int = 256
+    router_rank: int = 384
+    tail_rank: int = 288
+    num_rescored: int | None = None
     combine: CombineType = "exact"
     sparse_max_positions: int | None = None
-    distill_steps: int = 2000
-    batch_size: int = 512
-    learning_rate: float = 5e-3
+    distill_steps: int = 300
+    batch_size: int = 256
+    learning_rate: float = 1e-3
     seed: int = 0
 
     def validate_ranges(self) -> None:
@@ -93,9 +80,9 @@ class Recipe:
         Raises:
             ValueError: when one is out of range.
         """
-        for name in ("positions", "expert_size", "tail_rank", "num_rescored", "distill_steps", "batch_size"):
+        for name in ("positions", "expert_size", "router_rank", "tail_rank", "distill_steps", "batch_size"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("num_experts_per_tok", "router_rank"):
+        for name in ("num_experts_per_tok", "num_rescored"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("window_length", self.window_length, 2)
@@ -105,8 +92,6 @@ class Recipe:
             raise ValueError(f"seed is {self.seed}, must be from 0 to 2**63 - 1")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, must be above 0 and below 1")
-        if not 0 < self.routed_mass <= 1:
-            raise ValueError(f"routed_mass is {self.routed_mass}, must be above 0 and at most 1")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate is {self.learning_rate}, must be above 0")
         for name in ("target_agreement", "max_bytes_read"):
@@ -115,10 +100,6 @@ class Recipe:
                 raise ValueError(f"{name} is {share}, must be a share above 0 and below 1, such as 0.995")
         if self.target_agreement is None and (self.max_bytes_read is not None or self.allow_below_target):
             raise ValueError("max_bytes_read and allow_below_target need a target_agreement")
-        if self.target_agreement is not None and self.routed_mass < 1:
-            raise ValueError(
-                "a target_agreement chooses one number of experts for all positions: leave routed_mass at 1"
-            )
 
     @classmethod
     def from_dict(cls, choices: dict[str, Any]) -> Self:
@@ -169,7 +150,7 @@ class Recipe:
             longest_window: tokens that the model reads at most in one pass; None if there is no such limit.
 
         Returns:
-            A recipe that leaves nothing open but what a target decides.
+            A recipe that leaves nothing open but what calibration decides.
 
         Raises:
             InputError: when the sizes do not fit the vocabulary.
@@ -187,8 +168,6 @@ class Recipe:
             )
         experts = math.ceil((vocab_size - always_on) / self.expert_size)
         chosen = self.num_experts_per_tok
-        if chosen is None and self.target_agreement is None:
-            chosen = max(1, round(math.sqrt(experts) / 2))
         if chosen is not None and chosen > experts:
             raise InputError(
                 f"num_experts_per_tok is {chosen}, but there are only {experts} experts of {self.expert_size}: "
@@ -198,8 +177,6 @@ class Recipe:
             self,
             window_length=min(self.window_length, longest_window or self.window_length),
             num_always_on=always_on,
-            num_experts_per_tok=chosen,
-            router_rank=self.router_rank or ROUTER_RANKS[self.router],
         )
 
     def num_experts(self, vocab_size: int) -> int:
@@ -223,7 +200,7 @@ def sample_name(text: str) -> str:
     Args:
         text: as the recipe names it.
     """
-    return "the bundled texts, with the own answers of a chat model" if text == MIXED else public_name(text)
+    return "the bundled texts" if text == MIXED else public_name(text)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -241,7 +218,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if choices is None:
         return {}
     if not isinstance(choices, dict):
-        raise InputError(f"the recipe {path} is not a mapping of choices: write lines such as `expert_size: 128`")
+        raise InputError(f"the recipe {path} is not a mapping of choices: write lines such as `expert_size: 16`")
     return {str(name): value for name, value in choices.items()}
 
 
@@ -276,8 +253,5 @@ def _did_you_mean(word: str, known: list[str]) -> str:
 
 _FLOATS = [field.name for field in dataclasses.fields(Recipe) if field.type in (float, float | None)]
 _ALLOWED = {
-    "partition": list(get_args(PartitionType)),
-    "router": list(get_args(RouterType)),
-    "tail": list(get_args(TailType)),
     "combine": list(get_args(CombineType)),
 }

@@ -92,7 +92,7 @@ def _convert_checkpoint(
             processes=processes,
             stored_type=stored_type(plan.source),
         )
-        report.curve = measure_around(report.model, report.held_out)
+        report.curve = measure_around(report.model, report.choices)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
         with contextlib.suppress(OSError):  # somebody else put something there

@@ -44,28 +44,26 @@ def convert(
         str | None,
         typer.Option(
             help="Sample text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
-            "`datasets` data set, or 'mixed': bundled texts and, of a chat model, its own answers. [default: mixed]"
+            "`datasets` data set, or 'mixed': bundled texts of many kinds. [default: mixed]"
         ),
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(help="How many tokens of the sample to use. [default: 60000]")
+        int | None, typer.Option(help="How many tokens of the sample to use. [default: 24000]")
     ] = None,
-    expert_size: Annotated[int | None, typer.Option(help="Tokens in an expert. [default: 128]")] = None,
+    expert_size: Annotated[int | None, typer.Option(help="Tokens in an expert. [default: 16]")] = None,
     num_experts_per_tok: Annotated[
         int | None,
         typer.Option(
-            "--num-experts-per-tok", "-k", help="Experts scored for a position: more agree better, fewer are faster."
+            "--num-experts-per-tok",
+            "-k",
+            help="Experts picked for a position: more agree better, fewer are faster. [default: what the target takes]",
         ),
-    ] = None,
-    routed_mass: Annotated[
-        float | None,
-        typer.Option(help="Score no more once this share of the probability is, such as 0.7. [default: 1: always k]"),
     ] = None,
     target_agreement: Annotated[
         float | None,
         typer.Option(
-            help="Score as few experts as agree with the dense head this often, such as 0.995, on held-out documents "
-            "of the sample (as a 95 % lower bound)."
+            help="Read the fewest bytes that agree with the dense head this often, on held-out documents of the sample "
+            "(as a 95 % lower bound). [default: 0.995, or what comes nearest]"
         ),
     ] = None,
     max_bytes_read: Annotated[
@@ -81,23 +79,11 @@ def convert(
             help="Tokens scored at every position; 0: none, not even those that end a text. [default: about 256]"
         ),
     ] = None,
-    partition: Annotated[
-        str | None,
-        typer.Option(help="What puts tokens into one expert: context, rows or frequency. [default: context]"),
-    ] = None,
-    router: Annotated[
-        str | None, typer.Option(help="centroid, linear, low_rank, mlp or attention. [default: mlp]")
-    ] = None,
-    router_rank: Annotated[int | None, typer.Option(help="Rank, hidden width or keys of the router.")] = None,
-    tail: Annotated[
-        str | None,
-        typer.Option(
-            help="What unscored tokens get: low_rank, prior, or none (no probability); with screen exact logits are "
-            "computed for the likeliest tokens of the experts alone. [default: low_rank]"
-        ),
+    router_rank: Annotated[
+        int | None, typer.Option(help="Numbers kept to score an expert: three take a byte. [default: 384]")
     ] = None,
     tail_rank: Annotated[
-        int | None, typer.Option(help="Rank of a low_rank tail or a screen: three take a byte a token. [default: 96]")
+        int | None, typer.Option(help="Numbers kept to screen a token: three take a byte. [default: 288]")
     ] = None,
     combine: Annotated[
         str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
@@ -165,11 +151,12 @@ def convert(
         f"Wrote {out}",
         {
             "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{figures['num_experts_per_tok']} scored for a position, {report.recipe.num_always_on} always on",
+            f"{figures['num_experts_per_tok']:,} screened for a position, {figures['num_rescored']:,} exact logits and "
+            f"{report.recipe.num_always_on} always on",
             "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
             f"confidence, on {figures['positions']:,} held-out positions of the sample "
             f"({sample_name(report.recipe.text)})"
-            + ("" if figures["target_reached"] else ": the target is not reached"),
+            + (": the target is not reached" if figures["target_reached"] is False else ""),
             "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
             "added on disk": f"{figures['added_bytes'] / 1e6:.1f} MB, {figures['added_bytes_share']:.1%} of the head",

@@ -9,8 +9,6 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import InputError
 
-RouterType = Literal["centroid", "linear", "low_rank", "mlp", "packed_mlp", "attention"]
-TailType = Literal["low_rank", "screen", "prior", "none"]
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
@@ -39,20 +37,15 @@ class TopKExpertsConfig(PreTrainedConfig):
         num_experts: M, the number of experts that share out the routed vocabulary.
         expert_size: S, the number of token ids in each expert.
         num_experts_per_tok: k, the number of experts scored for a position, from 1 to M.
-        routed_mass: experts are scored, those of the highest scores first, until they and the always-on tokens have
-            this share of the estimated probability, and k at most; 1.0 scores k at every position.
         num_always_on: A, the number of token ids scored at every position.
-        router_type: how an expert's score is computed from the hidden state; see [`routers`].
-        router_rank: rank of a `low_rank` router, hidden width of an `mlp` one, keys an expert of an `attention` one;
-            of no meaning to the others.
-        router_int8: whether the router's matrices are kept as int8, with a scale a row.
-        tail: the estimate given to tokens that were not scored: `low_rank`, `prior`, or `none` for minus infinity.
-            `screen` estimates the tokens of the picked experts by few bits each, and exact logits are computed for the
-            likeliest of them alone; other experts' tokens get a prior.
-        num_rescored: R, for how many of the picked experts' tokens a `screen` computes exact logits.
-        tail_rank: rank of a `low_rank` tail, a third of a byte each for every token.
+        router_rank: numbers kept of an expert's row of the router, a third of a byte each.
+        router_packed: whether these are all that is kept; the rows are floats where not.
+        tail_rank: numbers kept of a token's row, a third of a byte each, to screen the tokens of the picked experts.
+        num_rescored: R, how many of these tokens get exact logits: those that the screen has for the likeliest. The
+            others keep its estimates, and tokens of other experts share their expert's score by a fixed prior.
         combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
-            place of the expert's own mass, `learned` goes as far between the two as distillation found best.
+            place of the expert's own mass, `learned` goes as far between the two as distillation found best. These two
+            score all tokens of the picked experts, without a screen.
         head_mode: `sparse`, `dense`, or `auto`: sparse up to `sparse_max_positions` positions a call, dense beyond and
             whenever gradients are on.
         sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse.
@@ -67,15 +60,12 @@ class TopKExpertsConfig(PreTrainedConfig):
 
     text_config: PreTrainedConfig | dict[str, Any] | None = None
     num_experts: int = 8
-    expert_size: int = 128
+    expert_size: int = 16
     num_experts_per_tok: int = 2
-    routed_mass: float = 1.0
     num_always_on: int = 0
-    router_type: RouterType = "low_rank"
-    router_rank: int = 32
-    router_int8: bool = False
-    tail: TailType = "low_rank"
-    tail_rank: int = 96
+    router_rank: int = 384
+    router_packed: bool = False
+    tail_rank: int = 288
     num_rescored: int = 256
     combine: CombineType = "exact"
     head_mode: HeadMode = "auto"
@@ -138,8 +128,6 @@ class TopKExpertsConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
                 f"got {self.num_experts_per_tok}"
             )
-        if not 0 < self.routed_mass <= 1:
-            raise ValueError(f"`routed_mass` must be above 0 and at most 1, got {self.routed_mass}")
         if self.num_always_on < 0 or self.sparse_max_positions < 0:
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 

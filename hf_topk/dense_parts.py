@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,6 +15,7 @@ class DensePartsMixin:
 
     base: PreTrainedModel
     config: TopKExpertsConfig
+    head_name: str
 
     def check_tied_ends(self) -> None:
         """Refuse adapters where they could not be merged: head and input embeddings are often one tensor.
@@ -67,16 +67,17 @@ class DensePartsMixin:
             The names that are missing, and those that are unexpected.
 
         Raises:
-            InputError: when a router's matrix is in int8 and the other's in floats.
+            InputError: when one router is packed and the other in floats.
         """
         own = cast(Any, super()).state_dict()
         renamed = {name if name in own else f"base.{name}": tensor for name, tensor in state_dict.items()}
-        for name in own.keys() & renamed.keys():
-            if (own[name].dtype == torch.int8) != (renamed[name].dtype == torch.int8):
-                raise InputError(
-                    f"'{name}' is {own[name].dtype} in the model and {renamed[name].dtype} in the checkpoint: what was "
-                    "saved inside `joint_training` is loaded inside it, and what was saved outside, outside"
-                )
+        router = f"base.{self.head_name}.router"
+        forms = ["in floats" if f"{router}.rows" in tensors else "packed" for tensors in (own, renamed)]
+        if f"{router}.bias" in renamed and forms[0] != forms[1]:
+            raise InputError(
+                f"the router is {forms[0]} in the model and {forms[1]} in the checkpoint: what was saved inside "
+                "`joint_training` is loaded inside it, and what was saved outside, outside"
+            )
         return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

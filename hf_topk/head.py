@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from .combiner import LearnedCombiner
@@ -15,9 +14,9 @@ from .configuration_topk_experts import TopKExpertsConfig
 from .head_layout import check_sizes, places_left
 from .head_sizes import SizedHead
 from .kernels import expert_dot, gather_dot, shared_rows_dot
-from .routers import ROUTERS
+from .router import Router
 from .scored import Picked, Scored
-from .tails import TAILS, ScreenTail
+from .tail import Tail
 
 HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
@@ -38,10 +37,9 @@ class TopKExpertsHead(SizedHead):
         always_on_ids: token ids scored at every position, [A] int64.
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
-        tail: the estimate for unscored tokens, or None for minus infinity.
+        tail: the estimate for tokens without an exact logit.
         head_mode, num_experts_per_tok: "auto", "sparse" or "dense"; k.
-        routed_mass: estimated probability from which on no further expert is scored; 1 to score k always.
-        num_rescored: R, how many of the picked experts' tokens get exact logits where the tail is a screen.
+        num_rescored: R, how many of the picked experts' tokens get exact logits.
         stored_type: the number type that it is stored in, which bytes are counted in; it may compute in a larger one.
     """
 
@@ -61,17 +59,13 @@ class TopKExpertsHead(SizedHead):
         self.weight, self.bias = dense.weight, dense.bias
         self.head_mode, self.combine = config.head_mode, config.combine
         self.num_experts_per_tok = config.num_experts_per_tok
-        self.routed_mass, self.num_rescored = config.routed_mass, config.num_rescored
+        self.num_rescored = config.num_rescored
         self.sparse_max_positions = config.sparse_max_positions
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))
-        self.router = ROUTERS[config.router_type](hidden_size, num_experts, config.router_rank).requires_grad_(False)
-        if config.router_int8:
-            self.router.to_int8(self.weight.dtype)
-        self.tail = None
-        if config.tail != "none":
-            self.tail = TAILS[config.tail](hidden_size, num_experts, expert_size, config.tail_rank)
+        self.router = Router(hidden_size, num_experts, config.router_rank, config.router_packed).requires_grad_(False)
+        self.tail = Tail(hidden_size, num_experts, expert_size, config.tail_rank)
         if config.combine == "learned":
             self.combiner = LearnedCombiner(num_experts).requires_grad_(False)
         self._stand_ins: dict[int, Callable[[Tensor], Tensor]] = {}
@@ -196,16 +190,12 @@ class TopKExpertsHead(SizedHead):
         """Route hidden states [N, d], and compute what is scored."""
         if self.screens:
             return self._score_screened(hidden)
-        scores, top, top_scores, is_used, always = self.pick(hidden)
-        shared_ids = self.always_on_ids if always is None else self.always_on_ids[:0]  # not a second time
+        scores, top, top_scores = self.pick(hidden)
         # Logits [N, A] and [N, k, S].
-        shared, routed = expert_dot(hidden, self.weight, self.bias, shared_ids, self.expert_ids, top)
-        always = shared if always is None else always
+        always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
         ids = self.expert_ids[top]
         masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
-        if is_used is not None:
-            masses, top_scores = (values.masked_fill(~is_used, -torch.inf) for values in (masses, top_scores))
         # The offset aligns the router with what was computed.
         exact, expected = torch.stack([masses, top_scores]).logsumexp(dim=-1, keepdim=True)
         offset = exact - expected
@@ -216,9 +206,9 @@ class TopKExpertsHead(SizedHead):
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
-        scores, top, top_scores, _, _ = self.pick(hidden)
+        scores, top, top_scores = self.pick(hidden)
         ids = self.expert_ids[top]
-        screened = cast(ScreenTail, self.tail).screen(hidden, top)
+        screened = self.tail.screen(hidden, top)
         screened = screened - self.mask_padding(screened, ids).logsumexp(dim=-1, keepdim=True)
         estimates = self.mask_padding(screened + top_scores.unsqueeze(-1), ids).flatten(1)  # (N, k S)
         likeliest = estimates.topk(self.num_rescored + 1, dim=-1)
@@ -246,7 +236,7 @@ class TopKExpertsHead(SizedHead):
     def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Logits with the tail at those positions alone where it could win, [N, V]."""
         logits = self._all_logits(hidden, scored, with_tail=False)
-        if self.tail is not None and (may_win := self.tail_may_win(scored)).any():
+        if (may_win := self.tail_may_win(scored)).any():
             doubtful = may_win.nonzero().squeeze(-1)
             logits[doubtful] = self._all_logits(hidden[doubtful], scored.part(doubtful))
         return logits
@@ -254,12 +244,12 @@ class TopKExpertsHead(SizedHead):
     def _all_logits(self, hidden: Tensor, scored: Scored, with_tail: bool = True) -> Tensor:
         """The scored tokens' logits and everyone else's tail, [N, V]."""
         shape, dtype = (hidden.shape[0], self.out_features), scored.always.dtype
-        if self.tail is None or not with_tail:
-            logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
-        else:
+        if with_tail:
             logits = hidden.new_empty(shape, dtype=dtype)  # every token is routed or always on
-            within = self._within(hidden, scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
+            within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
             logits.scatter_(1, self.expert_ids.flatten().expand(shape[0], -1), within.flatten(1).to(dtype))
+        else:
+            logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
         logits.index_copy_(1, self.always_on_ids, scored.always)
         return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
 
@@ -267,18 +257,7 @@ class TopKExpertsHead(SizedHead):
         """Pick the experts to score for hidden states [N, d]."""
         scores = self.router(hidden)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
-        if self.routed_mass >= 1:
-            return Picked(scores, top, top_scores, None, None)
-        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
-        certain = always.float().logsumexp(dim=-1, keepdim=True)  # minus infinity if no token is always on
-        total = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), certain)
-        reached = (certain - total).exp() + (top_scores - total).exp().cumsum(dim=-1)
-        is_used = F.pad(reached[:, :-1] < self.routed_mass, (1, 0), value=True)
-        top = torch.where(is_used, top, top[:, :1])
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would have to wait
-            most = int(is_used.sum(dim=-1).amax()) if len(hidden) else 1
-            top, is_used = top[:, :most], is_used[:, :most]
-        return Picked(scores, top, scores.gather(1, top), is_used, always)
+        return Picked(scores, top, top_scores)
 
     def scored_ids(self, experts: Tensor) -> Tensor:
         """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
@@ -295,21 +274,13 @@ class TopKExpertsHead(SizedHead):
             return None, scores + offset
         return self.combiner(scores + offset, top, disagreement + offset)
 
-    def _within(self, hidden: Tensor, scored: Scored) -> Tensor:
+    def _within(self, scored: Scored) -> Tensor:
         """Log p(v | e, h) of all tokens, fp32 [N or 1, M, S]."""
-        if not isinstance(self.tail, ScreenTail):
-            return self._normalise(cast(Any, self.tail)(hidden))
-        prior = self.tail.log_prior.float().expand(hidden.shape[0], -1, -1)
+        prior = self.tail.log_prior.float().unsqueeze(0)
+        if scored.screened is None:
+            return prior
         places = scored.experts.unsqueeze(-1).expand(-1, -1, self.expert_size)
-        return prior if scored.screened is None else prior.scatter(1, places, scored.screened)
-
-    def _normalise(self, within: Tensor) -> Tensor:
-        """Log-softmax within each expert, [N, M, S], to which repeated ids add nothing."""
-        if self.tail is None or self.tail.is_normalised:
-            return within
-        if not self._has_short_experts:
-            return within.log_softmax(dim=-1)
-        return within - self.mask_padding(within, self.expert_ids).logsumexp(dim=-1, keepdim=True)
+        return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
 
     @property
     def _has_short_experts(self) -> bool:
@@ -340,6 +311,5 @@ class TopKExpertsHead(SizedHead):
         self.always_on_ids = torch.cat([kept, added])
         places = places_left(self.expert_ids, vocab_size)
         self.expert_ids = self.expert_ids.flatten()[places]
-        if self.tail is not None:
-            self.tail.take_places(places)
+        self.tail.take_places(places)
         self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size

@@ -1,12 +1,12 @@
 """The sizes of a sparse head, and the bytes that it reads and adds in the number type that it is stored in."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .tails import ScreenTail, Tail
+from .router import Router
+from .tail import Tail
 
 
 class SizedHead(nn.Linear):
@@ -14,12 +14,11 @@ class SizedHead(nn.Linear):
 
     always_on_ids: Tensor
     expert_ids: Tensor
-    router: Any
-    tail: Tail | None
+    router: Router
+    tail: Tail
     combine: str
     num_experts_per_tok: int
     num_rescored: int
-    routed_mass: float
     _stored_type: torch.dtype | None = None
 
     @property
@@ -41,9 +40,7 @@ class SizedHead(nn.Linear):
     def screens(self) -> bool:
         """Whether the picked experts' tokens are screened, so that only the likeliest of them get exact logits."""
         return (
-            isinstance(self.tail, ScreenTail)
-            and self.combine == "exact"
-            and self.routed_mass >= 1
+            self.combine == "exact"
             and self.num_experts_per_tok < self.num_experts
             and self.num_rescored < self.num_experts_per_tok * self.expert_size
         )
@@ -57,18 +54,12 @@ class SizedHead(nn.Linear):
     def stored_type(self, dtype: torch.dtype) -> None:
         self._stored_type = dtype
 
-    def bytes_read(self, experts_scored: float | None = None) -> float:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode.
-
-        Args:
-            experts_scored: number of experts, a mean if it varies; k if not given.
-        """
+    def bytes_read(self) -> float:
+        """Bytes of head, router and tail tensors touched for one position in sparse mode."""
         row = self.dense_bytes() / self.out_features
-        picked = experts_scored or self.num_experts_per_tok
+        picked = self.num_experts_per_tok
         routed = min(self.num_rescored, picked * self.expert_size) if self.screens else picked * self.expert_size
         read = (self.num_always_on + routed) * row + self._bytes_stored(self.router.state_dict().values())
-        if not isinstance(self.tail, ScreenTail):
-            return read + (0 if self.tail is None else self._bytes_stored(self.tail.state_dict().values()))
         of_an_expert = self._bytes_stored(tensor[:1] for tensor in self.tail.read_by_expert())
         return read + self._bytes_stored(self.tail.read_always()) + self.screens * picked * of_an_expert
 

@@ -27,8 +27,8 @@ def describe(name: str) -> Iterator[str]:
     config, head = model.config, model.head
     yield f"{name}: {type(model.base).__name__} with {head.out_features:,} tokens of {head.in_features} numbers each"
     yield (
-        f"{head.num_experts:,} experts of {head.expert_size}, {head.num_experts_per_tok} scored for a position, "
-        f"{head.num_always_on:,} tokens always on; router {config.router_type}, tail {config.tail}, "
+        f"{head.num_experts:,} experts of {head.expert_size}, {head.num_experts_per_tok:,} picked for a position, "
+        f"{head.num_rescored:,} of their tokens and {head.num_always_on:,} always-on ones exact; "
         f"combine {config.combine}"
     )
     yield f"reads {head.bytes_read() / head.dense_bytes():.1%} of the dense head's bytes for a position"

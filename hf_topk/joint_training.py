@@ -42,32 +42,32 @@ class JointTrainingMixin:
           router's probability; 1 where all experts are alike (Fedus et al. 2021, https://arxiv.org/abs/2101.03961,
           equation 4, here for several picked experts).
 
-        A router that was kept as int8 is in floats meanwhile, also in checkpoints, and rounded again at the end. The
-        tail stays as it was. Make optimizers that are not made by a trainer inside.
+        A packed router is in floats meanwhile, also in checkpoints, and packed again at the end. The tail stays as it
+        was. Make optimizers that are not made by a trainer inside.
 
         Args:
             router_loss_coef: weight of the distillation, in units of the loss of a token.
             balance_loss_coef: weight of the balance term.
 
         Raises:
-            InputError: when a weight is negative or both are 0, the router's kind is not trained, or something was put
-                around the head; while training, when the model's output has no loss, or in nn.DataParallel.
+            InputError: when a weight is negative or both are 0, or something was put around the head; while training,
+                when the model's output has no loss, or in nn.DataParallel.
         """
         head: TopKExpertsHead = cast(Any, self).head
         if min(router_loss_coef, balance_loss_coef) < 0 or router_loss_coef + balance_loss_coef <= 0:
             raise InputError("router_loss_coef and balance_loss_coef cannot be negative, and one must be above 0")
-        was_int8 = self.config.router_int8
-        if was_int8:
-            head.router.to_float()
-            self.config.router_int8 = False
+        was_packed = self.config.router_packed
+        if was_packed:
+            head.router.unpack()
+            self.config.router_packed = False
         loss = _JointLoss(head, router_loss_coef, balance_loss_coef)
         try:
             with loss.beside(self, self.base.base_model):
                 yield
         finally:
-            if was_int8:
-                head.router.to_int8(head.weight.dtype)
-                self.config.router_int8 = True
+            if was_packed:
+                head.router.pack()
+                self.config.router_packed = True
 
 
 @dataclass
@@ -95,13 +95,8 @@ class _JointLoss:
         Args:
             model: the converted model.
             body: the part of it that makes hidden states.
-
-        Raises:
-            InputError: when the router's kind is not trained.
         """
-        parameters = self.head.router.trainable()
-        if not parameters:
-            raise InputError("a centroid router is not trained: convert with another kind, or train without it")
+        parameters = list(self.head.router.parameters())
         if self.head.combine == "learned":
             parameters += self.head.combiner.parameters()
         bias = self.head.router.bias.detach().clone()
@@ -238,11 +233,9 @@ def _distance(predicted: Tensor, masses: Tensor) -> Tensor:
 def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:
     """The masses that experts and always-on tokens have in the sparse head's logits, for the combiner to learn."""
     with torch.no_grad():
-        scores, top, estimated, is_used, _ = head.pick(hidden)
+        scores, top, estimated = head.pick(hidden)
         exact = masses.gather(1, top)
-        unused = torch.zeros_like(top, dtype=torch.bool) if is_used is None else ~is_used
-        totals = (values.masked_fill(unused, -torch.inf).logsumexp(-1, keepdim=True) for values in (exact, estimated))
-        offset = torch.sub(*totals)
+        offset = exact.logsumexp(-1, keepdim=True) - estimated.logsumexp(-1, keepdim=True)
     shifts, tail_scores = head.combiner(scores + offset, top, estimated - exact + offset)
     return _with_always_on(tail_scores.scatter(1, top, exact + shifts), masses)
 

@@ -1,7 +1,6 @@
 """The inner loops of the sparse head, as plain torch: exact logits of gathered rows, and products of few bits."""
 
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,50 +98,27 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 
-class Rounded(NamedTuple):
-    """Inputs that were rounded to int8 beforehand, for several products.
-
-    Attributes:
-        numbers: [N, r] int8.
-        scales: what a step of each row is worth, fp32 [N, 1].
-    """
-
-    numbers: Tensor
-    scales: Tensor
-
-
-def rounded_for(inputs: Tensor, factors: Tensor) -> Tensor | Rounded:
-    """Inputs as [`int8_logits`] takes them at least cost where they are multiplied with several matrices.
-
-    Args:
-        inputs: [N, r], any float type.
-        factors: one of the matrices, [R, r] int8.
-    """
-    return _round_to_int8(inputs) if _multiplies_int8(inputs, factors) else inputs
-
-
-def int8_logits(inputs: Tensor | Rounded, factors: Tensor, scales: Tensor) -> Tensor:
+def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
     """Product with an int8 matrix whose rows have a scale each; the inputs are rounded to int8 as well.
 
     The integer product is exact, so this equals [`int8_logits_reference`] bit for bit up to 1040 columns.
 
     Args:
-        inputs: [N, r], any float type, or what [`rounded_for`] made of them.
+        inputs: [N, r], any float type.
         factors: [R, r] int8.
         scales: [R], any float type.
 
     Returns:
         inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
     """
-    if isinstance(inputs, Rounded):
-        return torch._int_mm(inputs.numbers, factors.t()).float().mul_(scales).mul_(inputs.scales)
     if _runs_on_triton(inputs):
         from .triton_kernels import int8_logits as on_triton
 
         return on_triton(inputs, factors, scales)
     if not _multiplies_int8(inputs, factors):
         return int8_logits_reference(inputs, factors, scales)
-    return int8_logits(_round_to_int8(inputs), factors, scales)
+    rounded, input_scales = _round_to_int8(inputs)
+    return torch._int_mm(rounded, factors.t()).float().mul_(scales).mul_(input_scales)
 
 
 def int8_logits_reference(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
@@ -202,7 +178,9 @@ def expert_packed_logits(inputs: Tensor, codes: Tensor, bits: int, experts: Tens
     """
     if inputs.device.type == "cpu" and not torch.compiler.is_compiling():  # each expert is read once for all positions
         chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
-        logits = packed_logits(inputs, codes[chosen].flatten(0, 1), bits).unflatten(-1, (-1, codes.shape[1]))
+        logits = packed_logits(inputs, codes.index_select(0, chosen).flatten(0, 1), bits).unflatten(
+            -1, (-1, codes.shape[1])
+        )
         return logits if place is None else logits.gather(1, place.unsqueeze(-1).expand(-1, -1, codes.shape[1]))
     rounded, input_scales = _round_through(inputs)
     numbers = unpack(codes[experts].flatten(1, 2), bits).float()  # (N, k S, r)
@@ -247,10 +225,10 @@ def _multiplies_int8(inputs: Tensor, matrix: Tensor) -> bool:
     return inputs.device.type == "cpu" and matrix.shape[-1] > 1 and not needs_gradient
 
 
-def _round_to_int8(inputs: Tensor) -> Rounded:
-    """Round each row to 127 steps of its largest magnitude."""
+def _round_to_int8(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row in 127 steps of its largest magnitude, int8 [N, r], and what a step is worth, fp32 [N, 1]."""
     steps, scales = _steps(inputs)
-    return Rounded(steps.round_().to(torch.int8), scales)
+    return steps.round_().to(torch.int8), scales
 
 
 def _round_through(inputs: Tensor) -> tuple[Tensor, Tensor]:

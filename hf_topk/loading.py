@@ -26,13 +26,14 @@ def load_converted(
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer.
 
+    Bytes are counted in the type that it is stored in, whatever it is loaded in.
+
     Args:
         name: a folder, or a repository of the Hub.
         num_experts_per_tok: k in place of the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
         device_map: the device to load onto, or "auto"; main memory if None.
-        fastest: whether "auto" is float32 where that computes faster in main memory than the stored type does; bytes
-            are counted in the stored type then, too.
+        fastest: whether "auto" is float32 where that computes faster in main memory than the stored type does.
 
     Raises:
         InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
@@ -47,12 +48,13 @@ def load_converted(
                 f"num_experts_per_tok is {num_experts_per_tok}, must be from 1 to the {config.num_experts} experts"
             )
         config.num_experts_per_tok = num_experts_per_tok
-    stored = config.dtype if fastest and dtype == "auto" else None
+    stored = config.dtype
+    runs_fastest = fastest and dtype == "auto" and stored is not None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=faster_type(stored, torch.device("cpu")) if stored else dtype,
+            dtype=faster_type(stored, torch.device("cpu")) if runs_fastest else dtype,
             device_map=device_map,
             output_loading_info=True,
         )

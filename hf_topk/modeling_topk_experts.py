@@ -315,7 +315,7 @@ class TopKExpertsForCausalLM(
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)
-        return found if self._is_lossless else adapt(found, self.head.tail is not None)
+        return found if self._is_lossless else adapt(found)
 
     def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Start continuous batching as Transformers does; raises an InputError if that was to be lossless."""

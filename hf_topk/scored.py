@@ -12,16 +12,11 @@ class Picked(NamedTuple):
         scores: the router's, fp32 [N, M].
         experts: those picked, best first, [N, k] int64.
         expert_scores: the router's scores of those, fp32 [N, k].
-        is_used: which of them are used, [N, k] bool, or None for all: an unused place repeats the first expert. In
-            eager mode on a CPU places that no position uses are left out.
-        always: logits of the always-on tokens, [N, A], if it took them to pick, else None.
     """
 
     scores: Tensor
     experts: Tensor
     expert_scores: Tensor
-    is_used: Tensor | None
-    always: Tensor | None
 
 
 class Scored(NamedTuple):
@@ -33,8 +28,8 @@ class Scored(NamedTuple):
         ids: token ids of those, int64.
         experts: the picked experts, [N, k] int64.
         tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
-        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]; minus infinity for a place that is not used.
-            With a screen that of all picked experts, [N, 1].
+        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]. With a screen that of all picked
+            experts, [N, 1].
         screened: log p(v | e, h) of the picked experts' tokens as the screen has it, fp32 [N, k, S]; None without one.
         best_left: the largest logit that the screen gives a token that it left out, fp32 [N]; None without one.
     """

@@ -10,14 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk import TopKExpertsHead
-from hf_topk.tails import LowRankTail
 
 DENSE = {
     (bias, dtype): tiny_dense(bias=bias).to(dtype)
     for bias in (False, True)
     for dtype in (torch.float32, torch.bfloat16)
 }
-TAILS = ("low_rank", "prior", "none")
 COMBINES = ("exact", "router", "learned")
 # Half a unit in the last place of the products' sums, more or less, at logits of up to 10.
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2e-2, "atol": 6e-2}}
@@ -39,13 +37,8 @@ def sizes(draw: st.DrawFn) -> dict[str, int]:
 
 
 def make_head(*, bias: bool = False, dtype: torch.dtype = torch.float32, **choices: Any) -> TopKExpertsHead:
-    torch.manual_seed(3)
-    head = tiny_converted(DENSE[bias, dtype], **{"head_mode": "sparse", **choices}).head.requires_grad_(False)
-    repeats = head.expert_ids == head.expert_ids[:, :1]
-    for name, tensor in head.tail.named_buffers() if isinstance(head.tail, LowRankTail) else ():
-        if name not in ("basis", "center"):  # what a token's tail is does not depend on its place
-            tensor[repeats] = tensor[:, :1].expand_as(tensor)[repeats]
-    return head
+    """A sparse head; it scores all tokens of the picked experts unless `num_rescored` is given."""
+    return tiny_converted(DENSE[bias, dtype], **{"head_mode": "sparse", **choices}).head.requires_grad_(False)
 
 
 def make_hidden(seed: int, positions: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,7 +59,7 @@ def picked_experts(head: TopKExpertsHead, hidden: Tensor) -> list[list[int]]:
 
 
 def scored_mask(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
-    """Which tokens are to be scored, [N, V], worked out one by one."""
+    """Which tokens are to be scored without a screen, [N, V], worked out one by one."""
     mask = torch.zeros(hidden.shape[0], head.out_features, dtype=torch.bool)
     mask[:, head.always_on_ids] = True
     for position, experts in enumerate(picked_experts(head, hidden)):

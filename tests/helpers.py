@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
 from hf_topk.cli import main
-from hf_topk.tails import PriorTail, ScreenTail
+from hf_topk.convert.fit_packed import metric_of, pack_router
 
 VOCAB_SIZE = 100
 PROGRESS_LINE = re.compile(r"[\w' ]+: [\d,]+ \w+ in [\d.]+ s")
@@ -51,6 +51,21 @@ def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = Fal
     return dense
 
 
+def randomise(module: nn.Module, seed: int = 3) -> None:
+    """Set a router or a tail to random values, which set experts and tokens apart by about one nat."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if tensor.dtype == torch.uint8:
+                tensor.random_(0, 256, generator=generator)
+            elif tensor.dtype == torch.int8:
+                tensor.random_(-127, 128, generator=generator)
+            elif name == "basis_scales":
+                tensor.uniform_(5e-4, 1e-3, generator=generator)
+            else:
+                tensor.normal_(std=0.3, generator=generator)
+
+
 def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopKExpertsForCausalLM:
     """A converted model with random experts, router and tail: 8 always-on tokens and 6 experts of 16, unless said."""
     dense = tiny_dense() if dense is None else dense
@@ -64,18 +79,24 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
         routed = order[head.num_always_on :]
         for expert, ids in enumerate(routed.split(head.expert_size)):
             head.expert_ids[expert] = torch.cat([ids, ids[:1].expand(head.expert_size - len(ids))])
-        generator = torch.Generator().manual_seed(3)
-        for added in filter(None, (head.router, head.tail)):
-            for tensor in added.state_dict().values():
-                if tensor.dtype == torch.uint8:
-                    tensor.random_(0, 256, generator=generator)
-                else:
-                    tensor.normal_(std=0.3, generator=generator)
-        if isinstance(head.tail, PriorTail | ScreenTail):
-            repeats = (head.expert_ids == head.expert_ids[:, :1]) & (torch.arange(head.expert_size) > 0)
-            head.tail.log_prior[repeats] = -torch.inf
-            head.tail.log_prior.copy_(head.tail.log_prior.log_softmax(dim=-1))
-            head.tail.log_prior[repeats] = head.tail.log_prior[:, :1].expand_as(repeats)[repeats]
+        randomise(head.router)
+        randomise(head.tail)
+        prior = head.tail.log_prior
+        prior.copy_(prior - head.mask_padding(prior, head.expert_ids).logsumexp(dim=-1, keepdim=True))
+        repeats = head.expert_ids == head.expert_ids[:, :1]
+        for name, tensor in head.tail.named_buffers():  # what a token's tail is does not depend on its place
+            if name in ("codes_4bit", "codes_2bit", "bias", "log_prior"):
+                tensor[repeats] = tensor[:, :1].expand_as(tensor)[repeats]
+    return model
+
+
+def pack_router_of(model: TopKExpertsForCausalLM) -> TopKExpertsForCausalLM:
+    """Have a converted model's router in few bits, as conversion leaves it; returns the model."""
+    head = model.head
+    states = torch.randn(200, head.in_features, generator=torch.Generator().manual_seed(4))
+    pack_router(head.router, metric_of(states), head.weight.dtype)
+    head.router.to(head.weight.dtype)
+    model.config.router_packed = True
     return model
 
 

@@ -45,6 +45,7 @@ def tiny_gemma3() -> tuple[PreTrainedModel, dict[str, Any]]:
         "gemma3",
         text_config={**TEXT, "sliding_window": 4},
         vision_config=VISION,
+        tie_word_embeddings=False,  # else it repeats one token
         mm_tokens_per_image=4,
         image_token_index=IMAGE_TOKEN,
         boi_token_index=8,

@@ -15,9 +15,10 @@ SAMPLED = {"do_sample": True, "top_k": 0}
 
 
 def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
-    """A converted model that guesses right at times: it scores half of the tokens, and its router knows nothing."""
+    """A converted model that guesses right at times: it screens half of the tokens, and its router knows nothing."""
     torch.manual_seed(1)
-    return tiny_converted(dense, **{"num_experts_per_tok": 4, **choices})
+    chosen = {"num_experts_per_tok": 4, "num_rescored": 56, "router_packed": True, **choices}
+    return tiny_converted(dense, **chosen)
 
 
 def generate(

@@ -299,7 +299,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "one word": (lambda file: file.write_text("w1"), ("too short", "give more text")),
     "too few positions": (
         lambda file: file.write_text("w1 w2 " * 10),
-        ("the sample has 20 positions, too few for 6 experts (at least 24)", "give more text"),
+        ("the sample has 20 positions, fewer than the 32 numbers of a hidden state", "give more text"),
     ),
 }
 
@@ -311,9 +311,9 @@ def test_refuses_sample_text(case: str, model: Path, tmp_path: Path, refused: Re
     refused("convert", "model", "out", "--text", "./text.txt", *OPTIONS, parts=parts)
 
 
-def test_refuses_too_few_positions_of_its_own_text(model: Path, refused: Refused) -> None:
+def test_refuses_too_few_positions_of_the_bundled_texts(model: Path, refused: Refused) -> None:
     arguments = ("convert", "model", "out", "--positions", 20, "--expert-size", 16)
-    refused(*arguments, parts=("positions is 20, too few for 6 experts (at least 24)", "raise it"))
+    refused(*arguments, parts=("the sample has 20 positions, fewer than the 32", "raise `positions`"))
 
 
 # Choices
@@ -328,20 +328,19 @@ CHOICES: dict[str, tuple[object, tuple[str, ...]]] = {
     "tail_rank: 0": (("--tail-rank", 0), ("tail_rank is 0", "at least 1")),
     "router_rank: 0": (("--router-rank", 0), ("router_rank is 0", "at least 1")),
     "positions: 0": (("--positions", 0), ("positions is 0", "at least 1")),
-    "partition: row": (("--partition", "row"), ("unknown partition 'row'", "did you mean 'rows'?")),
-    "router: lowrank": (("--router", "lowrank"), ("unknown router 'lowrank'", "did you mean 'low_rank'?")),
-    "router: zorglub": (("--router", "zorglub"), ("unknown router 'zorglub'", "choose one of", "mlp", "attention")),
-    "tail: pryor": (("--tail", "pryor"), ("unknown tail 'pryor'", "did you mean 'prior'?")),
+    "num_rescored: 0": (None, ("num_rescored is 0", "at least 1")),
+    "router: low_rank": (None, ("unknown recipe key 'router'", "did you mean 'router_rank'?")),
+    "combine: zorglub": (("--combine", "zorglub"), ("unknown combine 'zorglub'", "choose one of", "router", "learned")),
     "combine: exakt": (("--combine", "exakt"), ("unknown combine 'exakt'", "did you mean 'exact'?")),
     "expert_sise: 16": (None, ("unknown recipe key 'expert_sise'", "did you mean 'expert_size'?")),
     "zorglub: 16": (None, ("unknown recipe key 'zorglub'", "choose one of", "expert_size")),
-    "router: [low_rank]": (None, ("unknown router",)),
+    "combine: [exact]": (None, ("unknown combine",)),
     "expert_size: big": (None, ("expert_size", "int")),
     "expert_size: 1.5": (None, ("expert_size", "int")),
     "held_out: 1.0": (None, ("held_out is 1.0", "below 1")),
     "learning_rate: .nan": (None, ("learning_rate is nan", "above 0")),
     "window_length: 1": (None, ("window_length is 1", "at least 2")),
-    "- a\n- b": (None, ("recipe.yaml is not a mapping", "expert_size: 128")),
+    "- a\n- b": (None, ("recipe.yaml is not a mapping", "expert_size: 16")),
     "a: [": (None, ("recipe.yaml is not valid YAML",)),
     "\x00": (None, ("recipe.yaml is not valid YAML",)),
 }

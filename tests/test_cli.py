@@ -31,6 +31,7 @@ SCRIPT = Path(sys.executable).with_name("hf-topk")
 COMMANDS = ("convert", "evaluate", "inspect", "generate", "push", "bench", "demo")
 EVALUATE_KEYS = [
     "agreement",
+    "agreement_lower_bound",
     "top5_containment",
     "kl",
     "perplexity_dense",
@@ -48,12 +49,12 @@ NUM_EXPERTS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, a text, and converted models: `out`, `all` with k = M, `bare` without a tail."""
+    """A dense model, a text, and converted models: `out`, and `all` with k = M."""
     folder = tmp_path_factory.mktemp("folder")
     tiny_checkpoint(folder / "model", tiny_dense(tied=False))
     text = tiny_text(folder / "text.jsonl")
-    for name, choices in (("out", {}), ("all", {"num_experts_per_tok": NUM_EXPERTS}), ("bare", {"tail": "none"})):
-        recipe = Recipe.from_dict({**QUICK, "text": str(text), **choices})
+    for name, k in (("out", 1), ("all", NUM_EXPERTS)):
+        recipe = Recipe.from_dict({**QUICK, "text": str(text), "num_experts_per_tok": k})
         convert_checkpoint(str(folder / "model"), folder / name, recipe)
     (folder / "recipe.yaml").write_text(Recipe.from_dict(QUICK).to_yaml())
     return folder
@@ -120,7 +121,7 @@ def test_converts_and_evaluates(here: Path) -> None:
     ("arguments", "parts"),
     [
         (("convert", "nobody/no-such-model", "new"), ("no such model", "nobody/no-such-model", "the network")),
-        (("convert", "model", "new", "--router", "lowrank"), ("unknown router 'lowrank'", "did you mean 'low_rank'?")),
+        (("convert", "model", "new", "--combine", "exakt"), ("unknown combine 'exakt'", "did you mean 'exact'?")),
         (("evaluate", "model", "--text", "text.jsonl"), ("model is a dense model", "hf-topk convert")),
     ],
 )
@@ -155,7 +156,7 @@ def test_every_command_has_help(command: str, printed: Callable[..., tuple[str, 
 def test_help_names_every_option(printed: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     text, _ = printed("convert", "--help")
-    for option in ("--text", "--expert-size", "--num-experts-per-tok", "--router", "--tail", "--combine", "--recipe"):
+    for option in ("--text", "--expert-size", "--router-rank", "--tail-rank", "--combine", "--recipe"):
         assert option in text
     for option in ("--push-to-hub", "--private", "--revision", "--create-pr", "--resume", "--overwrite", "--json"):
         assert option in text
@@ -185,9 +186,9 @@ def test_convert_prints_a_summary(printed: Callable[..., tuple[str, str]], here:
 
 
 def test_options_win_over_the_recipe_file(printed: Callable[..., tuple[str, str]]) -> None:
-    options = ("--text", "text.jsonl", "--recipe", "recipe.yaml", "--expert-size", 8, "--routed-mass", 0.7, "--json")
+    options = ("--text", "text.jsonl", "--recipe", "recipe.yaml", "--expert-size", 8, "--router-rank", 7, "--json")
     recipe = json.loads(printed("convert", "model", "new", *options)[0])["recipe"]
-    assert (recipe["expert_size"], recipe["routed_mass"], recipe["tail_rank"]) == (8, 0.7, QUICK["tail_rank"])
+    assert (recipe["expert_size"], recipe["router_rank"], recipe["tail_rank"]) == (8, 7, QUICK["tail_rank"])
 
 
 def test_evaluate_prints_what_json_holds(printed: Callable[..., tuple[str, str]]) -> None:
@@ -224,18 +225,17 @@ def test_evaluate_compares_lossless_decoding(printed: Callable[..., tuple[str, s
     assert "dense passes: " in text
 
 
-def test_json_has_null_for_what_is_infinite(printed: Callable[..., tuple[str, str]]) -> None:
-    text, _ = printed("evaluate", "bare", "--text", "text.jsonl", "--json")
+def test_json_has_null_for_what_is_no_number(printed: Callable[..., tuple[str, str]]) -> None:
+    text, _ = printed("evaluate", "all", "--text", "text.jsonl", "--json")
     figures = json.loads(text, parse_constant=pytest.fail)
-    assert figures["perplexity_sparse"] is None
-    assert figures["kl"] is None
+    assert figures["tail_rank_correlation"] is None  # of no tokens, since all are scored
     assert figures["perplexity_dense"] > 1
 
 
 def test_inspect_shows_experts_recipe_and_figures(printed: Callable[..., tuple[str, str]], here: Path) -> None:
     text, _ = printed("inspect", "out")
     lines = text.splitlines()
-    assert "6 experts of 16, 1 scored for a position" in text
+    assert "6 experts of 16, 1 picked for a position" in text
     for line in Recipe.from_yaml(here / "out" / "recipe.yaml").to_yaml().splitlines():
         assert f"  {line}" in lines
     agreement = json.loads((here / "out" / "figures.json").read_text())["agreement"]
@@ -296,7 +296,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "config cut": (lambda out: (out / "config.json").write_text('{"a'), ("cannot be read", "convert or fetch it")),
     "k above M": (lambda out: edit_config(out, num_experts_per_tok=7), ("cannot be read", "num_experts_per_tok")),
     "M no number": (lambda out: edit_config(out, num_experts="six"), ("cannot be read", "num_experts")),
-    "other sizes": (lambda out: edit_config(out, router_rank=5), ("does not load", "convert or fetch it again")),
+    "other sizes": (lambda out: edit_config(out, router_rank=50), ("does not load", "convert or fetch it again")),
     "random weights": (lambda out: max(out.glob("*.safetensors")).write_bytes(os.urandom(999)), ("does not load",)),
     "weights cut": (lambda out: truncate(min(out.glob("*.safetensors"))), ("does not load", "convert or fetch")),
     "lost shard": (lambda out: max(out.glob("*.safetensors")).unlink(), ("does not load", "convert or fetch")),

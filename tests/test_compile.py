@@ -21,8 +21,10 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def converted(tail: str, model_type: str = "llama", **choices: object) -> TopKExpertsForCausalLM:
-    return tiny_converted(tiny_dense(model_type), **{"tail": tail, "sparse_max_positions": 2, **choices})
+def converted(model_type: str = "llama", **choices: object) -> TopKExpertsForCausalLM:
+    """One that screens, with a packed router, as conversion makes them."""
+    chosen = {"num_rescored": 5, "router_packed": True, "sparse_max_positions": 2, **choices}
+    return tiny_converted(tiny_dense(model_type), **chosen)
 
 
 def generate(model: TopKExpertsForCausalLM, **choices: object) -> torch.Tensor:
@@ -40,13 +42,12 @@ def compiled_choices() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("model_type", "choices"),
     [
-        ("llama", {"tail": "low_rank"}),
-        ("llama", {"tail": "prior"}),
-        ("llama", {"tail": "none"}),
-        ("llama", {"tail": "low_rank", "routed_mass": 0.9}),
-        ("llama", {"tail": "prior", "combine": "learned"}),
-        ("llama", {"tail": "prior", "sparse_max_positions": 1}),  # a batch of two takes the dense path
-        ("gpt2", {"tail": "low_rank"}),
+        ("llama", {}),
+        ("llama", {"num_rescored": 256}),
+        ("llama", {"router_packed": False}),
+        ("llama", {"combine": "learned"}),
+        ("llama", {"sparse_max_positions": 1}),  # a batch of two takes the dense path
+        ("gpt2", {}),
     ],
 )
 def test_generate_with_a_static_cache_compiles_once_and_without_a_break(
@@ -64,7 +65,7 @@ def test_generate_with_a_static_cache_compiles_once_and_without_a_break(
 
 
 def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eager_mode() -> None:
-    model, sampling = converted("low_rank"), {"do_sample": True, "top_k": 0, "top_p": 0.9}
+    model, sampling = converted(), {"do_sample": True, "top_k": 0, "top_p": 0.9}
     torch.manual_seed(0)
     expected = generate(model, **sampling)
     for _ in range(2):
@@ -75,7 +76,7 @@ def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eage
 
 
 def test_a_model_compiled_as_a_whole_generates_the_tokens_of_eager_mode() -> None:
-    model = converted("low_rank")
+    model = converted()
     expected, dense = generate(model), model.base.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     assert generate(model, cache_implementation="static").equal(expected)

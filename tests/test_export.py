@@ -23,7 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def convert(model_type: str = "llama", **choices: Any) -> TopKExpertsForCausalLM:
     dense = tiny_dense(model_type, tied=False, **MODELS[model_type])
-    return tiny_converted(dense, **{"router_type": "mlp", "head_mode": "sparse", **choices})
+    return tiny_converted(dense, **{"num_rescored": 5, "router_packed": True, "head_mode": "sparse", **choices})
 
 
 def written_and_read(program: torch.export.ExportedProgram) -> Any:
@@ -35,16 +35,17 @@ def written_and_read(program: torch.export.ExportedProgram) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("mode", "tail", "combine", "length"),
+    ("mode", "num_rescored", "combine", "length"),
     [
-        ("sparse", "low_rank", "exact", 1),
-        ("sparse", "prior", "router", 5),
-        ("sparse", "none", "learned", 1),
-        ("dense", "low_rank", "exact", 5),
+        ("sparse", 5, "exact", 1),
+        ("sparse", 256, "exact", 5),
+        ("sparse", 256, "router", 5),
+        ("sparse", 256, "learned", 1),
+        ("dense", 5, "exact", 5),
     ],
 )
-def test_a_call_without_a_cache(mode: str, tail: str, combine: str, length: int) -> None:
-    model = convert(tail=tail, combine=combine, head_mode=mode, routed_mass=0.9)
+def test_a_call_without_a_cache(mode: str, num_rescored: int, combine: str, length: int) -> None:
+    model = convert(num_rescored=num_rescored, combine=combine, head_mode=mode)
     example = {"input_ids": IDS[:, :length], "attention_mask": torch.ones(1, length, dtype=torch.long)}
     with torch.no_grad():
         program = torch.export.export(model, (), {**example, "use_cache": False})

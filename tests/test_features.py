@@ -1,63 +1,59 @@
-"""What tokens share an expert by: rows, frequency and context, beside the plainest way to compute each."""
-
-import dataclasses
-import itertools
-from typing import get_args
+"""What tokens are always on, and which share an expert: beside the plainest way to compute the same."""
 
 import pytest
 import torch
-from helpers import QUICK, VOCAB_SIZE, tiny_converted, tiny_dense, tiny_tokenizer
+from helpers import VOCAB_SIZE, tiny_converted, tiny_dense
 from torch import Tensor
 
-from hf_topk.convert import Recipe, convert
+from hf_topk import TopKExpertsHead
+from hf_topk.convert import Recipe
 from hf_topk.convert import distill as distillation
-from hf_topk.convert.distill import groups_of, token_statistics
-from hf_topk.convert.features import choose_always_on, place_tokens, share_out
+from hf_topk.convert.distill import TokenStatistics, groups_of, token_statistics
+from hf_topk.convert.features import choose_always_on, place_tokens
 from hf_topk.convert.partition import partition
-from hf_topk.convert.recipe import PartitionType
-from hf_topk.text import Window
-
-PARTITIONS = get_args(PartitionType)
-ALWAYS_ON = torch.tensor([0, 3, 50, 51, 98])  # 95 are left: 6 experts of 16, the last of them one short
 
 
 def some_states(count: int = 40) -> Tensor:
     return torch.randn(count, 32, generator=torch.Generator().manual_seed(4))
 
 
-def shared_out(kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts, the weight and token probabilities."""
-    weight, states = tiny_dense().get_output_embeddings().weight.detach(), some_states()
-    statistics = token_statistics(states, weight, None)
-    recipe = Recipe(partition=kind, expert_size=16)
-    return share_out(recipe, ALWAYS_ON, weight, statistics), weight, statistics.probabilities
+def placed(seed: int = 0) -> tuple[TopKExpertsHead, TokenStatistics]:
+    """A head of 5 always-on tokens, which leaves 95: 6 experts of 16, the last of them one short."""
+    head = tiny_converted(num_always_on=5).head
+    statistics = token_statistics(some_states(), head.weight, None)
+    place_tokens(head, [0, 98], statistics, seed)
+    return head, statistics
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
-def test_every_routed_token_is_in_one_expert(kind: str) -> None:
-    experts, _, _ = shared_out(kind)
-    assert experts.shape == (6, 16)
+def test_every_routed_token_is_in_one_expert() -> None:
+    head, _ = placed()
+    experts = head.expert_ids
     kept = torch.ones_like(experts, dtype=torch.bool)
     kept[:, 1:] = experts[:, 1:] != experts[:, :1]
     assert (~kept).sum() == 1
     assert not kept[-1, -1]  # what fills the last expert up stands at its end
-    assert sorted([*experts[kept].tolist(), *ALWAYS_ON.tolist()]) == list(range(VOCAB_SIZE))
+    assert sorted([*experts[kept].tolist(), *head.always_on_ids.tolist()]) == list(range(VOCAB_SIZE))
 
 
-def test_frequency_puts_neighbours_in_rank_together() -> None:
-    experts, _, probabilities = shared_out("frequency")
-    for likelier, less_likely in itertools.pairwise(experts):
-        assert probabilities[likelier].min() >= probabilities[less_likely].max()
-    assert all((expert[:15].diff() > 0).all() for expert in experts)
+def test_experts_are_kmeans_on_the_contexts_of_the_routed_tokens() -> None:
+    for seed in (0, 1):
+        head, statistics = placed(seed)
+        routed = torch.tensor([token for token in range(VOCAB_SIZE) if token not in head.always_on_ids])
+        assert torch.equal(head.expert_ids, routed[partition(statistics.contexts[routed], 16, seed)])
+    assert not torch.equal(head.expert_ids, placed()[0].expert_ids)
 
 
-def test_rows_and_context_are_kmeans_on_their_features() -> None:
-    routed = torch.tensor([token for token in range(VOCAB_SIZE) if token not in ALWAYS_ON])
-    experts, weight, _ = shared_out("rows")
-    assert torch.equal(experts, routed[partition(weight[routed], 16, 0)])
-    experts, weight, _ = shared_out("context")
-    contexts = token_statistics(some_states(), weight, None).contexts
-    assert torch.equal(experts, routed[partition(contexts[routed], 16, 0)])
+def test_tokens_that_are_likely_in_the_same_contexts_share_an_expert() -> None:
+    """Tokens of four kinds, whose rows differ in length and which are likely where the others are not."""
+    head = tiny_converted(num_always_on=0, num_experts=4, expert_size=25).head
+    kinds = torch.arange(VOCAB_SIZE) % 4
+    generator = torch.Generator().manual_seed(6)
+    directions = torch.linalg.qr(torch.randn(32, 4, generator=generator)).Q.t()
+    lengths = torch.rand(VOCAB_SIZE, 1, generator=generator) + 1
+    weight = lengths * directions[kinds] * 3
+    states = (3 * directions).repeat(10, 1) + 0.1 * some_states()
+    place_tokens(head, [], token_statistics(states, weight, None), 0)
+    assert all(len(kinds[expert].unique()) == 1 for expert in head.expert_ids)
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -78,18 +74,6 @@ def test_a_token_that_is_likely_nowhere_has_a_context() -> None:
     assert token_statistics(some_states(), torch.ones(VOCAB_SIZE, 32), bias).contexts.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
-def test_a_conversion_follows_its_partition(kind: str) -> None:
-    generator = torch.Generator().manual_seed(3)
-    windows = [Window(n, tuple(torch.randint(VOCAB_SIZE, (40,), generator=generator).tolist())) for n in range(8)]
-    recipe = Recipe(**QUICK, partition=kind, num_always_on=0)
-    report = convert(tiny_dense(), tiny_tokenizer(), recipe, windows=windows)
-    assert report.recipe.partition == kind
-    other = dataclasses.replace(recipe, partition=PARTITIONS[PARTITIONS.index(kind) - 1])
-    ids = convert(tiny_dense(), tiny_tokenizer(), other, windows=windows).model.head.expert_ids
-    assert not torch.equal(report.model.head.expert_ids, ids)
-
-
 def test_special_tokens_are_always_on_before_likely_ones() -> None:
     probabilities = torch.linspace(0.1, 1, 10)
     assert choose_always_on(probabilities, [3, 1], 4).tolist() == [1, 3, 8, 9]
@@ -100,13 +84,12 @@ def test_special_tokens_are_always_on_before_likely_ones() -> None:
     assert choose_always_on(probabilities, [-1, 3], 2).tolist() == [3, 9]  # -1 says that there is none
 
 
-@pytest.mark.parametrize("kind", PARTITIONS)
 @pytest.mark.parametrize("num_always_on", [0, 1, 2, 8, 20])
-def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on: int, kind: str) -> None:
-    recipe = Recipe(expert_size=16, num_always_on=num_always_on, partition=kind).resolve(VOCAB_SIZE)
-    head = tiny_converted(num_experts=recipe.num_experts(VOCAB_SIZE), num_always_on=num_always_on).head
+def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on: int) -> None:
+    num_experts = Recipe(num_always_on=num_always_on).num_experts(VOCAB_SIZE)
+    head = tiny_converted(num_experts=num_experts, num_always_on=num_always_on).head
     specials = [7, 0, 1]
-    place_tokens(head, recipe, specials, token_statistics(some_states(), head.weight, None))
+    place_tokens(head, specials, token_statistics(some_states(), head.weight, None), 0)
     assert head.num_always_on == num_always_on
     assert set(specials[:num_always_on]) <= set(head.always_on_ids.tolist())
     assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))

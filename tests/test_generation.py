@@ -199,14 +199,6 @@ def test_logits_processor_sees_every_token(small: TopKExpertsForCausalLM) -> Non
     assert out[:, 5:].equal(torch.stack([scores.argmin(-1) for scores in seen], dim=1))
 
 
-def test_no_tail_generates_scored_tokens_alone(dense: PreTrainedModel) -> None:
-    model = convert(dense, num_experts_per_tok=1, tail="none")
-    out = generate(model, do_sample=True, top_k=0, return_dict_in_generate=True, output_logits=True)
-    for step, logits in enumerate(out.logits):
-        assert logits.isfinite().sum(-1).max() <= 8 + 16
-        assert logits.gather(1, out.sequences[:, 5 + step, None]).isfinite().all()
-
-
 def test_auto_is_sparse_for_one_row_and_dense_for_two(dense: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
     """Of a prompt `generate` asks for the last position alone."""
     model = convert(dense, num_experts_per_tok=1, head_mode="auto", sparse_max_positions=1)

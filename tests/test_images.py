@@ -41,7 +41,7 @@ def test_writes_about_an_image_as_the_dense_model_does(
         assert not any(info.values())
         torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
         assert continuation(model, inputs) == text
-        model.head.num_experts_per_tok = 5
+        model.head.num_experts_per_tok = 3
         assert continuation(model, inputs, lossless=True) == text
         assert 0 < model.last_generation_stats.accepted < model.last_generation_stats.drafted
     config = AutoConfig.from_pretrained(tmp_path).text_config

@@ -116,9 +116,9 @@ def test_unsure_router_ends_a_block(monkeypatch: pytest.MonkeyPatch, small: TopK
     assert stats_of(small) == LosslessStats(NEW_TOKENS, NEW_TOKENS, NEW_TOKENS, 0, 0)
 
 
-def test_combinations_of_tail_and_logits(llama: PreTrainedModel) -> None:
+def test_other_ways_to_make_logits(llama: PreTrainedModel) -> None:
     expected = generate(llama, **SAMPLED)
-    for choices in ({"tail": "none"}, {"tail": "prior"}, {"combine": "router"}, {"combine": "learned"}):
+    for choices in ({"num_rescored": 256}, {"router_packed": False}, {"combine": "router"}, {"combine": "learned"}):
         model = convert(llama, **choices)
         assert generate(model, **SAMPLED, lossless=True).equal(expected)
         assert stats_of(model).drafted > 0
@@ -205,11 +205,10 @@ def test_returned_parts_are_the_dense_ones(way: str, dense: PreTrainedModel, mod
     assert int(ours.past_key_values.get_seq_length()) == int(theirs.past_key_values.get_seq_length())
 
 
-def test_probabilities_are_finite_without_a_tail(llama: PreTrainedModel) -> None:
-    """Drafts from which everything was taken must not raise."""
-    model = convert(llama, num_experts_per_tok=1, tail="none", num_always_on=0, num_experts=7)
-    choices = {**SAMPLED, "bad_words_ids": [[token] for token in range(10, 98)]}
-    for more in ({}, {"top_h": 0.5}):
+def test_drafts_are_possible_where_nothing_is_allowed_that_was_scored(llama: PreTrainedModel) -> None:
+    model = convert(llama, num_experts_per_tok=1, num_rescored=2, num_always_on=0, num_experts=7)
+    choices = {"bad_words_ids": [[token] for token in range(10, 98)]}
+    for more in (SAMPLED, {**SAMPLED, "top_h": 0.5}, {"do_sample": False}):
         expected = generate(llama, **choices, **more)
         assert generate(model, **choices, **more, lossless=True).equal(expected)
         assert stats_of(model).drafted > 0

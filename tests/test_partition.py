@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 from hf_topk.convert import partition as module
+from hf_topk.convert.bisection import bisect
 from hf_topk.convert.partition import _Auction, _Rows, partition
 from hf_topk.errors import InputError
 
@@ -64,7 +65,7 @@ def exact_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int
 def auctioned_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int, finest: float) -> torch.Tensor:
     """The auction alone, on given centroids, with ever finer raises."""
     rows = _Rows(features, torch.arange(len(features)), torch.zeros(features.shape[1]), 1.0)
-    auction = _Auction(rows, expert_size, centroids, torch.zeros(len(centroids)))
+    auction = _Auction(rows, expert_size, centroids)
     auction.look_around(lambda amount=1: None)
     for least_raise in (1e-1, 1e-2, finest):
         auction.run(least_raise, 100_000, lambda amount=1: None)
@@ -128,13 +129,13 @@ def test_quality_is_that_of_exact_assignments_on_clusters_far_apart():
     assert ours < 1.1 * inertia(features, home)
 
 
-def test_a_sample_first_is_about_as_good(monkeypatch):
+def test_bisection_first_is_about_as_good(monkeypatch):
     features = clusters(2000, 60, 16)
     whole = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
     monkeypatch.setattr(module, "ALTERNATION_FLOPS", 1.0)
     monkeypatch.setattr(module, "KMEANS_FLOPS", 1.0)
-    sampled = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
-    assert sampled < 1.05 * whole
+    bisected = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
+    assert bisected < 1.05 * whole
 
 
 @pytest.mark.parametrize("num_tokens", [60, 53])
@@ -222,3 +223,19 @@ def test_an_expert_without_slots_is_refused(size):
 def test_what_is_no_matrix_of_floats_is_refused(features):
     with pytest.raises(InputError, match="features must be floats of shape"):
         partition(features, 2, seed=0)
+
+
+@given(num_tokens=st.integers(1, 90), expert_size=st.integers(1, 20), d=st.integers(1, 6), seed=st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_bisection_fills_all_experts_but_the_last(num_tokens, expert_size, d, seed):
+    rows = torch.randn(num_tokens, d, generator=torch.Generator().manual_seed(seed))
+    num_experts = math.ceil(num_tokens / expert_size)
+    sizes = bisect(rows, num_experts, expert_size).bincount(minlength=num_experts).tolist()
+    assert sizes == [expert_size] * (num_experts - 1) + [num_tokens - expert_size * (num_experts - 1)]
+
+
+def test_bisection_cuts_between_groups_that_lie_apart():
+    of = torch.arange(8).repeat_interleave(12)[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
+    corners = torch.tensor([[x, y, z] for x in (-9.0, 9.0) for y in (-9.5, 9.5) for z in (-10.0, 10.0)])
+    home = bisect(corners[of] + torch.rand(96, 3, generator=torch.Generator().manual_seed(1)), 8, 12)
+    assert all(len(of[home == expert].unique()) == 1 for expert in range(8))

@@ -10,9 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_topk.configuration_topk_experts import CombineType, RouterType, TailType
+from hf_topk.configuration_topk_experts import CombineType
 from hf_topk.convert import Recipe
-from hf_topk.convert.recipe import PartitionType
 from hf_topk.errors import InputError
 
 SIZES = st.integers(1, 10**6)
@@ -25,13 +24,12 @@ RECIPES = st.builds(
     expert_size=SIZES,
     num_experts_per_tok=st.none() | SIZES,
     num_always_on=st.none() | st.integers(0, 10**6),
-    partition=st.sampled_from(get_args(PartitionType)),
-    router=st.sampled_from(get_args(RouterType)),
-    router_rank=st.none() | SIZES,
-    tail=st.sampled_from(get_args(TailType)),
+    target_agreement=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
+    router_rank=SIZES,
     tail_rank=SIZES,
+    num_rescored=st.none() | SIZES,
     combine=st.sampled_from(get_args(CombineType)),
-    sparse_max_positions=st.integers(0, 10**6),
+    sparse_max_positions=st.none() | st.integers(0, 10**6),
     distill_steps=SIZES,
     batch_size=SIZES,
     learning_rate=st.floats(1e-300, 1e300),
@@ -72,7 +70,7 @@ def test_an_empty_file_is_all_defaults(content: str, tmp_path: Path) -> None:
 def test_choices_left_out_keep_their_defaults() -> None:
     recipe = Recipe.from_dict({"expert_size": 64})
     assert recipe == dataclasses.replace(Recipe(), expert_size=64)
-    assert (recipe.text, recipe.tail, recipe.combine) == ("mixed", "low_rank", "exact")
+    assert (recipe.text, recipe.combine, recipe.tail_rank) == ("mixed", "exact", 288)
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-3", 0.001), ("1", 1.0), ("0.5", 0.5)])
@@ -84,17 +82,26 @@ def test_a_file_writes_a_learning_rate_as_people_do(written: str, value: float, 
 # What depends on the dense model
 
 
-def test_resolving_fills_in_every_choice() -> None:
+# What is measured, and what it is measured against.
+LEFT_OPEN = {
+    "num_experts_per_tok",
+    "num_rescored",
+    "sparse_max_positions",
+    "target_agreement",
+    "max_bytes_read",
+}
+
+
+def test_resolving_fills_in_all_but_what_is_measured() -> None:
     recipe = Recipe().resolve(32_768)
-    open_choices = {name for name, value in recipe.to_dict().items() if value is None}
-    assert open_choices == {"target_agreement", "max_bytes_read", "sparse_max_positions"}
-    assert (recipe.num_always_on, recipe.num_experts_per_tok, recipe.router_rank) == (256, 8, 256)
-    assert recipe.num_experts(32_768) == 254
+    assert {name for name, value in recipe.to_dict().items() if value is None} == LEFT_OPEN
+    assert recipe.num_always_on == 256
+    assert recipe.num_experts(32_768) == 2032
 
 
-def test_a_target_leaves_the_number_of_experts_open() -> None:
-    assert Recipe(target_agreement=0.9).resolve(1000).num_experts_per_tok is None
-    assert Recipe(target_agreement=0.9, num_experts_per_tok=3).resolve(1000).num_experts_per_tok == 3
+@pytest.mark.parametrize("name", ["num_experts_per_tok", "num_rescored", "sparse_max_positions"])
+def test_resolving_leaves_what_was_chosen(name: str) -> None:
+    assert Recipe(**{name: 3}).resolve(1000).to_dict() == {**Recipe().resolve(1000).to_dict(), name: 3}
 
 
 @given(RECIPES, st.integers(2, 10**6))
@@ -110,7 +117,8 @@ def test_resolving_leaves_a_head_that_fits(recipe: Recipe, vocab_size: int) -> N
         return
     experts = resolved.num_experts(vocab_size)
     routed = vocab_size - resolved.num_always_on
-    assert 1 <= resolved.num_experts_per_tok <= experts
+    assert 1 <= (resolved.num_experts_per_tok or 1) <= experts
+    assert resolved.num_experts_per_tok == recipe.num_experts_per_tok
     assert 0 <= resolved.num_always_on < vocab_size
     assert routed <= experts * resolved.expert_size < routed + resolved.expert_size
     assert resolved.resolve(vocab_size) == resolved
@@ -123,12 +131,6 @@ def test_experts_come_out_even_unless_told_otherwise(expert_size: int, experts: 
     routed = vocab_size - resolved.num_always_on
     assert routed % expert_size == 0
     assert resolved.num_always_on < min(256, vocab_size / 32) + expert_size
-
-
-@pytest.mark.parametrize(("router", "rank"), [("attention", 4), ("low_rank", 32), ("mlp", 256)])
-def test_each_router_has_a_rank_of_its_own(router: Any, rank: int) -> None:
-    assert Recipe(router=router).resolve(1000).router_rank == rank
-    assert Recipe(router=router, router_rank=7).resolve(1000).router_rank == 7
 
 
 def test_windows_are_no_longer_than_the_model_reads() -> None:
@@ -160,11 +162,10 @@ def test_refuses_sizes_that_do_not_fit_the_vocabulary(choices: dict[str, Any], p
     [
         ({"experts_size": 16}, "expert_size"),
         ({"num_experts_per_token": 2}, "num_experts_per_tok"),
-        ({"Router": "mlp"}, "router"),
+        ({"Router_rank": 8}, "router_rank"),
         ({"window-length": 16}, "window_length"),
-        ({"router": "lowrank"}, "low_rank"),
-        ({"router": "attn"}, "attention"),
-        ({"tail": "priors"}, "prior"),
+        ({"router": "low_rank"}, "router_rank"),  # which earlier versions had
+        ({"tail": "prior"}, "tail_rank"),
         ({"combine": "learnt"}, "learned"),
     ],
 )
@@ -173,7 +174,7 @@ def test_suggests_what_was_likely_meant(wrong: dict[str, Any], meant: str) -> No
         Recipe.from_dict(wrong)
 
 
-@pytest.mark.parametrize(("wrong", "known"), [({"zorglub": 1}, "held_out"), ({"tail": "zorglub"}, "low_rank")])
+@pytest.mark.parametrize(("wrong", "known"), [({"zorglub": 1}, "held_out"), ({"combine": "zorglub"}, "learned")])
 def test_lists_all_where_nothing_is_near(wrong: dict[str, Any], known: str) -> None:
     with pytest.raises(InputError, match=f"'zorglub': choose one of .*{known}"):
         Recipe.from_dict(wrong)
@@ -196,7 +197,7 @@ def test_refuses_what_only_looks_like_a_whole_number(value: object) -> None:
     ("name", "value"),
     [
         *((name, 0) for name in ("positions", "expert_size", "tail_rank", "distill_steps", "batch_size")),
-        *((name, 0) for name in ("num_experts_per_tok", "router_rank")),
+        *((name, 0) for name in ("num_experts_per_tok", "num_rescored", "router_rank")),
         *((name, -1) for name in ("num_always_on", "sparse_max_positions", "seed")),
         ("seed", 2**63),
         ("window_length", 1),
@@ -207,3 +208,18 @@ def test_refuses_what_only_looks_like_a_whole_number(value: object) -> None:
 def test_refuses_a_value_out_of_range(name: str, value: float) -> None:
     with pytest.raises(InputError, match=rf"{name} is .*{value}.*must be"):
         Recipe.from_dict({name: value})
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"target_agreement": 99.5}, "target_agreement is 99.5, must be a share above 0 and below 1"),
+        ({"target_agreement": 0}, "target_agreement is 0"),
+        ({"target_agreement": 0.9, "max_bytes_read": 1.5}, "max_bytes_read is 1.5"),
+        ({"max_bytes_read": 0.1}, "need a target_agreement"),
+        ({"allow_below_target": True}, "need a target_agreement"),
+    ],
+)
+def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Recipe.from_dict(choices)

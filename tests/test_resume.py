@@ -11,7 +11,7 @@ import torch
 from helpers import QUICK, check_refused, contents, run_main, tiny_checkpoint, tiny_dense, tiny_text
 from transformers import LlamaForCausalLM
 
-from hf_topk.convert import Recipe, convert_checkpoint, hidden_states, mixed_sample, pipeline
+from hf_topk.convert import Recipe, convert_checkpoint, hidden_states, pipeline
 
 ARGUMENTS = ("convert", "model", "out", "--recipe", "recipe.yaml")
 WINDOWS_AT_ONCE = 2
@@ -23,7 +23,6 @@ Uninterrupted = tuple[dict[str, bytes | None], int]
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden_states, "POSITIONS_AT_ONCE", 32 * WINDOWS_AT_ONCE)
     monkeypatch.setattr(hidden_states.batches_of, "__defaults__", (32 * WINDOWS_AT_ONCE,))
-    monkeypatch.setattr(mixed_sample, "ANSWERS_AT_ONCE", 2)
 
 
 @pytest.fixture(params=["text.jsonl", "mixed"])
@@ -61,22 +60,6 @@ class Passes:
             return honest(model, *arguments, **choices)
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-
-
-class Batches:
-    """Counts the batches of answers that the model writes, and interrupts one of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt_at: int | None = None) -> None:
-        self.count = 0
-        honest = mixed_sample._write_answers
-
-        def write(*arguments: Any) -> Any:
-            self.count += 1
-            if self.count == interrupt_at:
-                raise KeyboardInterrupt
-            return honest(*arguments)
-
-        monkeypatch.setattr(mixed_sample, "_write_answers", write)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
@@ -117,33 +100,11 @@ def test_goes_on_with_hidden_states(
         assert run(patched) == 130
     assert {name for name in contents(here) if not name.startswith(".out.work")} == set(before)
     with monkeypatch.context() as patched:
-        rest, batches = Passes(patched), Batches(patched)
+        rest = Passes(patched)
         assert run(patched, "--resume") == 0
     assert rest.count == all_passes - (interrupt_at - 2)  # the first is a check that each run makes
-    assert batches.count == 0
     assert result(here) == expected
     assert not (here / ".out.work").exists()
-
-
-@pytest.mark.parametrize("here", ["mixed"], indirect=True)
-def test_goes_on_with_its_own_answers(
-    here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        first = Batches(patched, interrupt_at=3)
-        assert run(patched) == 130
-    sample = here / ".out.work" / "sample.jsonl"
-    assert len(sample.read_text().splitlines()) == first.count - 1 == 2
-    with sample.open("a") as file:
-        file.write("[[1, 2, 3")  # what an interruption may leave of a line
-    with monkeypatch.context() as patched:
-        Batches(patched, interrupt_at=2)
-        assert run(patched, "--resume") == 130
-    with monkeypatch.context() as patched:
-        rest = Batches(patched)
-        assert run(patched, "--resume") == 0
-    assert rest.count >= 1
-    assert result(here) == uninterrupted[0]
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
@@ -247,7 +208,7 @@ CHANGES = {
     "end of text": lambda folder: (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 5}'),
     "text": lambda folder: tiny_text(folder / "text.jsonl", documents=5),
     "seed": lambda folder: write_recipe(folder, text="text.jsonl", seed=1),
-    "router": lambda folder: write_recipe(folder, text="text.jsonl", router="linear"),
+    "tail_rank": lambda folder: write_recipe(folder, text="text.jsonl", tail_rank=7),
     "batch_size, learning_rate": lambda folder: write_recipe(
         folder, text="text.jsonl", batch_size=8, learning_rate=0.5
     ),

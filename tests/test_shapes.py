@@ -6,9 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from hf_topk.convert import Recipe
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.random_experts import SHARE_OF_ROWS, config_at_random, convert_at_random
+from hf_topk.measure.random_experts import (
+    NUM_RESCORED,
+    SHARE_OF_EXPERTS,
+    config_at_random,
+    convert_at_random,
+    random_states,
+)
 from hf_topk.measure.shapes import SHAPES, random_model, shape_config
 
 PARAMETERS = {
@@ -66,15 +73,14 @@ def test_shapes_have_what_parameter_counts_do_not_tell(
     assert config.max_position_embeddings == positions
 
 
-@pytest.mark.parametrize("tail", ["prior", "low_rank"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_conversion_adds_is_a_twentieth_of_the_head(shape: str, tail: str) -> None:
+def test_what_conversion_adds_is_a_ninth_of_the_head_and_what_it_reads_a_twentieth(shape: str) -> None:
     config = config_at_random(shape_config(shape))
-    config.tail = tail
     with torch.device("meta"):
         head = TopKExpertsHead(nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False), config)
     head.bfloat16()
-    assert head.added_bytes() <= 0.05 * head.dense_bytes()
+    assert head.added_bytes() <= head.dense_bytes() / 9
+    assert head.bytes_read() <= head.dense_bytes() / 20
 
 
 def test_gemma_attends_to_all_in_one_layer_of_six() -> None:
@@ -114,9 +120,37 @@ def test_a_random_conversion_is_whole_and_shares_the_weights(
     dense = random_model(tiny_shape, torch.float32)
     head = convert_at_random(dense).head
     assert head.weight is dense.get_output_embeddings().weight
-    assert torch.cat([head.always_on_ids, head.expert_ids.flatten()]).unique().tolist() == list(range(20_000))
-    rows = head.num_always_on + head.num_experts_per_tok * head.expert_size
-    assert 0 <= rows - SHARE_OF_ROWS * 20_000 < head.expert_size
-    assert head.router.mean_rows.dtype == torch.int8
-    one, other = (set(some.tolist()) for some in head.pick(torch.randn(2, 32)).experts)
-    assert one != other
+    assert torch.cat([head.always_on_ids, head.expert_ids.flatten()]).sort().values.tolist() == list(range(20_000))
+    assert head.router.rows is None
+
+
+@pytest.mark.parametrize("shape", ["smollm2-135m", "gemma-3-270m"])
+def test_a_random_conversion_has_the_sizes_of_one_by_default(shape: str) -> None:
+    config = config_at_random(shape_config(shape))
+    recipe = Recipe().resolve(config.vocab_size)
+    for name in ("expert_size", "num_always_on", "router_rank", "tail_rank"):
+        assert getattr(config, name) == getattr(recipe, name)
+    assert config.router_packed
+    assert config.num_experts == recipe.num_experts(config.vocab_size)
+    assert config.num_experts_per_tok == round(SHARE_OF_EXPERTS * config.num_experts)
+    assert config.num_rescored == NUM_RESCORED < config.num_experts_per_tok * config.expert_size
+
+
+def test_few_experts_are_rescored_whole(tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, tiny_shape, {**TINY, "vocab_size": 1000})
+    config = config_at_random(shape_config(tiny_shape))
+    assert config.num_rescored == config.num_experts_per_tok * config.expert_size < NUM_RESCORED
+    assert TopKExpertsHead(nn.Linear(32, 1000, bias=False), config).screens is False
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_scores_and_screens_differ_as_they_are_said_to(dtype: torch.dtype, tiny_shape: str) -> None:
+    head = convert_at_random(random_model(tiny_shape, dtype)).head
+    states = random_states(head)
+    assert head.router(states).std(dim=-1).mean() == pytest.approx(1.0, abs=0.15)
+    picked = head.pick(states)
+    assert head.tail.screen(states, picked.experts).std(dim=-1).mean() == pytest.approx(0.5, abs=0.1)
+    one, other = (set(some.tolist()) for some in picked.experts[:2])
+    assert len(one & other) < 0.5 * len(one)
+    one, other = (set(some.tolist()) for some in head.score(states[:2]).ids)
+    assert len(one & other) < 0.5 * len(one)

@@ -21,6 +21,7 @@ from .baselines import BASELINES, has_compiler
 from .bench_decode import Decoding, step_overheads
 from .bench_head import Heads
 from .competitors import Competitors
+from .crossover import fastest_up_to
 from .timing import Spread
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -65,10 +66,7 @@ class Choices:
 
 @torch.inference_mode()
 def bench(
-    own: TopKExpertsForCausalLM,
-    states_of: Callable[[Competitors], Tensor],
-    choices: Choices | None = None,
-    experts_as_flashhead: int | None = None,
+    own: TopKExpertsForCausalLM, states_of: Callable[[Competitors], Tensor], choices: Choices | None = None
 ) -> Figures:
     """Measure a converted model beside its dense model and the methods of others.
 
@@ -77,7 +75,6 @@ def bench(
             measured anew.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
-        experts_as_flashhead: with how many experts the model agrees as often as FlashHead's method, if that is known.
 
     Returns:
         Figures by name, ready for JSON; null for what was left out. Under `ratios`, `a_over_b` says how many times as
@@ -86,11 +83,11 @@ def bench(
     choices = choices or Choices()
     models = Competitors.of(own)
     states = states_of(models)
-    models.choose_sparse_max_positions(states)
+    own.head.sparse_max_positions = fastest_up_to(own.head, states)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
-    heads, rounds = Heads(models, states, choices.without, experts_as_flashhead), choices.rounds * HEAD_ROUNDS_A_ROUND
+    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
     timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
     timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
@@ -109,13 +106,8 @@ def bench(
             "acceptance": stats.acceptance,
         },
         "tail_share": heads.tail_share(),
-        "sparse_max_positions": {
-            name: getattr(models, name).head.sparse_max_positions
-            for name in ("sparse", "sparse_default_tail")
-            if getattr(models, name) is not None
-        },
-        "added_memory_share": models.sparse.head.added_bytes() / own.head.dense_bytes(),
-        "added_memory_share_default_tail": own.head.added_bytes() / own.head.dense_bytes(),
+        "sparse_max_positions": own.head.sparse_max_positions,
+        "added_memory_share": own.head.added_bytes() / own.head.dense_bytes(),
         "step_overhead_ms": {name: 1000 * seconds for name, seconds in step_overheads().items()},
         "spread": {
             **{name: one.quartiles() for name, one in timed.items()},
@@ -187,8 +179,8 @@ def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
             "num_experts": head.num_experts,
             "expert_size": head.expert_size,
             "num_experts_per_tok": head.num_experts_per_tok,
+            "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
             "num_always_on": head.num_always_on,
-            "tail": own.config.tail,
         },
     }
 

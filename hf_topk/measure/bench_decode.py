@@ -29,7 +29,7 @@ class Decoding:
     """Decodes with each of the competitors in turn, and says how many tokens a second each writes.
 
     Attributes:
-        stats: what lossless decoding with tail `prior` took after the first token of each text, over all rounds.
+        stats: what lossless decoding took after the first token of each text, over all rounds.
     """
 
     def __init__(self, models: Competitors, rounds: int) -> None:
@@ -45,23 +45,19 @@ class Decoding:
 
     def greedy(self) -> dict[str, Spread]:
         """Greedy decoding in eager mode, lossless too."""
-        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head")
+        decoders = self._decoders("dense", "sparse", "no_head")
         decoders["lossless"] = self._counted(_decoder(self._models.sparse, lossless=True))
-        if self._models.sparse_default_tail is not None:
-            decoders["lossless_default_tail"] = _decoder(self._models.sparse_default_tail, lossless=True)
         return self._measure(decoders, "Decoding")
 
     def sampling(self) -> dict[str, Spread]:
         """Sampling with a temperature and top-p."""
-        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **SAMPLING)
+        decoders = self._decoders("dense", "sparse", "no_head", **SAMPLING)
         return self._measure(decoders, "Sampling")
 
     def batch(self, size: int) -> dict[str, Spread]:
         """Greedy decoding of several sequences at once, in head mode "auto"."""
-        decoders = self._decoders("dense", "sparse", "sparse_default_tail", head_mode="auto")
-        names = {"dense": "dense", "sparse": "auto", "sparse_default_tail": "auto_default_tail"}
-        renamed = {names[name]: decoder for name, decoder in decoders.items()}
-        return self._measure(renamed, f"Decoding a batch of {size}", size)
+        decoders = {"dense": _decoder(self._models.dense), "auto": _decoder(self._models.sparse, "auto")}
+        return self._measure(decoders, f"Decoding a batch of {size}", size)
 
     def compiled(self, backend: str = "inductor") -> dict[str, Spread]:
         """Greedy decoding compiled as a whole, with a static cache, by `generate` itself.
@@ -72,12 +68,11 @@ class Decoding:
         compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
         compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
         choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
-        decoders = self._decoders("dense", "sparse", "sparse_default_tail", "no_head", **choices)
+        decoders = self._decoders("dense", "sparse", "no_head", **choices)
         return self._measure(decoders, "Decoding, compiled")
 
-    def _decoders(self, *names: str, head_mode: HeadMode = "sparse", **choices: Any) -> dict[str, Decoder]:
-        models = {name: getattr(self._models, name) for name in names}
-        return {name: _decoder(model, head_mode, **choices) for name, model in models.items() if model is not None}
+    def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:
+        return {name: _decoder(getattr(self._models, name), **choices) for name in names}
 
     def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
         def prompts() -> Tensor:
@@ -124,15 +119,18 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
     """
     sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_attention_heads=1))
-    choices: dict[str, Any] = {
-        "num_experts": 15,
-        "expert_size": 16,
-        "num_always_on": 16,
-        "router_type": "mlp",
-        "tail": "prior",
-    }
-    wrapped = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(text_config=dense.config, **choices))
-    wrapped.head.router.to_int8(torch.float32)
+    config = TopKExpertsConfig(
+        text_config=dense.config,
+        num_experts=15,
+        expert_size=16,
+        num_experts_per_tok=4,
+        num_always_on=16,
+        router_rank=12,
+        router_packed=True,
+        tail_rank=12,
+        num_rescored=32,  # of 64, so that there is a screen, as there mostly is
+    )
+    wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
     wrapped.head.weight[wrapped.head.always_on_ids] *= LIKELIER  # as mostly in text, the tail cannot win
     models = Competitors.of(wrapped)
     no_head = NoHead(256, torch.float32)

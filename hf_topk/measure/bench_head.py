@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..head import TopKExpertsHead
-from ..kernels import shared_rows_dot
+from ..kernels import gather_dot, shared_rows_dot
 from ..lossless import LosslessStats
 from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
 from .competitors import Competitors
@@ -32,25 +32,16 @@ class Heads:
         states: hidden states that they are timed on, [P, d].
     """
 
-    def __init__(
-        self,
-        models: Competitors,
-        states: Tensor,
-        without: tuple[str, ...] = (),
-        experts_as_flashhead: int | None = None,
-    ) -> None:
+    def __init__(self, models: Competitors, states: Tensor, without: tuple[str, ...] = ()) -> None:
         """Build the baselines that are not left out; those whose package is missing are, with a line on stderr.
 
         Args:
             models: the competitors.
             states: hidden states to time them on, [P, d], in the type of the head.
             without: names of baselines to leave out.
-            experts_as_flashhead: with how many experts ours agrees as often as FlashHead's method, if that is known.
         """
         self.states = states
-        self._experts_as_flashhead = experts_as_flashhead
         self._sparse = models.sparse.head
-        self._default = None if models.sparse_default_tail is None else models.sparse_default_tail.head
         weight, bias = self._sparse.weight.detach(), self._sparse.bias
         self._runs: dict[str, Head] = {
             f"dense_{str(dtype).removeprefix('torch.')}": _dense(weight, bias, dtype)
@@ -98,13 +89,8 @@ class Heads:
         return spreads
 
     def _sparse_runs(self) -> dict[str, Head]:
-        heads = {"": self._sparse} | ({} if self._default is None else {"_default_tail": self._default})
-        runs: dict[str, Head] = {}
-        for tail, head in heads.items():
-            runs[f"sparse{tail}"] = head.greedy_logits
-            runs[f"sparse{tail}_all_logits"] = head.sparse_logits
-            runs[f"auto{tail}"] = _auto(head)
-        return runs
+        head = self._sparse
+        return {"sparse": head.greedy_logits, "sparse_all_logits": head.sparse_logits, "auto": _auto(head)}
 
     def prompt(self, rounds: int) -> dict[str, Spread]:
         """Time the dense head and ours in head mode "auto" on as many positions as a prompt has.
@@ -116,8 +102,6 @@ class Heads:
             Seconds a call, by name.
         """
         runs: dict[str, Head] = {"dense": self._sparse.dense_logits, "auto": _auto(self._sparse)}
-        if self._default is not None:
-            runs["auto_default_tail"] = _auto(self._default)
         return head_seconds(runs, self.states, PROMPT_POSITIONS, rounds, f"Timing the head, {PROMPT_POSITIONS} at once")
 
     def tail_share(self) -> float:
@@ -144,12 +128,8 @@ class Heads:
             "dense_block": lambda _: self._sparse.dense_logits(block),
             **_parts(self._sparse, self.states),
         }
-        if self._experts_as_flashhead is not None:
-            extra["sparse_as_flashhead"] = _with_experts(self._sparse, self._experts_as_flashhead)
         if is_compiled:
             runs = {"dense": self._sparse.dense_logits, "sparse": self._sparse.sparse_logits}
-            if self._default is not None:
-                runs["sparse_default_tail"] = self._default.sparse_logits
             extra |= {f"{name}_compiled": compiled(run, self.states[:1]) for name, run in runs.items()}
         spreads = self._time(1, rounds, extra)
         draft, dense = spreads["draft"], spreads["dense_block"]
@@ -173,32 +153,28 @@ def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
 
 
 def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
-    """Parts of the sparse head by themselves: the router, the copy of the rows that are scored, and that with products.
+    """Parts of the sparse head by themselves: router, screen, the copy of the rows scored, and that with products.
 
-    The rows are those that other states pick, found beforehand.
+    Experts and rows are those that other states pick, found beforehand.
     """
-    picked = itertools.cycle(head.pick(states[:PICKS]).experts.split(1))
+    scored = head.score(states[:PICKS])
+    picked, rows = itertools.cycle(scored.experts.split(1)), itertools.cycle(scored.ids.flatten(1).split(1))
+
+    def screen(hidden: Tensor) -> Tensor:
+        return head.tail.screen(hidden, next(picked))
 
     def gather(_: Tensor) -> Tensor:
-        return head.weight.index_select(0, head.scored_ids(next(picked))[0])
+        return head.weight.index_select(0, torch.cat([head.always_on_ids, next(rows)[0]]))
 
-    def gather_dot(hidden: Tensor) -> Tensor:
-        return shared_rows_dot(hidden, head.weight, head.bias, head.scored_ids(next(picked))[0])
+    def multiply(hidden: Tensor) -> Any:
+        always, routed = head.always_on_ids, next(rows)
+        if not head.screens:
+            return shared_rows_dot(hidden, head.weight, head.bias, torch.cat([always, routed[0]]))
+        of_always = shared_rows_dot(hidden, head.weight, head.bias, always)
+        return of_always, gather_dot(hidden, head.weight, head.bias, routed)
 
-    return {"part_router": head.router, "part_gather": gather, "part_gather_dot": gather_dot}
-
-
-def _with_experts(head: TopKExpertsHead, num_experts: int) -> Head:
-    """The sparse head, as greedy decoding runs it, with so many experts scored."""
-
-    def run(hidden: Tensor) -> Tensor:
-        before, head.num_experts_per_tok = head.num_experts_per_tok, num_experts
-        try:
-            return head.greedy_logits(hidden)
-        finally:
-            head.num_experts_per_tok = before
-
-    return run
+    of_screen: dict[str, Head] = {"part_screen": screen} if head.screens else {}
+    return {"part_router": head.router, **of_screen, "part_gather": gather, "part_gather_dot": multiply}
 
 
 def _auto(head: TopKExpertsHead) -> Head:

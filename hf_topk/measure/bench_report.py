@@ -13,20 +13,15 @@ NAMES = {
     "int8": "int8 (torchao)",
     "flashhead": "FlashHead's method",
     "hnsw": "HNSW",
-    "sparse": "sparse, tail prior",
-    "sparse_as_flashhead": "sparse, tail prior, at FlashHead's agreement",
-    "sparse_all_logits": "sparse, tail prior, all logits",
-    "sparse_compiled": "sparse, tail prior, all logits, compiled",
-    "sparse_default_tail": "sparse, default tail",
-    "sparse_default_tail_all_logits": "sparse, default tail, all logits",
-    "sparse_default_tail_compiled": "sparse, default tail, all logits, compiled",
-    "auto": "auto, tail prior",
-    "auto_default_tail": "auto, default tail",
+    "sparse": "sparse",
+    "sparse_all_logits": "sparse, all logits",
+    "sparse_compiled": "sparse, all logits, compiled",
+    "auto": "auto",
     "part_router": "of sparse: the router",
+    "part_screen": "of sparse: the screen",
     "part_gather": "of sparse: copying the rows scored",
     "part_gather_dot": "of sparse: copying and multiplying them",
-    "lossless": "lossless, tail prior",
-    "lossless_default_tail": "lossless, default tail",
+    "lossless": "lossless",
     "no_head": "no head (the ceiling)",
 }
 
@@ -61,18 +56,17 @@ def tables(figures: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
 
 def _circumstances(figures: dict[str, Any]) -> Rows:
     sizes, lossless, overhead = figures["sizes"], figures["lossless"], figures["step_overhead_ms"]
-    scored = sizes["num_always_on"] + sizes["num_experts_per_tok"] * sizes["expert_size"]
+    scored = sizes["num_always_on"] + sizes["num_rescored"]
     return {
         "machine": f"{figures['machine']}; {figures['threads']} threads, {figures['dtype']}",
         "versions": ", ".join(f"{name} {number}" for name, number in figures["versions"].items()),
         "head": f"{sizes['vocab_size']:,} x {sizes['hidden_size']:,}; {scored:,} rows scored "
-        f"({scored / sizes['vocab_size']:.1%}): {sizes['num_experts_per_tok']} of {sizes['num_experts']:,} experts of "
-        f"{sizes['expert_size']}, {sizes['num_always_on']} always-on tokens",
+        f"({scored / sizes['vocab_size']:.1%}): {sizes['num_always_on']:,} always-on tokens, "
+        f"{sizes['num_rescored']:,} in {sizes['num_experts_per_tok']:,} of {sizes['num_experts']:,} experts of "
+        f"{sizes['expert_size']:,}",
         "tail": f"could win, and is computed in greedy decoding, at {figures['tail_share']:.1%} of the positions",
-        "auto": "sparse up to "
-        + ", ".join(f"{most} positions ({NAMES[name]})" for name, most in figures["sparse_max_positions"].items()),
-        "added memory": f"{figures['added_memory_share']:.1%} of the head with tail prior, "
-        f"{figures['added_memory_share_default_tail']:.1%} with tail {sizes['tail']}",
+        "auto": f"sparse up to {figures['sparse_max_positions']:,} positions",
+        "added memory": f"{figures['added_memory_share']:.1%} of the head",
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "
         f"{lossless['body_steps_per_token']:.3f} steps of the body a token, {lossless['acceptance']:.1%} of the drafts "
         "accepted",

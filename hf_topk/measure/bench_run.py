@@ -13,7 +13,7 @@ from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
 from .bench_plot import check_plot, write_plot
 from .competitors import Competitors, recorded_states
-from .random_experts import SHARE_AS_FLASHHEAD, STATES, convert_at_random, experts_of_share, random_states
+from .random_experts import STATES, convert_at_random, random_states
 from .shapes import random_model, shape_config
 
 TEXTS_AT_ONCE = 32
@@ -58,9 +58,7 @@ def run_bench(
     torch.manual_seed(0)
     if shape is not None:
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
-        head = own.head
-        experts = experts_of_share(SHARE_AS_FLASHHEAD, head.out_features, head.num_always_on)
-        figures = bench(own, lambda models: random_states(models.sparse.head), choices, experts)
+        figures = bench(own, lambda models: random_states(models.sparse.head), choices)
     else:
         own = load_converted(str(directory), dtype=dtype)[0]
         figures = bench(own, _own_states, choices)

@@ -10,7 +10,6 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
-from .crossover import fastest_up_to
 
 
 @dataclass(frozen=True)
@@ -19,14 +18,12 @@ class Competitors:
 
     Attributes:
         dense: the dense model as Transformers has it.
-        sparse: the converted model with tail `prior`.
-        sparse_default_tail: the converted model with the tail it has, None if that is `prior`.
+        sparse: the converted model.
         no_head: the dense model whose logits are there without any work: the ceiling.
     """
 
     dense: PreTrainedModel
     sparse: TopKExpertsForCausalLM
-    sparse_default_tail: TopKExpertsForCausalLM | None
     no_head: PreTrainedModel
 
     @classmethod
@@ -37,26 +34,9 @@ class Competitors:
         linear.weight, linear.bias = head.weight, head.bias
         dense = _with_head(own.base, own.head_name, linear)
         no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype))
-        is_prior = own.config.tail == "prior"
-        sparse = own if is_prior else _with_prior_tail(own, dense)
-        made = cls(dense, sparse, None if is_prior else own, no_head)
-        for model in (dense, sparse, own, no_head):
+        for model in (dense, own, no_head):
             model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        return made
-
-    @property
-    def converted(self) -> list[TopKExpertsForCausalLM]:
-        """The converted models."""
-        return [model for model in (self.sparse, self.sparse_default_tail) if model is not None]
-
-    def choose_sparse_max_positions(self, states: Tensor) -> None:
-        """Measure up to how many positions each converted model is the faster one here.
-
-        Args:
-            states: hidden states to draw from, [P, d].
-        """
-        for model in self.converted:
-            model.head.sparse_max_positions = fastest_up_to(model.head, states)
+        return cls(dense, own, no_head)
 
 
 class NoHead(nn.Module):
@@ -86,18 +66,6 @@ def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedM
     twin = copy.deepcopy(base, memo=cast(dict[int, Any], shared))
     twin.set_submodule(name, head)
     return twin.eval()
-
-
-def _with_prior_tail(own: TopKExpertsForCausalLM, dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """The same experts and router, and the tail that costs least."""
-    config = copy.deepcopy(own.config)
-    config.tail = "prior"
-    model = TopKExpertsForCausalLM.from_dense(dense, config)
-    for added in model.head.children():
-        added.to(own.head.weight.dtype)
-    additions = {name: tensor for name, tensor in own.head.additions().items() if not name.startswith("tail.")}
-    model.head.load_state_dict(additions, strict=False)
-    return model
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from ..head import LOGITS_AT_ONCE, TopKExpertsHead
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
 from ..text import Window
+from .bound import lower_bound
 
 TOP = 5
 CONFIDENCE_BINS = 15
@@ -26,6 +27,7 @@ class Fidelity:
 
     Attributes:
         agreement: share of positions where the sparse and the dense argmax are the same token.
+        agreement_lower_bound: of this share, one-sided, with 95 % confidence over documents; see [`bound`].
         top5_containment: share of positions where the dense argmax is among the five likeliest sparse tokens.
         kl: mean Kullback-Leibler divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
@@ -36,13 +38,14 @@ class Fidelity:
             of equal width, its probability is from how often it comes next (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599).
         calibration_error_sparse: the same of the sparse head.
-        tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens that were not scored, mean
-            over one position in 64 or so; not a number where there is no tail or all tokens are scored throughout.
+        tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens of experts not picked, mean
+            over one position in 64 or so; not a number where all tokens are scored.
         bytes_read: bytes of head, router and tail read for one position, as a share of the dense head's.
         positions: number of positions measured.
     """
 
     agreement: float
+    agreement_lower_bound: float
     top5_containment: float
     kl: float
     perplexity_dense: float
@@ -69,7 +72,7 @@ def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> in
 
 @dataclass
 class _Sums:
-    agreed: int = 0
+    agreed: dict[int, int] = field(default_factory=dict)  # by document, as are `positions`
     contained: int = 0
     kl: float = 0.0
     loss_dense: float = 0.0
@@ -79,8 +82,7 @@ class _Sums:
     dense_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     rank_correlations: list[Tensor] = field(default_factory=list)
-    positions: int = 0
-    experts_scored: int = 0
+    positions: dict[int, int] = field(default_factory=dict)
     predicted: int = 0
 
 
@@ -102,28 +104,32 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         for window in windows:
             token_ids = torch.tensor([window.token_ids], device=model.device)
             dense, sparse = model(input_ids=token_ids, use_cache=False).logits
-            sums.experts_scored += experts_scored(head, heads.hidden)
             sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden)
-            _add(sums, dense, sparse, token_ids[0])
+            agreed = _add(sums, dense, sparse, token_ids[0])
+            sums.agreed[window.document] = sums.agreed.get(window.document, 0) + agreed
+            sums.positions[window.document] = sums.positions.get(window.document, 0) + len(window.token_ids)
             advance(len(window.token_ids))
+    agreed, positions = sum(sums.agreed.values()), sum(sums.positions.values())
     return Fidelity(
-        agreement=sums.agreed / sums.positions,
-        top5_containment=sums.contained / sums.positions,
-        kl=sums.kl / sums.positions,
+        agreement=agreed / positions,
+        agreement_lower_bound=lower_bound([*sums.agreed.values()], [*sums.positions.values()]),
+        top5_containment=sums.contained / positions,
+        kl=sums.kl / positions,
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),
         perplexity_sparse=_exp(sums.loss_sparse / max(1, sums.predicted)),
-        log_z_error=sums.log_z / sums.positions,
-        log_z_absolute_error=sums.log_z_absolute / sums.positions,
+        log_z_error=sums.log_z / positions,
+        log_z_absolute_error=sums.log_z_absolute / positions,
         calibration_error_dense=_calibration_error(sums.dense_bins, sums.predicted),
         calibration_error_sparse=_calibration_error(sums.sparse_bins, sums.predicted),
         tail_rank_correlation=float(torch.stack(sums.rank_correlations).mean()) if sums.rank_correlations else math.nan,
-        bytes_read=model.head.bytes_read(sums.experts_scored / sums.positions) / model.head.dense_bytes(),
-        positions=sums.positions,
+        bytes_read=model.head.bytes_read() / model.head.dense_bytes(),
+        positions=positions,
     )
 
 
-def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
-    """Add the figures of one window: logits [T, V] of both heads, token ids [T]."""
+def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
+    """Add the figures of one window, logits [T, V] of both heads, token ids [T]; returns how many positions agree."""
+    agreed = 0
     followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position predicts none of ours
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
     parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
@@ -131,7 +137,7 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
         log_p, log_q = some_dense.float().log_softmax(dim=-1), some_sparse.float().log_softmax(dim=-1)
         likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
         best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
-        sums.agreed += int((best_sparse == best).sum())
+        agreed += int((best_sparse == best).sum())
         # Where a logit is large, softmax has taken the log-sum-exp off it.
         log_z = _log_sum_exp_at(some_sparse, log_q, best_sparse) - _log_sum_exp_at(some_dense, log_p, best)
         sums.log_z += float(log_z.sum())
@@ -142,8 +148,8 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> None:
         sums.kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
         sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
-    sums.positions += len(token_ids)
     sums.predicted += len(token_ids) - 1
+    return agreed
 
 
 def _log_sum_exp_at(logits: Tensor, log: Tensor, which: Tensor) -> Tensor:
@@ -162,22 +168,9 @@ def _calibration_error(bins: Tensor, predicted: int) -> float:
     return float((bins[:, 0] - bins[:, 1]).abs().sum()) / max(1, predicted)
 
 
-def experts_scored(head: TopKExpertsHead, hidden: Tensor) -> int:
-    """How many experts are scored at all positions together.
-
-    Args:
-        head: the sparse head.
-        hidden: hidden states, [N, d].
-    """
-    if head.routed_mass >= 1:  # no need to ask the router once more
-        return len(hidden) * head.num_experts_per_tok
-    picked = head.pick(hidden)
-    return picked.experts.numel() if picked.is_used is None else int(picked.is_used.sum())
-
-
 def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
     """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
-    if head.tail is None or (head.num_experts_per_tok == head.num_experts and head.routed_mass >= 1):
+    if head.num_experts_per_tok == head.num_experts:
         return []
     some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
     scored = head.scored_ids(head.pick(hidden[some]).experts).to(dense.device)

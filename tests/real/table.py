@@ -28,7 +28,6 @@ ROWS = (
     ("lossless: body steps a token", "{prose[body_steps_per_token]:.3f}"),
     ("head, dense, ms", "{speed[head][dense_ms]:.3f}"),
     ("head, sparse, ms", "{speed[head][sparse_ms]:.3f}"),
-    ("head, sparse with its own tail, ms", "{speed[head][sparse_default_tail_ms]:.3f}"),
     ("end to end, dense, tokens/s", "{speed[e2e][dense_tok_s]:.1f}"),
     ("end to end, sparse, tokens/s", "{speed[e2e][sparse_tok_s]:.1f}"),
     ("end to end, lossless, tokens/s", "{speed[e2e][lossless_tok_s]:.1f}"),

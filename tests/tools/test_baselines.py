@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from head_helpers import make_head
 from torch.nn import functional as F
 
-from hf_topk.convert.frontier import Measured, point_of_hnsw
+from hf_topk.convert.calibrate import DenseChoices
+from hf_topk.convert.frontier import measure_frontier
 from hf_topk.measure.baselines import HnswHead, int8_head
 
 
@@ -33,12 +35,9 @@ def test_int8_rounds_the_dense_head(has_bias: bool) -> None:
     assert torch.equal(weight, before)
 
 
-def test_an_index_that_finds_everything_covers_everything() -> None:
-    head = torch.nn.Linear(16, 300, bias=False)
-    measured = Measured.of(torch.randn(600, 16), head)
-    point = point_of_hnsw(HnswHead(head.weight, None, ef=300, candidates=300), measured)
-    assert point.agreement == 1
-    assert point.mass_covered == pytest.approx(1, abs=1e-4)
-    few = point_of_hnsw(HnswHead(head.weight, None, ef=300, candidates=3), measured)
-    assert few.agreement == 1
-    assert 0 < few.mass_covered < 0.9
+def test_the_frontier_has_the_index() -> None:
+    head, states = make_head(), torch.randn(60, 32)  # of 100 tokens, among which the index looks everywhere
+    best, documents = F.linear(states, head.weight).argmax(dim=-1), torch.zeros(60, dtype=torch.long)
+    for agreement, expected in ((1.0, best), (0.0, (best + 1) % 100)):
+        *_, point = measure_frontier(head, DenseChoices(states, expected, documents))
+        assert (point.method, point.agreement, point.bytes_read) == ("HNSW", agreement, None)

@@ -107,7 +107,7 @@ def test_router_is_trained_with_an_adapter() -> None:
         train(model)
     after = model.merge_and_unload(safe_merge=True).head.router.state_dict()
     changed = [name for name in after if not after[name].equal(before[f"base_model.model.base.lm_head.router.{name}"])]
-    assert sorted(changed) == ["bias", "down", "up"]
+    assert sorted(changed) == ["bias", "rows"]
 
 
 def test_an_adapted_head_works_once_merged(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUICK, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text, tiny_tokenizer
+from helpers import QUICK, pack_router_of, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[Callable[[], Any], str]] = {
 def save_converted(folder: Path, tied: bool) -> Path:
     """A model that picks one expert of six, in bfloat16."""
     dense = tiny_dense(tied=tied, hidden_size=64, intermediate_size=128).to(torch.bfloat16)
-    tiny_converted(dense, router_type="mlp", num_experts_per_tok=1).save_pretrained(folder)
+    pack_router_of(tiny_converted(dense, num_rescored=5, num_experts_per_tok=1)).save_pretrained(folder)
     return folder
 
 
@@ -101,7 +101,8 @@ def test_sparse_agrees_with_dense_as_before(kind: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=choices())
     hidden = model.base.model(IDS).last_hidden_state[0]
     found = logits_of(model)
-    scored = model.head.scored_ids(model.head.pick(hidden).experts)
+    always = model.head.always_on_ids.expand(len(hidden), -1)
+    scored = torch.cat([always, model.head.score(hidden).ids], dim=-1)
     for mode in found:
         assert found[mode].isfinite().all()
     # Of what is scored the logits are the dense ones.
