@@ -114,8 +114,14 @@ class DenseChoices:
 
     def evenly_spaced(self, count: int) -> "DenseChoices":
         """The same at `count` positions or fewer."""
-        step = -(-len(self.best) // count)
-        return DenseChoices(self.states[::step], self.best[::step], self.documents[::step])
+        is_kept = torch.zeros_like(self.best, dtype=torch.bool)
+        is_kept[:: -(-len(self.best) // count)] = True
+        return self.part(is_kept)
+
+    def part(self, is_kept: Tensor) -> "DenseChoices":
+        """The same at the positions where `is_kept`, bool [N], is true."""
+        documents = self.documents[is_kept].unique(return_inverse=True)[1]
+        return DenseChoices(self.states[is_kept], self.best[is_kept], documents)
 
     def bound(self, agrees: Tensor) -> float:
         """The lower bound of an agreement: bool [N]."""

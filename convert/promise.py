@@ -1,4 +1,8 @@
-"""Whether a target agreement is kept: `python -m hf_topk.convert.promise`, over random splits of a sample."""
+"""Whether a target agreement is kept: `python -m hf_topk.convert.promise CONVERTED --text TEXT`.
+
+On random halves of the documents of a text that the router has not seen, k and R are chosen as a conversion chooses
+them, and the other half says whether documents like those keep the promise.
+"""
 
 import dataclasses
 import json
@@ -6,22 +10,22 @@ import random
 from statistics import median
 from typing import Annotated
 
+import torch
 import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_topk.cli import main
+from hf_topk.documents import read_documents
 from hf_topk.errors import InputError
-from hf_topk.measure.fidelity import measure_fidelity, readable_length
-from hf_topk.text import Window
+from hf_topk.loading import load_converted
+from hf_topk.measure.fidelity import WINDOW_LENGTH, readable_length
+from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.text import make_windows
 
-from .dense import load_dense
-from .pipeline import convert, sample_from_text
-from .preflight import load_tokenizer
-from .recipe import MIXED, Recipe
-from .source import find_folder, open_source
+from .calibrate import DenseChoices, Target, agrees, choose, dense_choices
+from .recipe import TARGET_AGREEMENT
 
-TESTED = 0.2  # share of the documents that a split sets aside
-FEWEST_DOCUMENTS = 5
+FEWEST_DOCUMENTS = 4
+POSITIONS = 8000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,47 +34,42 @@ class Outcome:
 
     Attributes:
         num_experts_per_tok: the k that was chosen.
-        bound: the lower bound of the agreement that it was chosen by.
-        agreement: on the documents set aside, which neither distillation nor the choice of k has seen.
-        positions: positions of those documents.
+        num_rescored: the R that was chosen.
+        bound: the lower bound of the agreement that they were chosen by.
+        agreement: on the other documents.
+        positions: positions of those.
     """
 
     num_experts_per_tok: int
+    num_rescored: int
     bound: float
     agreement: float
     positions: int
 
 
-def try_split(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, windows: list[Window], seed: int
-) -> Outcome:
-    """Convert on some documents of a sample and measure on the others.
+def try_split(model: TopKExpertsForCausalLM, choices: DenseChoices, target: float, seed: int) -> Outcome:
+    """Choose k and R on half of the documents, and measure on the others.
 
     Args:
-        model: the dense model.
-        tokenizer: its tokenizer.
-        recipe: every choice, with a target agreement.
-        windows: the sample.
+        model: a converted model; its k and R are set.
+        choices: what the dense head chooses on text that the router has not seen.
+        target: the agreement that is promised.
         seed: of the split.
 
     Raises:
-        InputError: when the sample has fewer than 5 documents.
+        InputError: when the text has fewer than 4 documents.
     """
-    documents = sorted({window.document for window in windows})
+    documents = choices.documents.unique().tolist()
     if len(documents) < FEWEST_DOCUMENTS:
-        raise InputError(
-            f"the sample has {len(documents)} documents, too few to split: give {FEWEST_DOCUMENTS} or more"
-        )
-    tested = set(random.Random(seed).sample(documents, max(1, round(TESTED * len(documents)))))
-    seen = [window for window in windows if window.document not in tested]
-    report = convert(model, tokenizer, dataclasses.replace(recipe, seed=seed), windows=seen)
-    fidelity = measure_fidelity(report.model, [window for window in windows if window.document in tested])
-    return Outcome(
-        report.model.head.num_experts_per_tok,
-        report.fidelity.agreement_lower_bound,
-        fidelity.agreement,
-        fidelity.positions,
-    )
+        raise InputError(f"the text has {len(documents)} documents, too few to split: give {FEWEST_DOCUMENTS} or more")
+    chosen_on = torch.tensor(random.Random(seed).sample(documents, len(documents) // 2))
+    is_chosen_on = torch.isin(choices.documents, chosen_on.to(choices.documents.device))
+    seen, others = choices.part(is_chosen_on), choices.part(~is_chosen_on)
+    choose(model, seen, Target(target, or_nearest=True))
+    head = model.head
+    bound = seen.bound(agrees(head, seen))
+    agreement = float(agrees(head, others).double().mean())
+    return Outcome(head.num_experts_per_tok, head.num_rescored, bound, agreement, len(others.best))
 
 
 def summary(outcomes: list[Outcome], target_agreement: float) -> dict[str, int | float]:
@@ -95,29 +94,22 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def promise(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The dense model; the bundled one if left out.")
-    ] = None,
-    text: Annotated[str, typer.Option(help="The sample: text of several documents.")] = MIXED,
-    target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = 0.995,
-    positions: Annotated[int, typer.Option(help="Tokens of the sample.")] = Recipe.positions,
+    model: Annotated[str, typer.Argument(metavar="CONVERTED", help="A converted model.")],
+    text: Annotated[str, typer.Option(help="Text of several documents that the router has not seen.")],
+    target_agreement: Annotated[float, typer.Option(help="The agreement that is promised.")] = TARGET_AGREEMENT,
+    positions: Annotated[int, typer.Option(help="Tokens of the text.")] = POSITIONS,
     splits: Annotated[int, typer.Option(min=1, help="Random splits of the documents.")] = 20,
 ) -> None:
-    """Convert on random splits of a sample, and count how often documents set aside agree as was promised.
+    """Choose k and R on random halves of the documents, and count how often the others agree as was promised.
 
     Prints a line of JSON for each split, and one of all at the end.
     """
-    choices = {"text": text, "positions": positions, "target_agreement": target_agreement, "allow_below_target": True}
-    recipe = Recipe.from_dict(choices)
-    folder = find_folder(model)
-    source = open_source(model or str(folder), folder)
-    dense, tokenizer = load_dense(source), load_tokenizer(source.folder)
-    length = readable_length(dense.config, recipe.window_length)
-    recipe = dataclasses.replace(recipe, window_length=length)
-    windows, _ = sample_from_text(tokenizer, recipe)
+    converted, tokenizer = load_converted(model, dtype="float32")
+    length = readable_length(converted.config, WINDOW_LENGTH)
+    choices = dense_choices(converted, make_windows(read_documents(text), tokenizer, length, positions, seed=0))
     outcomes = []
     for seed in range(splits):
-        outcome = try_split(dense, tokenizer, recipe, windows, seed)
+        outcome = try_split(converted, choices, target_agreement, seed)
         outcomes.append(outcome)
         is_kept = outcome.agreement >= target_agreement
         print(json.dumps({"split": seed, **dataclasses.asdict(outcome), "is_kept": is_kept}), flush=True)

@@ -144,7 +144,7 @@ def test_fewer_positions_are_spread_over_all(count: int, left: int, dense: Dense
     step = 400 // left
     assert torch.equal(some.states, dense.states[::step])
     assert torch.equal(some.best, dense.best[::step])
-    assert torch.equal(some.documents, dense.documents[::step])
+    assert torch.equal(some.documents, dense.documents[::step].unique(return_inverse=True)[1])  # counted anew
 
 
 # Ranks of the dense argmax

@@ -5,48 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, VOCAB_SIZE, tiny_checkpoint, tiny_dense, tiny_text
+from helpers import QUICK, tiny_checkpoint, tiny_converted, tiny_text
+from torch.nn import functional as F
 
-from hf_topk import TopKExpertsForCausalLM
-from hf_topk.convert import pipeline, promise
-from hf_topk.convert.recipe import Recipe
-from hf_topk.measure.fidelity import Fidelity, measure_fidelity
-from hf_topk.text import Window
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tiny_checkpoint(tmp_path / "model")
-    tiny_text(tmp_path / "text.jsonl", documents=8)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from hf_topk.convert import Recipe, convert_checkpoint, promise
+from hf_topk.convert.calibrate import DenseChoices, agrees
+from hf_topk.errors import InputError
 
 
-def test_the_promise_is_summed_up_over_splits(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    outcomes = iter([promise.Outcome(3, 0.91, 0.94, 10), promise.Outcome(5, 0.9, 0.88, 10)])
-    splits: list[tuple[int, int]] = []
+def some_choices(model: object, documents: int) -> DenseChoices:
+    head = model.head
+    states = torch.randn(40 * documents, head.in_features, generator=torch.Generator().manual_seed(5))
+    best = F.linear(states, head.weight.detach()).argmax(dim=-1)
+    return DenseChoices(states, best, torch.arange(documents).repeat_interleave(40))
 
-    def try_split(_: object, __: object, recipe: Recipe, windows: list[Window], seed: int) -> promise.Outcome:
-        splits.append((seed, len({window.document for window in windows})))
-        assert recipe.target_agreement == 0.9
-        return next(outcomes)
 
-    monkeypatch.setattr(promise, "try_split", try_split)
-    promise.promise("model", "text.jsonl", target_agreement=0.9, positions=1600, splits=2)
-    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert splits == [(0, 8), (1, 8)]
-    assert lines[0] == {
-        "split": 0,
-        "num_experts_per_tok": 3,
-        "bound": 0.91,
-        "agreement": 0.94,
-        "positions": 10,
-        "is_kept": True,
-    }
-    assert not lines[1]["is_kept"]
-    assert last == {
+def test_the_promise_is_summed_up_over_splits() -> None:
+    outcomes = [promise.Outcome(3, 20, 0.91, 0.94, 10), promise.Outcome(5, 20, 0.9, 0.88, 10)]
+    assert promise.summary(outcomes, 0.9) == {
         "splits": 2,
         "kept": 1,
         "num_experts_per_tok_median": 4,
@@ -58,27 +34,43 @@ def test_the_promise_is_summed_up_over_splits(
     }
 
 
-def test_a_split_is_measured_on_documents_that_nothing_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(4)
-    windows = [
-        Window(document, tuple(torch.randint(VOCAB_SIZE, (32,), generator=generator).tolist()))
-        for document in range(20)
-        for _ in range(2)
-    ]
-    seen: list[set[int]] = []
+def test_a_split_is_measured_on_documents_that_nothing_was_chosen_on() -> None:
+    model = tiny_converted(num_always_on=4)
+    choices = some_choices(model, 8)
+    asked: list[DenseChoices] = []
 
-    def watched(model: TopKExpertsForCausalLM, some: list[Window]) -> Fidelity:
-        seen.append({window.document for window in some})
-        return measure_fidelity(model, some)
+    def watched(model: object, some: DenseChoices, target: object) -> None:
+        asked.append(some)
+        promise_choose(model, some, target)
 
-    monkeypatch.setattr(promise, "measure_fidelity", watched)
-    monkeypatch.setattr(pipeline, "measure_fidelity", watched)
-    recipe = Recipe.from_dict({**QUICK, "held_out": 0.25, "target_agreement": 0.9, "allow_below_target": True})
-    outcome = promise.try_split(tiny_dense(), None, recipe, windows, 0)
-    held_out, tested = seen[0], seen[-1]
-    assert (len(held_out), len(tested)) == (4, 4)
-    assert not held_out & tested
-    assert outcome.positions == 4 * 64
-    assert 1 <= outcome.num_experts_per_tok <= 6
-    assert outcome.agreement >= 0.9
-    assert promise.try_split(tiny_dense(), None, recipe, windows, 0) == outcome
+    promise_choose = promise.choose
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(promise, "choose", watched)
+        outcome = promise.try_split(model, choices, 0.8, seed=3)
+    (seen,) = asked
+    is_seen = (choices.states.unsqueeze(1) == seen.states[::40]).all(dim=-1).any(dim=1)  # the first of each document
+    assert outcome.positions == len(seen.best) == 160
+    others = choices.part(~torch.isin(choices.documents, choices.documents[is_seen]))
+    assert len(others.best) == 160
+    assert outcome.agreement == float(agrees(model.head, others).double().mean())
+    assert outcome.bound == seen.bound(agrees(model.head, seen)) >= 0.8
+    assert (outcome.num_experts_per_tok, outcome.num_rescored) == (model.num_experts_per_tok, model.head.num_rescored)
+    assert promise.try_split(model, choices, 0.8, seed=3) == outcome
+
+
+def test_too_few_documents_are_refused() -> None:
+    model = tiny_converted()
+    with pytest.raises(InputError, match="3 documents, too few to split"):
+        promise.try_split(model, some_choices(model, 3), 0.9, seed=0)
+
+
+def test_the_command_prints_a_line_for_each_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = str(tiny_text(tmp_path / "text.jsonl", documents=8))
+    recipe = Recipe.from_dict({**QUICK, "text": text})
+    convert_checkpoint(str(tiny_checkpoint(tmp_path / "model")), str(tmp_path / "out"), recipe)
+    capsys.readouterr()
+    promise.promise(str(tmp_path / "out"), text, target_agreement=0.5, positions=400, splits=2)
+    *lines, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["split"] for line in lines] == [0, 1]
+    assert last["splits"] == 2
+    assert last["kept"] == sum(line["is_kept"] for line in lines)
