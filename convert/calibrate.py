@@ -63,9 +63,10 @@ class Setting:
         model.num_experts_per_tok = self.num_experts_per_tok
         model.head.num_rescored = model.config.num_rescored = self.num_rescored
 
-    def apply_to(self, head: TopKExpertsHead) -> None:
-        """Set k and R of a head alone."""
+    def share_of_bytes(self, head: TopKExpertsHead) -> float:
+        """What a head reads for a position with this k and R, which are set, as a share of the dense head's bytes."""
         head.num_experts_per_tok, head.num_rescored = self.num_experts_per_tok, self.num_rescored
+        return head.bytes_read() / head.dense_bytes()
 
 
 def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
@@ -162,6 +163,10 @@ class Reach:
     tried: list[int]
     ranks: Tensor
 
+    def part(self, is_kept: Tensor) -> "Reach":
+        """The same at the positions where `is_kept`, bool [N], is true."""
+        return Reach(self.tried, self.ranks[is_kept])
+
     def agrees(self, which: int, num_rescored: int) -> Tensor:
         """Whether the dense argmax gets an exact logit, bool [N].
 
@@ -225,15 +230,15 @@ def _growing(first: int, last: int) -> Iterator[int]:
         number = max(number + 1, round(number * GROWTH))
 
 
-def choose(model: TopKExpertsForCausalLM, dense: DenseChoices, target: Target) -> None:
+def choose(model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target) -> None:
     """Set k and R to what reads the fewest bytes of all that reach the target with confidence.
 
     Args:
         model: the converted model; k and R are set, to what comes nearest if nothing reaches the target.
         dense: what the dense head chooses on documents that the router has not seen.
+        reached: where its choices stand.
         target: what to reach.
     """
-    reached = reach(model.head, dense)
     found = sorted(_candidates(model, dense, reached, target), key=lambda one: one[0])
     for _, setting in found:
         setting.apply(model)
@@ -262,7 +267,7 @@ def _candidates(
         # All of them, for which there is no screen, may be fewer bytes than nearly all.
         for number in dict.fromkeys((rescored[low], most)):
             setting = Setting(k, number)
-            if (share := _bytes_of(model, setting)) <= (target.max_bytes_read or math.inf):
+            if (share := setting.share_of_bytes(model.head)) <= (target.max_bytes_read or math.inf):
                 yield share, setting
 
 
@@ -272,7 +277,7 @@ def _nearest(model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach,
     for which, k in enumerate(reached.tried):
         for rescored in numbers_rescored(k * model.head.expert_size):
             setting = Setting(k, rescored)
-            share = _bytes_of(model, setting)
+            share = setting.share_of_bytes(model.head)
             if share <= (target.max_bytes_read or math.inf):
                 key = min(target.agreement, float(reached.agrees(which, rescored).double().mean())), -share
                 best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
@@ -295,11 +300,6 @@ def choose_num_rescored(model: TopKExpertsForCausalLM, dense: DenseChoices) -> N
         Setting(k, rescored).apply(model)
         if float(reached.agrees(which, rescored).double().mean()) >= wanted:
             return
-
-
-def _bytes_of(model: TopKExpertsForCausalLM, setting: Setting) -> float:
-    setting.apply(model)
-    return model.head.bytes_read() / model.head.dense_bytes()
 
 
 @torch.inference_mode()

@@ -88,9 +88,8 @@ def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[Poin
     reached = reach(head, dense)
     for which, k in enumerate(reached.tried):
         for rescored in numbers_rescored(k * head.expert_size):
-            Setting(k, rescored).apply_to(head)
             agreement = float(reached.agrees(which, rescored).double().mean())
-            yield Point(OURS, f"k = {k}, R = {rescored}", agreement, head.bytes_read() / head.dense_bytes())
+            yield Point(OURS, f"k = {k}, R = {rescored}", agreement, Setting(k, rescored).share_of_bytes(head))
 
 
 def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) -> Iterator[Point]:

@@ -31,6 +31,7 @@ from .calibrate import (
     choose_num_rescored,
     dense_choices,
     is_reached,
+    reach,
     split_by_document,
 )
 from .dense_head import check_causal, check_finite, head_of
@@ -256,9 +257,7 @@ def _convert_head(
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     with clock("token statistics"):
         statistics = token_statistics(states, weight, bias)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)  # of what a router starts from
-        converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
+    converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
     head = converted.head
     head.stored_type = converted.config.dtype = stored_type
     converted.config.get_text_config().dtype = stored_type
@@ -283,7 +282,7 @@ def _convert_head(
 def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: Recipe) -> None:
     """Choose k and R where the recipe leaves them open."""
     if recipe.num_experts_per_tok is None:
-        choose(converted, choices, target_of(recipe))
+        choose(converted, choices, reach(converted.head, choices), target_of(recipe))
     elif recipe.num_rescored is None:
         choose_num_rescored(converted, choices)
     converted.head.requires_grad_(True)

@@ -21,7 +21,7 @@ from hf_topk.measure.fidelity import WINDOW_LENGTH, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.text import make_windows
 
-from .calibrate import DenseChoices, Target, agrees, choose, dense_choices
+from .calibrate import DenseChoices, Reach, Target, agrees, choose, dense_choices, reach
 from .recipe import TARGET_AGREEMENT
 
 FEWEST_DOCUMENTS = 4
@@ -47,12 +47,15 @@ class Outcome:
     positions: int
 
 
-def try_split(model: TopKExpertsForCausalLM, choices: DenseChoices, target: float, seed: int) -> Outcome:
+def try_split(
+    model: TopKExpertsForCausalLM, choices: DenseChoices, reached: Reach, target: float, seed: int
+) -> Outcome:
     """Choose k and R on half of the documents, and measure on the others.
 
     Args:
         model: a converted model; its k and R are set.
         choices: what the dense head chooses on text that the router has not seen.
+        reached: where its choices stand.
         target: the agreement that is promised.
         seed: of the split.
 
@@ -65,7 +68,7 @@ def try_split(model: TopKExpertsForCausalLM, choices: DenseChoices, target: floa
     chosen_on = torch.tensor(random.Random(seed).sample(documents, len(documents) // 2))
     is_chosen_on = torch.isin(choices.documents, chosen_on.to(choices.documents.device))
     seen, others = choices.part(is_chosen_on), choices.part(~is_chosen_on)
-    choose(model, seen, Target(target, or_nearest=True))
+    choose(model, seen, reached.part(is_chosen_on), Target(target, or_nearest=True))
     head = model.head
     bound = seen.bound(agrees(head, seen))
     agreement = float(agrees(head, others).double().mean())
@@ -107,9 +110,10 @@ def promise(
     converted, tokenizer = load_converted(model, dtype="float32")
     length = readable_length(converted.config, WINDOW_LENGTH)
     choices = dense_choices(converted, make_windows(read_documents(text), tokenizer, length, positions, seed=0))
+    reached = reach(converted.head, choices)
     outcomes = []
     for seed in range(splits):
-        outcome = try_split(converted, choices, target_agreement, seed)
+        outcome = try_split(converted, choices, reached, target_agreement, seed)
         outcomes.append(outcome)
         is_kept = outcome.agreement >= target_agreement
         print(json.dumps({"split": seed, **dataclasses.asdict(outcome), "is_kept": is_kept}), flush=True)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
 from .packed_rows import PackedRows
 
@@ -86,8 +85,3 @@ class Router(PackedRows):
         rows = codes @ self.float_basis() + self.level.float()
         self.bias.copy_(self.bias.float() - codes @ self.center.float())
         self.rows = nn.Parameter(rows.to(self.bias.dtype))
-
-    def reset_parameters(self) -> None:
-        """Set to scores of zero what was not loaded."""
-        for tensor in (*self.parameters(), *self.buffers()):
-            init.zeros_(tensor)

@@ -212,7 +212,7 @@ def test_reads_the_fewest_bytes_of_all_that_reach_the_target(tail_rank: int) -> 
     everything = tried_out(model, dense)
     for target in {bound for _, bound, _, _ in everything}:
         expected = min(share for share, bound, _, _ in everything if bound >= target)
-        choose(model, dense, Target(target))
+        choose(model, dense, reach(model.head, dense), Target(target))
         assert model.head.bytes_read() / model.head.dense_bytes() == pytest.approx(expected)
         assert dense.bound(gets_exact_logit(model.head, dense)) >= target
 
@@ -222,7 +222,7 @@ def test_neither_few_experts_nor_few_exact_logits_alone_are_the_fewest_bytes(
 ) -> None:
     settings = []
     for share in (0.2, 0.5, 0.7, 0.8, 0.9, 0.95):
-        choose(model, dense, Target(share))
+        choose(model, dense, reach(model.head, dense), Target(share))
         settings.append(chosen_by(model))
     assert any(1 < one.num_experts_per_tok < 9 for one in settings)
     assert any(one.num_rescored < one.num_experts_per_tok * 11 for one in settings)
@@ -232,9 +232,9 @@ def test_neither_few_experts_nor_few_exact_logits_alone_are_the_fewest_bytes(
 def test_a_limit_of_bytes_that_is_not_in_the_way_changes_nothing(
     model: TopKExpertsForCausalLM, dense: DenseChoices
 ) -> None:
-    choose(model, dense, Target(0.8))
+    choose(model, dense, reach(model.head, dense), Target(0.8))
     expected, share = chosen_by(model), model.head.bytes_read() / model.head.dense_bytes()
-    choose(model, dense, Target(0.8, max_bytes_read=share + 1e-9))
+    choose(model, dense, reach(model.head, dense), Target(0.8, max_bytes_read=share + 1e-9))
     assert chosen_by(model) == expected
 
 
@@ -243,13 +243,13 @@ def test_within_the_bytes_what_agrees_most_often_comes_nearest(
     place: float, model: TopKExpertsForCausalLM, dense: DenseChoices
 ) -> None:
     everything = tried_out(model, dense)
-    choose(model, dense, Target(0.95))
+    choose(model, dense, reach(model.head, dense), Target(0.95))
     least, most = min(one[0] for one in everything), model.head.bytes_read() / model.head.dense_bytes()
     limit = least + place * (most - least)
     within = [one for one in everything if one[0] <= limit]
     assert max(one[1] for one in within) < 0.95
     *_, expected = max(within, key=lambda one: (min(0.95, one[2]), -one[0]))
-    choose(model, dense, Target(0.95, max_bytes_read=limit))
+    choose(model, dense, reach(model.head, dense), Target(0.95, max_bytes_read=limit))
     assert as_run(chosen_by(model)) == as_run(expected)
     assert model.head.bytes_read() / model.head.dense_bytes() <= limit
 
@@ -257,7 +257,7 @@ def test_within_the_bytes_what_agrees_most_often_comes_nearest(
 def test_the_smallest_of_all_where_nothing_is_within_the_bytes(
     model: TopKExpertsForCausalLM, dense: DenseChoices
 ) -> None:
-    choose(model, dense, Target(0.5, max_bytes_read=1e-9))
+    choose(model, dense, reach(model.head, dense), Target(0.5, max_bytes_read=1e-9))
     assert chosen_by(model) == Setting(1, 16)
 
 
@@ -276,7 +276,7 @@ def test_what_was_expected_is_tried(
         return torch.full_like(dense.best, not falls_short, dtype=torch.bool)
 
     monkeypatch.setattr(calibrate, "agrees", passing)
-    choose(model, dense, Target(0.5))
+    choose(model, dense, reach(model.head, dense), Target(0.5))
     assert chosen_by(model) == second != best
 
 

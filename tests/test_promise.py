@@ -9,7 +9,7 @@ from helpers import QUICK, tiny_checkpoint, tiny_converted, tiny_text
 from torch.nn import functional as F
 
 from hf_topk.convert import Recipe, convert_checkpoint, promise
-from hf_topk.convert.calibrate import DenseChoices, agrees
+from hf_topk.convert.calibrate import DenseChoices, agrees, reach
 from hf_topk.errors import InputError
 
 
@@ -37,16 +37,17 @@ def test_the_promise_is_summed_up_over_splits() -> None:
 def test_a_split_is_measured_on_documents_that_nothing_was_chosen_on() -> None:
     model = tiny_converted(num_always_on=4)
     choices = some_choices(model, 8)
+    reached = reach(model.head, choices)
     asked: list[DenseChoices] = []
 
-    def watched(model: object, some: DenseChoices, target: object) -> None:
+    def watched(model: object, some: DenseChoices, *others: object) -> None:
         asked.append(some)
-        promise_choose(model, some, target)
+        promise_choose(model, some, *others)
 
     promise_choose = promise.choose
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(promise, "choose", watched)
-        outcome = promise.try_split(model, choices, 0.8, seed=3)
+        outcome = promise.try_split(model, choices, reached, 0.8, seed=3)
     (seen,) = asked
     is_seen = (choices.states.unsqueeze(1) == seen.states[::40]).all(dim=-1).any(dim=1)  # the first of each document
     assert outcome.positions == len(seen.best) == 160
@@ -55,13 +56,14 @@ def test_a_split_is_measured_on_documents_that_nothing_was_chosen_on() -> None:
     assert outcome.agreement == float(agrees(model.head, others).double().mean())
     assert outcome.bound == seen.bound(agrees(model.head, seen)) >= 0.8
     assert (outcome.num_experts_per_tok, outcome.num_rescored) == (model.num_experts_per_tok, model.head.num_rescored)
-    assert promise.try_split(model, choices, 0.8, seed=3) == outcome
+    assert promise.try_split(model, choices, reached, 0.8, seed=3) == outcome
 
 
 def test_too_few_documents_are_refused() -> None:
     model = tiny_converted()
+    choices = some_choices(model, 3)
     with pytest.raises(InputError, match="3 documents, too few to split"):
-        promise.try_split(model, some_choices(model, 3), 0.9, seed=0)
+        promise.try_split(model, choices, reach(model.head, choices), 0.9, seed=0)
 
 
 def test_the_command_prints_a_line_for_each_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
