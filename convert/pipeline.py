@@ -16,7 +16,6 @@ from hf_topk.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.documents import fingerprint, read_documents
 from hf_topk.errors import InputError
 from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.crossover import fastest_up_to
 from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.text import Window, make_windows
@@ -53,8 +52,6 @@ from .processes import ALONE, Processes
 from .recipe import MIXED, TARGET_AGREEMENT, Recipe
 from .special_tokens import check_ends_always_on, end_ids, special_ids
 
-STATES_TIMED = 1024
-
 
 @dataclasses.dataclass
 class Report:
@@ -62,7 +59,7 @@ class Report:
 
     Attributes:
         model: the converted model, in memory.
-        recipe: every choice, with none left open but what is measured: k, R and `sparse_max_positions`.
+        recipe: every choice, with none left open but what is chosen by calibration: k and R.
         fidelity: measured at k on held-out documents of the sample.
         choices: what the dense head chooses at their positions.
         num_experts: M.
@@ -99,7 +96,6 @@ class Report:
             "num_experts": self.num_experts,
             "num_experts_per_tok": head.num_experts_per_tok,
             "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
-            "sparse_max_positions": head.sparse_max_positions,
             "added_bytes": self.added_bytes,
             "added_bytes_share": self.added_bytes / head.dense_bytes(),
             "distilled_positions": self.distilled_positions,
@@ -166,9 +162,6 @@ def convert(
             fidelity = measure_fidelity(converted, held_out)
             if recipe.target_agreement is not None:
                 check_target(fidelity, target_of(recipe), converted.head.num_experts_per_tok)
-            if recipe.sparse_max_positions is None:
-                most = fastest_up_to(converted.head, evenly_spaced(states, STATES_TIMED))
-                converted.head.sparse_max_positions = converted.config.sparse_max_positions = most
     return Report(
         model=converted,
         recipe=recipe,
@@ -299,9 +292,9 @@ def target_of(recipe: Recipe) -> Target:
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
-    copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine"]
+    copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine", "sparse_max_positions"]
     choices = recipe.to_dict()
-    copied += [name for name in ("num_rescored", "sparse_max_positions") if choices[name] is not None]
+    copied += ["num_rescored"] if recipe.num_rescored is not None else []
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=recipe.num_experts(head_of(model).out_features),

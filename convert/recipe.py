@@ -42,8 +42,8 @@ class Recipe:
         tail_rank: numbers kept of a token's row to screen it, a third of a byte each.
         num_rescored: R, how many of the picked experts' tokens get exact logits; None for what it takes.
         combine: how a scored token's logit is made.
-        sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None measures on this machine
-            up to how many it is the faster one.
+        sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None for as many as it is
+            the faster one for where the model runs.
         distill_steps: steps that the router is trained for once it is fitted.
         batch_size: positions in one training step.
         learning_rate: of the first training step; it falls to zero along a cosine.

@@ -46,9 +46,10 @@ class TopKExpertsConfig(PreTrainedConfig):
         combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
             place of the expert's own mass, `learned` goes as far between the two as distillation found best. These two
             score all tokens of the picked experts, without a screen.
-        head_mode: `sparse`, `dense`, or `auto`: sparse up to `sparse_max_positions` positions a call, dense beyond and
-            whenever gradients are on.
-        sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse.
+        head_mode: `sparse`, `dense`, or `auto`: sparse where that is faster, dense elsewhere and whenever gradients
+            are on.
+        sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse; None
+            measures at first use, where the model runs, how many positions the sparse head is the faster one for.
 
     Raises:
         StrictDataclassError: when a value is of a wrong type or out of range.
@@ -69,7 +70,7 @@ class TopKExpertsConfig(PreTrainedConfig):
     num_rescored: int = 256
     combine: CombineType = "exact"
     head_mode: HeadMode = "auto"
-    sparse_max_positions: int = 16
+    sparse_max_positions: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Build the dense model's configuration from its dictionary."""
@@ -128,7 +129,7 @@ class TopKExpertsConfig(PreTrainedConfig):
                 f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), "
                 f"got {self.num_experts_per_tok}"
             )
-        if self.num_always_on < 0 or self.sparse_max_positions < 0:
+        if self.num_always_on < 0 or (self.sparse_max_positions or 0) < 0:
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
     def to_dict(self) -> dict[str, Any]:

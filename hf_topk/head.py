@@ -11,9 +11,10 @@ from transformers import initialization as init
 
 from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
+from .crossover import is_faster
 from .head_layout import check_sizes, places_left
 from .head_sizes import SizedHead
-from .kernels import expert_dot, gather_dot, shared_rows_dot
+from .kernels import always_and_gather_dot, expert_dot
 from .router import Router
 from .scored import Picked, Scored
 from .tail import Tail
@@ -85,29 +86,36 @@ class TopKExpertsHead(SizedHead):
         for added in self.children():
             cast(Any, added).requires_grad_(False).reset_parameters()
 
-    def runs_sparse(self, num_positions: int) -> bool:
-        """Whether a call on so many positions takes the sparse path under the present head mode."""
-        if self.head_mode == "auto":
-            return num_positions <= self.sparse_max_positions and not torch.is_grad_enabled()
-        return self.head_mode == "sparse"
+    def runs_sparse(self, num_positions: int, run: Callable[[Tensor], Any] | None = None) -> bool:
+        """Whether a call on so many positions takes the sparse path under the present head mode.
+
+        Args:
+            num_positions: N.
+            run: what it would run then; `sparse_logits` unless given.
+        """
+        if self.head_mode != "auto":
+            return self.head_mode == "sparse"
+        if torch.is_grad_enabled():
+            return False
+        if self.sparse_max_positions is not None:
+            return num_positions <= self.sparse_max_positions
+        run = run or self.sparse_logits
+        sizes = (run.__name__, self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine)
+        return is_faster(run, self.dense_logits, self, num_positions, *sizes)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the type of `hidden`."""
         # Compiled code has none: what replaces the head keeps compiled code from running, or can do without.
         if not torch.compiler.is_compiling() and (stand_in := self.stand_in) is not None:
             return stand_in(hidden)
-        return self._logits(hidden, self.sparse_logits)
+        return self.logits(hidden)
 
-    def forward_for_argmax(self, hidden: Tensor) -> Tensor:
-        """As [`TopKExpertsHead.forward`], but that only the argmax is right; see [`greedy_logits`]."""
-        # What an accelerator computes must not be waited for.
-        return self._logits(hidden, self.greedy_logits if hidden.device.type == "cpu" else self.sparse_logits)
-
-    def _logits(self, hidden: Tensor, sparse_logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The same, whatever stands in for the head."""
         flat = hidden.reshape(-1, self.in_features)
         if not self.runs_sparse(flat.shape[0]):
             return self.dense_logits(hidden)
-        return sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
+        return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
 
     @contextmanager
     def replaced_by(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -208,30 +216,32 @@ class TopKExpertsHead(SizedHead):
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
         scores, top, top_scores = self.pick(hidden)
         ids = self.expert_ids[top]
-        screened = self.tail.screen(hidden, top)
-        screened = screened - self.mask_padding(screened, ids).logsumexp(dim=-1, keepdim=True)
-        estimates = self.mask_padding(screened + top_scores.unsqueeze(-1), ids).flatten(1)  # (N, k S)
-        likeliest = estimates.topk(self.num_rescored + 1, dim=-1)
-        kept = likeliest.indices[:, :-1]
-        kept_ids = ids.flatten(1).gather(1, kept)
-        routed = gather_dot(hidden, self.weight, self.bias, kept_ids)
+        screened = self.tail.screen(hidden, top)  # (N, k, S)
+        if self.has_short_experts:  # whose repeats have a logit, but no mass
+            screened = screened - self.mask_padding(screened, ids).logsumexp(dim=-1, keepdim=True)
+        else:
+            screened = screened.log_softmax(dim=-1)
+        estimates = (self.mask_padding(screened, ids) + top_scores.unsqueeze(-1)).flatten(1)
+        likeliest = estimates.topk(self.num_rescored, dim=-1, sorted=False)
+        kept = ids.flatten(1).gather(1, likeliest.indices)
+        always, routed = always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, kept)
         exact = routed.float()
-        if self._has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
-            exact = exact.masked_fill(likeliest.values[:, :-1].isneginf(), -torch.inf)
-        exact = exact.logsumexp(dim=-1, keepdim=True)
-        offset = exact - likeliest.values[:, :-1].logsumexp(dim=-1, keepdim=True)
-        left = estimates.scatter(1, kept, -torch.inf).logsumexp(dim=-1, keepdim=True) + offset
-        always = shared_rows_dot(hidden, self.weight, self.bias, self.always_on_ids)
-        best_left, masses = (likeliest.values[:, -1:] + offset).squeeze(-1), torch.logaddexp(exact, left)
-        return Scored(always, routed, kept_ids, top, scores + offset, masses, screened, best_left)
+        if self.has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
+            exact = exact.masked_fill(likeliest.values.isneginf(), -torch.inf)
+        offset = exact.logsumexp(dim=-1, keepdim=True) - likeliest.values.logsumexp(dim=-1, keepdim=True)
+        # The exact logits have the mass that their estimates had, and so do the experts then.
+        masses = top_scores.logsumexp(dim=-1, keepdim=True) + offset
+        most_left = torch.maximum(likeliest.values.amin(dim=-1), top_scores.amin(dim=-1)) + offset.squeeze(-1)
+        return Scored(always, routed, kept, top, scores + offset, masses, screened, likeliest.indices, most_left)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
-        outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1)
         best = scored.routed.flatten(1).amax(dim=-1)
         if self.num_always_on:
             best = torch.maximum(best, scored.always.amax(dim=-1))
-        return outside >= best if scored.best_left is None else torch.maximum(outside, scored.best_left) >= best
+        if scored.most_left is not None:
+            return scored.most_left >= best
+        return scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1) >= best
 
     def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Logits with the tail at those positions alone where it could win, [N, V]."""
@@ -253,10 +263,49 @@ class TopKExpertsHead(SizedHead):
         logits.index_copy_(1, self.always_on_ids, scored.always)
         return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
 
+    def candidate_logits(self, scored: Scored) -> Tensor:
+        """Logits of the always-on tokens and of all tokens of the picked experts, minus infinity for repeats.
+
+        Args:
+            scored: what was scored at N positions.
+
+        Returns:
+            Exact ones and estimates, fp32 [N, A + k S].
+        """
+        routed = scored.routed.float()
+        if scored.screened is not None and scored.places is not None:
+            scores = scored.tail_scores.gather(1, scored.experts).unsqueeze(-1)
+            routed = (scored.screened + scores).flatten(1).scatter(1, scored.places, routed)
+        routed = routed.view(*scored.experts.shape, self.expert_size)
+        routed = self.mask_padding(routed, self.expert_ids[scored.experts])
+        return torch.cat([scored.always.float(), routed.flatten(1)], dim=-1)
+
+    def log_prior(self, experts: Tensor | None = None) -> Tensor:
+        """Log p(v | e) of all experts or of some if they are not picked, minus infinity for repeats: fp32 [..., S]."""
+        prior, ids = self.tail.log_prior, self.expert_ids
+        if experts is not None:
+            prior, ids = prior[experts], ids[experts]
+        return self.mask_padding(prior.float(), ids)
+
+    def places_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens stand.
+
+        Args:
+            tokens: ids, of any shape.
+
+        Returns:
+            Places among the always-on tokens, and among those of all experts one after the other; else -1.
+        """
+        always, routed = torch.full((2, self.out_features), -1, device=tokens.device)
+        always[self.always_on_ids] = torch.arange(self.num_always_on, device=tokens.device)
+        places = torch.arange(self.expert_ids.numel(), device=tokens.device)
+        routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)  # of repeats the first
+        return always[tokens], routed[tokens]
+
     def pick(self, hidden: Tensor) -> Picked:
         """Pick the experts to score for hidden states [N, d]."""
         scores = self.router(hidden)
-        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1)
+        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         return Picked(scores, top, top_scores)
 
     def scored_ids(self, experts: Tensor) -> Tensor:
@@ -283,12 +332,13 @@ class TopKExpertsHead(SizedHead):
         return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
 
     @property
-    def _has_short_experts(self) -> bool:
+    def has_short_experts(self) -> bool:
+        """Whether some expert has fewer than S tokens, and repeats its first id."""
         return self.num_experts * self.expert_size != self.out_features - self.num_always_on
 
     def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
         """Give the repeated ids of short experts no mass: values and ids [..., S]."""
-        if not self._has_short_experts:
+        if not self.has_short_experts:
             return values
         repeats = ids == ids[..., :1]
         repeats = torch.cat([torch.zeros_like(repeats[..., :1]), repeats[..., 1:]], dim=-1)

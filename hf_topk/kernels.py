@@ -12,7 +12,11 @@ GATHERED_ELEMENTS_AT_ONCE = 1 << 24
 CACHED_BYTES = 3 << 20
 # From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
-ROWS_UNPACKED_AT_ONCE = 1 << 16  # as many as stay in the processor's cache
+ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # as many as stay in the processor's cache
+FEW_POSITIONS = (
+    4  # from here on the product in fp32 is as fast as torch's kernel for rows of int8 (seen on two CPU cores)
+)
+COLUMNS_OF_KERNEL = 16  # with other numbers of columns it is wrong, and can crash (seen in torch 2.13)
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -28,13 +32,15 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     Returns:
         Logits in the type of `hidden`, [N, R], accumulated in fp32 by the matrix product.
     """
-    if _runs_on_triton(hidden, weight, bias):
+    if runs_on_triton(hidden, weight, bias):
         from .triton_kernels import gather_dot as on_triton
 
         return on_triton(hidden, weight, bias, rows)
     if torch.compiler.is_compiling():  # one loop, in which no row is copied
         logits = (F.embedding(rows, weight).float() * hidden.float().unsqueeze(1)).sum(dim=-1).to(hidden.dtype)
         return logits if bias is None else logits + bias[rows]
+    if len(hidden) == 1:
+        return shared_rows_dot(hidden, weight, bias, rows[0])
     at_once = max(1, GATHERED_ELEMENTS_AT_ONCE // (rows.shape[1] * hidden.shape[1]))
     logits = torch.cat(
         [
@@ -78,6 +84,28 @@ def expert_dot(
     return logits[:, :num_shared], routed
 
 
+def always_and_gather_dot(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exact logits of some tokens at every position, and of each position's own.
+
+    Args:
+        hidden: hidden states h, [N, d].
+        weight: the head W, [V, d].
+        bias: the head's bias, [V], or None.
+        shared_ids: token ids to score at every position, [A] int64.
+        rows: token ids to score, [N, R] int64.
+
+    Returns:
+        Logits in the type of `hidden`, [N, A] and [N, R].
+    """
+    if len(hidden) == 1 or hidden.device.type != "cpu":
+        every = torch.cat([shared_ids.expand(len(rows), -1), rows], dim=-1)
+        logits = gather_dot(hidden, weight, bias, every)
+        return logits[:, : len(shared_ids)], logits[:, len(shared_ids) :]
+    return shared_rows_dot(hidden, weight, bias, shared_ids), gather_dot(hidden, weight, bias, rows)
+
+
 def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
     """Exact logits of rows that are the same for all positions.
 
@@ -98,104 +126,95 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 
-def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
-    """Product with an int8 matrix whose rows have a scale each; the inputs are rounded to int8 as well.
+def int8_products(inputs: Tensor, rows: Tensor, ones: Tensor | None) -> Tensor:
+    """Products with rows of small whole numbers.
 
-    The integer product is exact, so this equals [`int8_logits_reference`] bit for bit up to 1040 columns.
-
-    Args:
-        inputs: [N, r], any float type.
-        factors: [R, r] int8.
-        scales: [R], any float type.
-
-    Returns:
-        inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
-    """
-    if _runs_on_triton(inputs):
-        from .triton_kernels import int8_logits as on_triton
-
-        return on_triton(inputs, factors, scales)
-    if not _multiplies_int8(inputs, factors):
-        return int8_logits_reference(inputs, factors, scales)
-    rounded, input_scales = _round_to_int8(inputs)
-    return torch._int_mm(rounded, factors.t()).float().mul_(scales).mul_(input_scales)
-
-
-def int8_logits_reference(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
-    """What [`int8_logits`] computes, in floating point: products of int8 are exact in fp32 up to rank 1040."""
-    rounded, input_scales = _round_through(inputs)
-    return F.linear(rounded, factors.float()) * scales.float() * input_scales
-
-
-def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """Product with a matrix of small whole numbers, several of them in a byte; inputs are rounded to int8.
-
-    The lowest bits of all bytes of a row hold its first columns, the next ones the columns that follow. The integer
-    products are exact, so this equals [`packed_logits_reference`] up to the rounding of their sum.
-
-    Args:
-        inputs: [N, r], any float type; r is a multiple of 8 / bits.
-        codes: [R, r bits / 8] uint8.
-        bits: bits of a number, 1, 2 or 4.
-
-    Returns:
-        inputs @ numbers^T up to the rounding of the inputs, fp32 [N, R], with numbers from 0 to 2^bits - 1.
-    """
-    if _runs_on_triton(inputs):
-        from .triton_kernels import packed_logits as on_triton
-
-        return on_triton(inputs, codes, bits)
-    if not _multiplies_int8(inputs, codes):
-        return packed_logits_reference(inputs, codes, bits)
-    rounded, input_scales = _round_to_int8(inputs)
-    parts = rounded.split(codes.shape[-1], dim=-1)
-    products = [_packed_product(parts, some, bits) for some in codes.split(ROWS_UNPACKED_AT_ONCE)]
-    return torch.cat(products, dim=-1) * input_scales
-
-
-def _packed_product(parts: tuple[Tensor, ...], codes: Tensor, bits: int) -> Tensor:
-    """Sum of the products of each part of the inputs with its place in the bytes: int8 [N, ...] each to fp32 [N, R]."""
-    last = len(parts) - 1
-    total = torch._int_mm(parts[last], (codes >> (last * bits)).view(torch.int8).t()).float()
-    for place, part in enumerate(parts[:last]):
-        # Numbers stay where they are in the byte, which is not yet the sign's place; their product is scaled instead.
-        numbers = (codes & ((2**bits - 1) << (place * bits))).view(torch.int8)
-        total.add_(torch._int_mm(part, numbers.t()), alpha=2.0 ** (-place * bits))
-    return total
-
-
-def expert_packed_logits(inputs: Tensor, codes: Tensor, bits: int, experts: Tensor) -> Tensor:
-    """[`packed_logits`] with the rows of the experts that each position picked.
+    For few positions on a CPU inputs and products are rounded to bfloat16, and every row is read once, as it is: this
+    is fast with and without arithmetic of bfloat16 or int8. Otherwise all is in fp32.
 
     Args:
         inputs: [N, r], any float type.
-        codes: [M, S, r bits / 8] uint8.
-        bits: bits of a number, 1, 2 or 4.
+        rows: [R, r] int8.
+        ones: at least R of them, in bfloat16, made beforehand for torch's kernel; None to do without it.
+
+    Returns:
+        inputs @ rows^T, fp32 [N, R].
+    """
+    if runs_on_triton(inputs, rows):
+        from .triton_kernels import int8_products as on_triton
+
+        return on_triton(inputs, rows)
+    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    has_kernel = inputs.device.type == "cpu" and rows.shape[1] % COLUMNS_OF_KERNEL == 0
+    if has_kernel and ones is not None and len(inputs) <= FEW_POSITIONS and not needs_gradient:
+        return torch._weight_int8pack_mm(inputs.bfloat16(), rows, ones[: len(rows)]).float()
+    if torch.compiler.is_compiling():
+        return _products_in_one_loop(inputs.unsqueeze(1), rows)
+    inputs = inputs.float()
+    parts = [F.linear(inputs, some.float()) for some in rows.split(ROWS_AS_FLOATS_AT_ONCE)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+    """[`int8_products`] with the rows of the experts that each position picked.
+
+    Args:
+        inputs: [N, r], any float type.
+        rows: [M, S, r] int8.
         experts: the picked experts, [N, k] int64.
+        ones: at least M S of them, in bfloat16.
 
     Returns:
-        inputs @ numbers^T up to the rounding of the inputs, fp32 [N, k, S].
+        inputs @ rows^T, fp32 [N, k, S].
     """
-    if inputs.device.type == "cpu" and not torch.compiler.is_compiling():  # each expert is read once for all positions
-        chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
-        logits = packed_logits(inputs, codes.index_select(0, chosen).flatten(0, 1), bits).unflatten(
-            -1, (-1, codes.shape[1])
-        )
-        return logits if place is None else logits.gather(1, place.unsqueeze(-1).expand(-1, -1, codes.shape[1]))
-    rounded, input_scales = _round_through(inputs)
-    numbers = unpack(codes[experts].flatten(1, 2), bits).float()  # (N, k S, r)
-    logits = torch.bmm(numbers, rounded.unsqueeze(-1)).squeeze(-1) * input_scales
-    return logits.unflatten(-1, (-1, codes.shape[1]))
+    if torch.compiler.is_compiling() and len(inputs) > 1:
+        return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows[experts])
+    # Each expert is read once, however many positions picked it.
+    chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
+    words = rows.flatten(1)
+    words = words.view(torch.int32) if words.shape[1] % 4 == 0 else words  # compiled code copies byte by byte
+    picked = words.index_select(0, chosen).view(torch.int8).view(-1, rows.shape[-1])
+    products = int8_products(inputs, picked, ones).unflatten(-1, (-1, rows.shape[1]))
+    return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, rows.shape[1]))
 
 
-def packed_logits_reference(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """What [`packed_logits`] computes, with all numbers unpacked at once and in floating point."""
-    rounded, input_scales = _round_through(inputs)
-    return F.linear(rounded, unpack(codes, bits).float()) * input_scales
+def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:
+    """Products with rows of few bits, as they are packed: for devices that unpack as fast as they read.
+
+    Args:
+        inputs: fp32 [N, r].
+        codes_4bit: of the first directions, [M, S, b] uint8.
+        codes_2bit: of the others, [M, S, c] uint8, with r = 2 b + 4 c.
+        experts: the picked experts, [N, k] int64, or None for all.
+
+    Returns:
+        Products with the numbers that the codes stand for, in steps: fp32 [N, k or M, S].
+    """
+    if runs_on_triton(inputs, codes_4bit):
+        from .triton_kernels import packed_products as on_triton
+
+        return on_triton(inputs, codes_4bit.contiguous(), codes_2bit.contiguous(), experts)
+    products = inputs @ (unpack_halves(codes_4bit, codes_2bit).flatten(0, 1).float() / 2).t()
+    products = products.unflatten(-1, codes_4bit.shape[:2])
+    return products if experts is None else products.gather(1, experts.unsqueeze(-1).expand(-1, -1, products.shape[-1]))
+
+
+def unpack_halves(codes_4bit: Tensor, codes_2bit: Tensor) -> Tensor:
+    """What codes stand for in halves of a step, which are odd numbers: uint8 [..., b] and [..., c] to int8 [..., r]."""
+    codes = ((codes_4bit, 4), (codes_2bit, 2))
+    return torch.cat([2 * unpack(some, bits) - (2**bits - 1) for some, bits in codes], dim=-1)
+
+
+def _products_in_one_loop(inputs: Tensor, rows: Tensor) -> Tensor:
+    """For compiled code, in which nothing is copied: sums over the last dimension, in fp32."""
+    return (rows.float() * inputs.float()).sum(dim=-1)
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
-    """Pack whole numbers from 0 to 2^bits - 1 as [`packed_logits`] has them: [R, r] to uint8 [R, r bits / 8]."""
+    """Pack whole numbers from 0 to 2^bits - 1: [R, r] to uint8 [R, r bits / 8].
+
+    The lowest bits of all bytes of a row hold its first columns, the next ones the columns that follow.
+    """
     planes = numbers.to(torch.uint8).unflatten(-1, (8 // bits, -1))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
     return (planes << shifts.unsqueeze(-1)).sum(dim=-2, dtype=torch.uint8)
@@ -211,34 +230,8 @@ def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
     return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
 
 
-def _runs_on_triton(*inputs: Tensor | None) -> bool:
-    # No gradient goes through a kernel.
+def runs_on_triton(*inputs: Tensor | None) -> bool:
+    """Whether a kernel on CUDA takes these; no gradient goes through one."""
     given = [some for some in inputs if some is not None]
     needs_gradient = torch.is_grad_enabled() and any(some.requires_grad for some in given)
     return HAS_TRITON and all(some.is_cuda for some in given) and not needs_gradient
-
-
-def _multiplies_int8(inputs: Tensor, matrix: Tensor) -> bool:
-    # The integer product has size limits on other devices, on the CPU it is wrong at rank 1 (seen in torch 2.13), and
-    # it has no gradient.
-    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
-    return inputs.device.type == "cpu" and matrix.shape[-1] > 1 and not needs_gradient
-
-
-def _round_to_int8(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row in 127 steps of its largest magnitude, int8 [N, r], and what a step is worth, fp32 [N, 1]."""
-    steps, scales = _steps(inputs)
-    return steps.round_().to(torch.int8), scales
-
-
-def _round_through(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The same numbers as floats whose gradient is that of the inputs not rounded (straight-through)."""
-    steps, scales = _steps(inputs)
-    return steps + (steps.round() - steps).detach(), scales
-
-
-def _steps(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    inputs = inputs.float()
-    largest = torch.linalg.vector_norm(inputs.detach(), ord=torch.inf, dim=-1, keepdim=True)
-    scales = largest.clamp_min_(torch.finfo(torch.float32).tiny).div_(127.0)
-    return inputs / scales, scales

@@ -27,6 +27,7 @@ from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .lossless import LosslessStats, sample
 from .quantisation import mark_as_quantised
+from .token_chooser import TokenChooser, can_choose
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -182,13 +183,13 @@ class TopKExpertsForCausalLM(
         self.head.num_experts_per_tok = self.config.num_experts_per_tok = count
 
     @property
-    def sparse_max_positions(self) -> int:
-        """The largest number of positions (batch x sequence) of a call that head mode "auto" runs sparse."""
+    def sparse_max_positions(self) -> int | None:
+        """The most positions (batch x sequence) that head mode "auto" runs sparse; None if that is measured."""
         return self.head.sparse_max_positions
 
     @sparse_max_positions.setter
-    def sparse_max_positions(self, count: int) -> None:
-        if count < 0:
+    def sparse_max_positions(self, count: int | None) -> None:
+        if count is not None and count < 0:
             raise InputError(f"sparse_max_positions is {count}, cannot be negative")
         self.head.sparse_max_positions = self.config.sparse_max_positions = count
 
@@ -301,17 +302,23 @@ class TopKExpertsForCausalLM(
         **kwargs: Any,
     ) -> Any:
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
-        if self._is_lossless and self.head_mode != "dense":
-            result, self.last_generation_stats = sample(self, *arguments, **kwargs)
-            return result
-        only_argmax = head.stand_in is None and not (
-            logits_processor
-            or generation_config.do_sample
-            or generation_config.output_scores
-            or generation_config.output_logits
-        )
-        with head.replaced_by(head.forward_for_argmax) if only_argmax else nullcontext():
-            return cast(Any, super())._sample(*arguments, **kwargs)
+        if self._is_lossless:
+            if self._drafting_pays(len(input_ids)):
+                result, self.last_generation_stats = sample(self, *arguments, **kwargs)
+                return result
+        elif head.stand_in is None and can_choose(head, logits_processor, generation_config):
+            chooser = TokenChooser(head, logits_processor, generation_config.do_sample)
+            takes_the_best = copy.copy(generation_config)
+            takes_the_best.do_sample = False
+            with head.replaced_by(chooser.logits):
+                return cast(Any, super())._sample(input_ids, chooser, stopping_criteria, takes_the_best, **kwargs)
+        return cast(Any, super())._sample(*arguments, **kwargs)
+
+    def _drafting_pays(self, rows: int) -> bool:
+        """Whether lossless decoding is to draft; not where the dense head is as fast."""
+        head = self.head
+        is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
+        return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)

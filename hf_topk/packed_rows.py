@@ -1,10 +1,12 @@
 """Products of hidden states with many rows that are kept in few bits."""
 
+import operator
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kernels import expert_packed_logits, int8_logits, pack, packed_logits, unpack
+from .kernels import expert_int8_products, int8_products, pack, packed_products, runs_on_triton, unpack_halves
 
 SMALLEST_SCALE = 1e-30
 
@@ -12,11 +14,12 @@ SMALLEST_SCALE = 1e-30
 class PackedRows(nn.Module):
     """Rows of which r numbers are kept, a third of them in 4 bits, the others in 2.
 
-    <row_v, h> is taken for <codes_v, B h - c> + bias_v, up to what is the same for all rows. The factors come from a
-    data-weighted SVD (DRONE, Chen et al. 2021, https://openreview.net/forum?id=T-cHNfhQYS): it minimises the error of
-    the products themselves. A direction, one row of the int8 matrix B, has one step for all rows, which is part of B,
-    and fewer bits where there is less to tell, as rate-distortion theory has it for independent components (reverse
-    water-filling: Cover and Thomas, Elements of Information Theory, 10.3.3).
+    <row_v, h> is taken for <x_v, B h - center> + bias_v, up to what is the same for all rows; the numbers in x_v lie
+    halfway between whole ones. The factors come from a data-weighted SVD (DRONE, Chen et al. 2021,
+    https://openreview.net/forum?id=T-cHNfhQYS): it minimises the error of the products themselves. A direction, one row
+    of the int8 matrix B, has one step for all rows, which is part of B, and fewer bits where there is less to tell, as
+    rate-distortion theory has it for independent components (reverse water-filling: Cover and Thomas, Elements of
+    Information Theory, 10.3.3).
     """
 
     basis: Tensor
@@ -43,6 +46,9 @@ class PackedRows(nn.Module):
         self.register_buffer("center", torch.empty(directions))
         self.register_buffer("codes_4bit", torch.empty(*shape, bytes_4bit, dtype=torch.uint8))
         self.register_buffer("codes_2bit", torch.empty(*shape, bytes_2bit, dtype=torch.uint8))
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept_of: tuple[Tensor, ...] = ()
+        self._versions: list[int] = []
 
     @property
     def bits(self) -> Tensor:
@@ -58,21 +64,49 @@ class PackedRows(nn.Module):
 
     def products(self, hidden: Tensor) -> Tensor:
         """Products with all rows, less the bias: [N, d] of any float type to fp32 [N, *shape]."""
-        first, others = self._projected(hidden)
-        products = packed_logits(first, self.codes_4bit.flatten(0, -2), 4)
-        products = products + packed_logits(others, self.codes_2bit.flatten(0, -2), 2)
-        return products.unflatten(-1, self.codes_4bit.shape[:-1])
+        if runs_on_triton(hidden, self.codes_4bit):
+            return self._packed_products(hidden, None)
+        halves, ones = self._prepared()
+        products = int8_products(self._projected(hidden, ones) / 2, halves.flatten(0, -2), ones)
+        return products.unflatten(-1, halves.shape[:-1])
 
     def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
         """Products with the rows of picked experts, less the bias: [N, d] and [N, k] to fp32 [N, k, S]."""
-        first, others = self._projected(hidden)
-        products = expert_packed_logits(first, self.codes_4bit, 4, experts)
-        return products + expert_packed_logits(others, self.codes_2bit, 2, experts)
+        if runs_on_triton(hidden, self.codes_4bit):
+            return self._packed_products(hidden, experts)
+        halves, ones = self._prepared()
+        return expert_int8_products(self._projected(hidden, ones) / 2, halves, experts, ones)
 
-    def _projected(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates of hidden states in the directions of 4 and of 2 bits, fp32 [N, r] in all."""
-        projected = int8_logits(hidden, self.basis, self.basis_scales) - self.center.float()
-        return projected[:, : self.directions_4bit], projected[:, self.directions_4bit :]
+    def _packed_products(self, hidden: Tensor, experts: Tensor | None) -> Tensor:
+        shape = self.codes_4bit.shape[:-1]
+        first, others = (some.view(shape[0], -1, some.shape[-1]) for some in (self.codes_4bit, self.codes_2bit))
+        products = packed_products(self._projected(hidden, None), first, others, experts)
+        return products if len(shape) > 1 else products.squeeze(-1)
+
+    def _projected(self, hidden: Tensor, ones: Tensor | None) -> Tensor:
+        """Coordinates of hidden states, fp32 [N, r]."""
+        return int8_products(hidden, self.basis, ones) * self.basis_scales.float() - self.center.float()
+
+    def _prepared(self) -> tuple[Tensor, Tensor]:
+        """What the codes stand for in halves of a step, which are odd numbers, int8 [*shape, r]; and ones for products.
+
+        Unpacked at first use and kept, since processors unpack slowly and have memory. Where code is exported, which
+        would have them in it, they are unpacked each time.
+        """
+        if torch.compiler.is_exporting():
+            return self._prepare()
+        if torch.compiler.is_compiling():
+            return self._kept or self._prepare()
+        codes = (self.codes_4bit, self.codes_2bit)
+        versions = [0 if some.is_inference() else some._version for some in codes]
+        if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, codes)):
+            self._kept, self._kept_of, self._versions = self._prepare(), codes, versions
+        return self._kept
+
+    def _prepare(self) -> tuple[Tensor, Tensor]:
+        halves = unpack_halves(self.codes_4bit, self.codes_2bit)
+        most = max(halves.shape[:-1].numel(), halves.shape[-1])
+        return halves, torch.ones(most, dtype=torch.bfloat16, device=halves.device)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:
@@ -101,7 +135,6 @@ class PackedRows(nn.Module):
             coordinates: of these rows, in steps, [n, ..., r].
         """
         bits = self.bits
-        # From zero up: what that adds is the same for all rows.
         codes = (round_to_levels(coordinates, bits) + 2 ** (bits - 1)).to(torch.uint8)
         first, others = codes.split([self.directions_4bit, len(bits) - self.directions_4bit], dim=-1)
         self.codes_4bit[some] = pack(first.flatten(0, -2), 4).view_as(self.codes_4bit[some])
@@ -109,8 +142,7 @@ class PackedRows(nn.Module):
 
     def coordinates(self) -> Tensor:
         """What the codes stand for, in steps: fp32 [*shape, r]."""
-        codes = torch.cat([unpack(self.codes_4bit, 4), unpack(self.codes_2bit, 2)], dim=-1)
-        return codes - (2**self.bits - 1) / 2
+        return self._prepared()[0] / 2
 
 
 def round_to_levels(values: Tensor, bits: Tensor) -> Tensor:

@@ -50,11 +50,6 @@ class Router(PackedRows):
             raise ValueError("the router is packed: unpack it first")
         return self.rows
 
-    @property
-    def _middle(self) -> Tensor:
-        """The middle of the codes of each direction, which count from zero up, [r]."""
-        return (2**self.bits - 1) / 2
-
     @torch.no_grad()
     def pack(self, coordinates: Tensor | None = None, mean: Tensor | None = None) -> None:
         """Keep the rows as codes in the present basis from now on; they cannot be trained then.
@@ -70,7 +65,7 @@ class Router(PackedRows):
         if coordinates is None:
             coordinates = (rows - mean_row) @ torch.linalg.pinv(basis)
         self.set_codes(slice(None), coordinates)
-        codes = self.coordinates() + self._middle
+        codes = self.coordinates()
         self.level.copy_(mean_row - codes.mean(dim=0) @ basis)  # so that rounding does not move the mean row
         bias = self.bias.float() + codes @ self.center.float()
         self.bias.copy_(bias if mean is None else bias + (rows - codes @ basis - self.level.float()) @ mean)
@@ -81,7 +76,7 @@ class Router(PackedRows):
         """Keep the rows as floats, of the type of the bias, from now on, so that they can be trained."""
         if self.rows is not None:
             return
-        codes = self.coordinates() + self._middle
+        codes = self.coordinates()
         rows = codes @ self.float_basis() + self.level.float()
         self.bias.copy_(self.bias.float() - codes @ self.center.float())
         self.rows = nn.Parameter(rows.to(self.bias.dtype))

@@ -28,10 +28,10 @@ class Scored(NamedTuple):
         ids: token ids of those, int64.
         experts: the picked experts, [N, k] int64.
         tail_scores: log mass of each expert as the tail shares it out, fp32 [N, M].
-        masses: log-sum-exp of each picked expert's logits, fp32 [N, k]. With a screen that of all picked
-            experts, [N, 1].
+        masses: log mass of each picked expert, fp32 [N, k]; with a screen that of all of them, [N, 1].
         screened: log p(v | e, h) of the picked experts' tokens as the screen has it, fp32 [N, k, S]; None without one.
-        best_left: the largest logit that the screen gives a token that it left out, fp32 [N]; None without one.
+        places: where the R tokens stand among the k S of the picked experts, [N, R] int64; None without a screen.
+        most_left: what no estimate of another token is above, fp32 [N]; None without a screen.
     """
 
     always: Tensor
@@ -41,7 +41,8 @@ class Scored(NamedTuple):
     tail_scores: Tensor
     masses: Tensor
     screened: Tensor | None = None
-    best_left: Tensor | None = None
+    places: Tensor | None = None
+    most_left: Tensor | None = None
 
     def part(self, positions: Tensor | slice) -> "Scored":
         """The same at some of the positions."""

@@ -13,10 +13,7 @@ except ImportError:
 
 ELEMENTS_GATHERED_AT_ONCE = 2048  # of rows, in one program
 COLUMNS_GATHERED_AT_ONCE = 512
-BYTES_MULTIPLIED_AT_ONCE = 4096  # of a matrix of few bits, in one program
-BYTES_OF_A_ROW_AT_ONCE = 256
-FEW_POSITIONS, POSITIONS_AT_ONCE = 16, 32  # tensor cores take no fewer positions
-FEWEST_BYTES = 32  # of a row, in a product of int8 on tensor cores
+ROWS_UNPACKED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 32, 64  # of rows of few bits, in one program
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -96,128 +93,166 @@ def _gather_dot_kernel(
     tl.store(logits + position * num_rows + places, result.to(logits.dtype.element_ty), mask=is_row)
 
 
-def int8_logits(inputs: Tensor, factors: Tensor, scales: Tensor) -> Tensor:
-    """What [`kernels.int8_logits`] computes, in two launches: the inputs are rounded, then multiplied.
+def int8_products(inputs: Tensor, rows: Tensor) -> Tensor:
+    """What [`kernels.int8_products`] computes, in one launch, with sums in fp32.
 
     Args:
         inputs: [N, r], any float type.
-        factors: [R, r] int8.
-        scales: [R], any float type.
+        rows: [R, r] int8.
 
     Returns:
-        inputs @ (factors * scales)^T up to the rounding of the inputs, fp32 [N, R].
+        inputs @ rows^T, fp32 [N, R].
     """
-    return _product(inputs, factors, scales, 8)
+    num_positions, columns = inputs.shape
+    num_rows = len(rows)
+    products = torch.empty(num_positions, num_rows, dtype=torch.float32, device=inputs.device)
+    block_columns = min(triton.next_power_of_2(columns), COLUMNS_GATHERED_AT_ONCE)
+    block_rows = ELEMENTS_GATHERED_AT_ONCE // block_columns
+    grid = (num_positions * triton.cdiv(num_rows, block_rows),)
+    with _on_device_of(inputs):
+        _int8_kernel[grid](
+            products,
+            inputs,
+            rows,
+            num_rows,
+            *inputs.stride(),
+            *rows.stride(),
+            COLUMNS=columns,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+        )
+    return products
 
 
-def packed_logits(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
-    """What [`kernels.packed_logits`] computes, in two launches; the numbers are unpacked on the chip alone.
+@triton.jit
+def _int8_kernel(
+    products,
+    inputs,
+    rows,
+    num_rows,
+    inputs_stride,
+    inputs_column_stride,
+    rows_stride,
+    rows_column_stride,
+    COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Some rows with one position."""
+    blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    position = (tl.program_id(0) // blocks).to(tl.int64)
+    places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = places < num_rows
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
+        is_column = columns < COLUMNS
+        given = tl.load(inputs + position * inputs_stride + columns * inputs_column_stride, mask=is_column, other=0)
+        some = tl.load(
+            rows + places.to(tl.int64)[:, None] * rows_stride + columns[None, :] * rows_column_stride,
+            mask=is_row[:, None] & is_column[None, :],
+            other=0,
+        )
+        sums += some.to(tl.float32) * given.to(tl.float32)[None, :]
+    tl.store(products + position * num_rows + places, tl.sum(sums, axis=1), mask=is_row)
+
+
+def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:
+    """What [`kernels.packed_products`] computes, in one launch; codes are unpacked on the chip alone.
 
     Args:
-        inputs: [N, r], any float type; r is a multiple of 8 / bits.
-        codes: [R, r bits / 8] uint8.
-        bits: bits of a number, 1, 2 or 4.
+        inputs: fp32 [N, r].
+        codes_4bit: [M, S, b] uint8.
+        codes_2bit: [M, S, c] uint8, with r = 2 b + 4 c.
+        experts: [N, k] int64, or None for all.
 
     Returns:
-        inputs @ numbers^T up to the rounding of the inputs, fp32 [N, R], with numbers from 0 to 2^bits - 1.
+        Products in steps, fp32 [N, k or M, S].
     """
-    return _product(inputs, codes, None, bits)
-
-
-def _product(inputs: Tensor, matrix: Tensor, scales: Tensor | None, bits: int) -> Tensor:
-    num_positions, columns = inputs.shape
-    num_rows, row_bytes = matrix.shape
-    rounded = torch.empty(num_positions, columns, dtype=torch.int8, device=inputs.device)
-    input_scales = torch.empty(num_positions, dtype=torch.float32, device=inputs.device)
-    logits = torch.empty(num_positions, num_rows, dtype=torch.float32, device=inputs.device)
-    block_bytes = max(FEWEST_BYTES, min(triton.next_power_of_2(row_bytes), BYTES_OF_A_ROW_AT_ONCE))
-    block_rows = BYTES_MULTIPLIED_AT_ONCE // block_bytes
-    block_positions = FEW_POSITIONS if num_positions <= FEW_POSITIONS else POSITIONS_AT_ONCE
-    grid = (triton.cdiv(num_positions, block_positions) * triton.cdiv(num_rows, block_rows),)
+    num_positions, expert_size = len(inputs), codes_4bit.shape[1]
+    num_picked = len(codes_4bit) if experts is None else experts.shape[1]
+    num_rows = num_picked * expert_size
+    products = torch.empty(num_positions, num_picked, expert_size, dtype=torch.float32, device=inputs.device)
+    grid = (num_positions * triton.cdiv(num_rows, ROWS_UNPACKED_AT_ONCE),)
     with _on_device_of(inputs):
-        _round_kernel[(num_positions,)](
-            rounded, input_scales, inputs, *inputs.stride(), COLUMNS=columns, BLOCK=triton.next_power_of_2(columns)
-        )
-        _product_kernel[grid](
-            logits,
-            rounded,
-            input_scales,
-            matrix,
-            scales,
-            num_positions,
+        _packed_kernel[grid](
+            products,
+            inputs,
+            codes_4bit,
+            codes_2bit,
+            experts,
             num_rows,
-            *matrix.stride(),
-            BITS=bits,
-            ROW_BYTES=row_bytes,
-            BLOCK_POSITIONS=block_positions,
-            BLOCK_ROWS=block_rows,
-            BLOCK_BYTES=block_bytes,
+            *inputs.stride(),
+            *((0, 0) if experts is None else experts.stride()),
+            SIZE=expert_size,
+            BYTES_4BIT=codes_4bit.shape[-1],
+            BYTES_2BIT=codes_2bit.shape[-1],
+            BLOCK_ROWS=ROWS_UNPACKED_AT_ONCE,
+            BLOCK_BYTES=BYTES_UNPACKED_AT_ONCE,
         )
-    return logits
+    return products
 
 
 @triton.jit
-def _round_kernel(rounded, scales, inputs, stride, column_stride, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """One position, to 127 steps of its largest magnitude."""
-    position = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    is_column = columns < COLUMNS
-    values = tl.load(inputs + position * stride + columns * column_stride, mask=is_column, other=0).to(tl.float32)
-    # Below 1e-30 the reference goes on; this does not, since a device may take the smallest numbers for zero.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(values), axis=0), 1e-30), 127.0)
-    steps = tl.div_rn(values, scale + tl.zeros_like(values))
-    # At 1.5 * 2^23 floats are whole numbers: halves go to the even one, as in torch.
-    whole = (steps + 12582912.0) - 12582912.0
-    tl.store(rounded + position * COLUMNS + columns, whole.to(tl.int8), mask=is_column)
-    tl.store(scales + position, scale)
-
-
-@triton.jit
-def _product_kernel(
-    logits,
-    rounded,
-    input_scales,
-    matrix,
-    scales,
-    num_positions,
+def _packed_kernel(
+    products,
+    inputs,
+    codes_4bit,
+    codes_2bit,
+    experts,
     num_rows,
-    matrix_stride,
-    matrix_column_stride,
-    BITS: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    BLOCK_POSITIONS: tl.constexpr,
+    inputs_stride,
+    column_stride,
+    experts_stride,
+    picked_stride,
+    SIZE: tl.constexpr,
+    BYTES_4BIT: tl.constexpr,
+    BYTES_2BIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """Some positions with some rows, whose bytes hold 8 / BITS numbers each; sums in int32."""
-    NUMBERS: tl.constexpr = 8 // BITS
-    blocks = tl.cdiv(num_positions, BLOCK_POSITIONS)
-    positions = tl.program_id(0) % blocks * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
-    rows = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_position, is_row = positions < num_positions, rows < num_rows
-    first_inputs = rounded + positions.to(tl.int64)[:, None] * (NUMBERS * ROW_BYTES)
-    first_codes = matrix + rows.to(tl.int64)[None, :] * matrix_stride
-    sums = tl.zeros((BLOCK_POSITIONS, BLOCK_ROWS), tl.int32)
+    """Some tokens of one position, those of picked experts one after the other."""
+    blocks = tl.cdiv(num_rows, BLOCK_ROWS)
+    position = (tl.program_id(0) // blocks).to(tl.int64)
+    places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = places < num_rows
+    rows = places.to(tl.int64)
+    if experts is not None:
+        picked = tl.load(experts + position * experts_stride + places // SIZE * picked_stride, mask=is_row, other=0)
+        rows = picked * SIZE + places % SIZE
+    own = inputs + position * inputs_stride
+    sums = _few_bits(own, column_stride, codes_4bit, rows, is_row, 4, BYTES_4BIT, BLOCK_ROWS, BLOCK_BYTES)
+    own += 2 * BYTES_4BIT * column_stride
+    sums += _few_bits(own, column_stride, codes_2bit, rows, is_row, 2, BYTES_2BIT, BLOCK_ROWS, BLOCK_BYTES)
+    tl.store(products + position * num_rows + places, sums, mask=is_row)
+
+
+@triton.jit
+def _few_bits(
+    inputs,
+    column_stride,
+    codes,
+    rows,
+    is_row,
+    BITS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+):
+    """Products of one position with rows whose bytes hold 8 / BITS numbers each."""
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_BYTES), tl.float32)
     for start in range(0, ROW_BYTES, BLOCK_BYTES):
         places = start + tl.arange(0, BLOCK_BYTES)
         is_place = places < ROW_BYTES
-        codes = tl.load(
-            first_codes + places[:, None] * matrix_column_stride, mask=is_place[:, None] & is_row[None, :], other=0
+        some = tl.load(
+            codes + rows[:, None] * ROW_BYTES + places[None, :], mask=is_row[:, None] & is_place[None, :], other=0
         )
-        for number in tl.static_range(NUMBERS):
-            part = tl.load(
-                first_inputs + (number * ROW_BYTES + places)[None, :],
-                mask=is_position[:, None] & is_place[None, :],
-                other=0,
-            )
-            numbers = codes if BITS == 8 else ((codes >> (number * BITS)) & (2**BITS - 1)).to(tl.int8)
-            sums = tl.dot(part, numbers, acc=sums, out_dtype=tl.int32)
-    result = sums.to(tl.float32)
-    if scales is not None:
-        result *= tl.load(scales + rows, mask=is_row, other=0).to(tl.float32)[None, :]
-    result *= tl.load(input_scales + positions, mask=is_position, other=0)[:, None]
-    places_of_logits = logits + positions.to(tl.int64)[:, None] * num_rows + rows[None, :]
-    tl.store(places_of_logits, result, mask=is_position[:, None] & is_row[None, :])
+        for number in tl.static_range(8 // BITS):
+            columns = number * ROW_BYTES + places
+            given = tl.load(inputs + columns * column_stride, mask=is_place, other=0)
+            levels = ((some >> (number * BITS)) & (2**BITS - 1)).to(tl.float32) - (2**BITS - 1) / 2
+            sums += levels * given.to(tl.float32)[None, :]
+    return tl.sum(sums, axis=1)
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:

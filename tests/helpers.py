@@ -71,7 +71,8 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
     dense = tiny_dense() if dense is None else dense
     vocab_size = dense.get_output_embeddings().weight.shape[0]
     sizes = {"num_experts": 6, "expert_size": 16, "num_always_on": 8, "num_experts_per_tok": 2, "router_rank": 4}
-    model = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(**{**sizes, "tail_rank": 4, **choices}))
+    sizes |= {"tail_rank": 4, "sparse_max_positions": 16}  # which would else be measured, and be 0 for so small a head
+    model = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(**{**sizes, **choices}))
     head = model.head
     order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

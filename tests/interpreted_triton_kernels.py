@@ -54,54 +54,43 @@ def test_gather_dot_reads_tensors_where_they_lie() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)
-@pytest.mark.parametrize(("positions", "columns", "num_rows"), [(1, 1, 2), (3, 20, 130), (33, 300, 17)])
-def test_int8_logits(dtype: torch.dtype, positions: int, columns: int, num_rows: int) -> None:
-    inputs, scales = normal(0, positions, columns).to(dtype), normal(1, num_rows).to(dtype)
-    factors = whole(2, -127, 128, num_rows, columns).to(torch.int8)
-    logits = triton_kernels.int8_logits(inputs, factors, scales)
-    torch.testing.assert_close(logits, kernels.int8_logits_reference(inputs, factors, scales), rtol=1e-6, atol=0)
+@pytest.mark.parametrize(("positions", "columns", "num_rows"), [(1, 1, 2), (3, 20, 130), (33, 300, 17), (1, 1030, 3)])
+def test_int8_products(dtype: torch.dtype, positions: int, columns: int, num_rows: int) -> None:
+    inputs = normal(0, positions, columns).to(dtype)
+    rows = whole(2, -127, 128, num_rows, columns).to(torch.int8)
+    exact = inputs.double() @ rows.double().t()
+    torch.testing.assert_close(triton_kernels.int8_products(inputs, rows), exact.float(), rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("dtype", FLOAT_TYPES)
-@pytest.mark.parametrize(("positions", "row_bytes", "num_rows"), [(1, 1, 2), (3, 16, 130), (33, 300, 17)])
-def test_packed_logits(bits: int, dtype: torch.dtype, positions: int, row_bytes: int, num_rows: int) -> None:
-    inputs = normal(0, positions, row_bytes * 8 // bits).to(dtype)
-    codes = whole(1, 0, 256, num_rows, row_bytes).to(torch.uint8)
-    logits = triton_kernels.packed_logits(inputs, codes, bits)
-    torch.testing.assert_close(logits, kernels.packed_logits_reference(inputs, codes, bits), rtol=1e-6, atol=0)
+@pytest.mark.parametrize("is_picked", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "experts", "size", "bytes_4bit", "bytes_2bit"),
+    [(1, 3, 1, 1, 1), (3, 9, 16, 48, 48), (33, 5, 7, 70, 3)],
+)
+def test_packed_products(
+    is_picked: bool, positions: int, experts: int, size: int, bytes_4bit: int, bytes_2bit: int
+) -> None:
+    inputs = normal(0, positions, 2 * bytes_4bit + 4 * bytes_2bit)
+    codes = [whole(width, 0, 256, experts, size, width).to(torch.uint8) for width in (bytes_4bit, bytes_2bit)]
+    picked = whole(1, 0, experts, positions, 4) if is_picked else None
+    products = triton_kernels.packed_products(inputs, *codes, picked)
+    torch.testing.assert_close(products, kernels.packed_products(inputs, *codes, picked), rtol=1e-5, atol=1e-3)
 
 
-def test_integer_products_are_exact() -> None:
-    """Beyond 2^24 sums in fp32 lose the last one."""
-    inputs, factors = torch.ones(1, 1041), torch.full((1, 1041), 127, dtype=torch.int8)
-    factors[0, 0] = 126
-    logits = triton_kernels.int8_logits(inputs, factors, torch.ones(1))
-    assert logits.item() == torch.tensor(127 * (127 * 1041 - 1)).float() * (torch.ones(()) / 127)
+def test_products_read_inputs_where_they_lie() -> None:
+    inputs, codes = normal(0, 24, 3).t()[:, 8:14], [whole(1, 0, 256, 4, 5, 1).to(torch.uint8) for _ in range(2)]
+    picked = whole(1, 0, 4, 2, 3).t()
+    expected = kernels.packed_products(inputs, *codes, picked)
+    torch.testing.assert_close(triton_kernels.packed_products(inputs, *codes, picked), expected, rtol=1e-5, atol=1e-4)
+    rows = whole(2, -127, 128, 6, 9).to(torch.int8).t()
+    torch.testing.assert_close(
+        triton_kernels.int8_products(inputs, rows), inputs @ rows.float().t(), rtol=1e-5, atol=1e-3
+    )
 
 
-def test_halves_are_rounded_to_the_even_number() -> None:
-    inputs = torch.tensor([[127.0, 0.5, 1.5, -2.5, -0.5, 126.5]])
-    for place in range(6):
-        factors = torch.zeros(1, 6, dtype=torch.int8)
-        factors[0, place] = 1
-        assert triton_kernels.int8_logits(inputs, factors, torch.ones(1)).item() == inputs[0, place].round()
-
-
-def test_products_with_zeros_are_zero() -> None:
-    inputs, codes = torch.zeros(2, 8), whole(0, 0, 256, 5, 4).to(torch.uint8)
-    assert not triton_kernels.packed_logits(inputs, codes, 4).any()
-    assert not triton_kernels.int8_logits(inputs, torch.ones(5, 8, dtype=torch.int8), torch.ones(5)).any()
-
-
-def test_products_read_tensors_where_they_lie() -> None:
-    """The tail gives each of its parts some columns of one projection."""
-    inputs, codes = normal(0, 3, 24)[:, 8:16], whole(1, 0, 256, 4, 5).to(torch.uint8).t()
-    expected = kernels.packed_logits_reference(inputs, codes, 4)
-    torch.testing.assert_close(triton_kernels.packed_logits(inputs, codes, 4), expected)
-
-
-def test_no_positions_give_no_logits() -> None:
+def test_no_positions_give_nothing() -> None:
     weight, rows = normal(0, 9, 4), torch.empty(0, 3, dtype=torch.long)
     assert triton_kernels.gather_dot(torch.empty(0, 4), weight, None, rows).shape == (0, 3)
-    assert triton_kernels.int8_logits(torch.empty(0, 4), weight.to(torch.int8), torch.ones(9)).shape == (0, 9)
+    assert triton_kernels.int8_products(torch.empty(0, 4), weight.to(torch.int8)).shape == (0, 9)
+    codes = torch.zeros(9, 2, 1, dtype=torch.uint8)
+    assert triton_kernels.packed_products(torch.empty(0, 6), codes, codes, None).shape == (0, 9, 2)

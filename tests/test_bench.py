@@ -221,7 +221,7 @@ def test_every_key_is_there(figures: dict[str, Any]) -> None:
     assert set(figures["prompt"]) == {"dense_ms", "auto_ms"}
     assert set(figures["sampling"]) == E2E_KEYS - {"lossless_tok_s"}
     assert 0 <= figures["tail_share"] <= 1
-    assert 0 <= figures["sparse_max_positions"] <= 64
+    assert 0 <= figures["auto_sparse_up_to"] <= 64
     assert 0 < figures["lossless"]["dense_passes_per_token"] <= 1
     json.dumps(figures, allow_nan=False)
 

@@ -117,7 +117,7 @@ def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch)
     together, greedy = sparse(hidden), sparse.greedy_logits(hidden)
     for _ in range(2):
         one_by_one = torch.cat([sparse(one) for one in hidden.split(1)])
-        torch.testing.assert_close(sparse(hidden), one_by_one, **CLOSE[torch.float32])
+        torch.testing.assert_close(sparse(hidden), one_by_one, **CLOSE[torch.bfloat16])  # which few are rounded to
         torch.testing.assert_close(sparse(hidden), together, **CLOSE[torch.float32])
         torch.testing.assert_close(sparse.greedy_logits(hidden), greedy, **CLOSE[torch.float32])
         monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)

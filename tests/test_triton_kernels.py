@@ -35,11 +35,12 @@ def calls(kind: type[Tensor] = Tensor, dtype: torch.dtype = torch.bfloat16) -> d
     """A call of every function that has a kernel, at sizes of which all bytes of a load are full."""
     hidden, weight = (torch.ones(rows, 640, dtype=dtype).as_subclass(kind) for rows in (2, 1000))
     rows = torch.zeros(2, 48, dtype=torch.int64)
-    codes = torch.zeros(1000, 160, dtype=torch.uint8)
+    codes = torch.zeros(60, 16, 64, dtype=torch.uint8)
+    inputs, experts = torch.ones(2, 384).as_subclass(kind), torch.zeros(2, 5, dtype=torch.int64)
     return {
         "gather_dot": lambda: kernels.gather_dot(hidden, weight, weight[:, 0].contiguous(), rows),
-        "int8_logits": lambda: kernels.int8_logits(hidden, weight.to(torch.int8), weight[:, 0].contiguous()),
-        "packed_logits": lambda: kernels.packed_logits(hidden, codes, 2),
+        "int8_products": lambda: kernels.int8_products(hidden, weight.to(torch.int8), None),
+        "packed_products": lambda: kernels.packed_products(inputs, codes.as_subclass(kind), codes, experts),
     }
 
 
@@ -74,7 +75,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
     for name, kernel in list(vars(triton_kernels).items()):
         if name.endswith("_kernel"):
             monkeypatch.setattr(triton_kernels, name, Recorder(kernel))
-    monkeypatch.setattr(kernels, "_runs_on_triton", lambda *inputs: True)
+    monkeypatch.setattr(kernels, "runs_on_triton", lambda *inputs: True)
     return recorded
 
 
@@ -102,18 +103,15 @@ def compile_for_cuda(kernel: Any, args: tuple, constants: dict, capability: int)
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["gather_dot", "int8_logits", "packed_logits"])
+@pytest.mark.parametrize("name", ["gather_dot", "int8_products", "packed_products"])
 def test_kernels_compile_for_cuda(
     name: str, capability: int, launches: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     calls()[name]()
     compiled = [compile_for_cuda(*launch, capability) for launch in launches]
-    assert len(compiled) == (1 if name == "gather_dot" else 2)
-    if name == "gather_dot":
-        assert "ld.global.v4" in compiled[-1]  # rows are read 16 bytes at a time
-    else:
-        assert "s32.s8.s8.s32" in compiled[-1]  # tensor cores multiply int8
+    assert len(compiled) == 1
+    assert "ld.global.v4" in compiled[0]  # rows are read 16 bytes at a time
 
 
 # When they run
@@ -140,7 +138,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_cuda_tensors_go_to_triton(chosen: list[str]) -> None:
     for call in calls(OnCuda).values():
         call()
-    assert chosen == ["gather_dot", "int8_logits", "packed_logits"]
+    assert chosen == ["gather_dot", "int8_products", "packed_products"]
 
 
 def test_cpu_tensors_never_go_to_triton(chosen: list[str]) -> None:
@@ -151,7 +149,7 @@ def test_cpu_tensors_never_go_to_triton(chosen: list[str]) -> None:
 
 def test_the_plain_reference_runs_where_triton_is_missing(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
-    assert [call().shape for call in calls(OnCuda).values()] == [(2, 48), (2, 1000), (2, 1000)]
+    assert [call().shape for call in calls(OnCuda).values()] == [(2, 48), (2, 1000), (2, 5, 16)]
     assert chosen == []
 
 
@@ -170,8 +168,9 @@ def test_gradients_go_through_the_plain_reference(chosen: list[str], needs_gradi
 
 def test_gradients_of_inputs_go_through_the_plain_reference(chosen: list[str]) -> None:
     inputs = torch.ones(2, 8).as_subclass(OnCuda).requires_grad_()
-    assert kernels.int8_logits(inputs, torch.ones(5, 8, dtype=torch.int8), torch.ones(5)).requires_grad
-    assert kernels.packed_logits(inputs, torch.zeros(5, 2, dtype=torch.uint8), 2).requires_grad
+    assert kernels.int8_products(inputs, torch.ones(5, 8, dtype=torch.int8), None).requires_grad
+    codes = torch.zeros(3, 2, 2, dtype=torch.uint8).as_subclass(OnCuda)
+    assert kernels.packed_products(inputs, codes, codes[..., :1], None).requires_grad
     assert chosen == []
 
 
@@ -193,15 +192,15 @@ def keep(graph, inputs):
     return graph.forward
 
 def call(hidden, weight, bias, rows, factors, codes):
-    return (kernels.gather_dot(hidden, weight, bias, rows), kernels.int8_logits(hidden, factors, bias),
-            kernels.packed_logits(hidden, codes, 2))
+    return (kernels.gather_dot(hidden, weight, bias, rows), kernels.int8_products(hidden, factors, None),
+            kernels.packed_products(hidden, *codes, rows))
 
 with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
     hidden, weight, bias = torch.empty(3, 40), torch.empty(99, 40), torch.empty(99)
     rows, factors = torch.empty(3, 7, dtype=torch.int64), torch.empty(99, 40, dtype=torch.int8)
-    codes = torch.empty(99, 10, dtype=torch.uint8)
+    codes = [torch.empty(99, 2, width, dtype=torch.uint8) for width in (6, 7)]
     logits = torch.compile(call, fullgraph=True, backend=keep)(hidden, weight, bias, rows, factors, codes)
-assert [tuple(some.shape) for some in logits] == [(3, 7), (3, 99), (3, 99)]
+assert [tuple(some.shape) for some in logits] == [(3, 7), (3, 99), (3, 7, 2)]
 print(*traced)
 """
 
@@ -210,4 +209,4 @@ print(*traced)
 def test_launches_are_traced_into_one_graph() -> None:
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["triton_kernel_wrapper_mutation"] * 5
+    assert done.stdout.split() == ["triton_kernel_wrapper_mutation"] * 3

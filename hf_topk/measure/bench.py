@@ -21,7 +21,6 @@ from .baselines import BASELINES, has_compiler
 from .bench_decode import Decoding, step_overheads
 from .bench_head import Heads
 from .competitors import Competitors
-from .crossover import fastest_up_to
 from .timing import Spread
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -71,8 +70,7 @@ def bench(
     """Measure a converted model beside its dense model and the methods of others.
 
     Args:
-        own: a converted model; its head mode and generation config change, and up to how many positions it is sparse is
-            measured anew.
+        own: a converted model; its head mode and generation config change.
         states_of: gives hidden states to time the head on, [P, d].
         choices: what to measure.
 
@@ -83,7 +81,6 @@ def bench(
     choices = choices or Choices()
     models = Competitors.of(own)
     states = states_of(models)
-    own.head.sparse_max_positions = fastest_up_to(own.head, states)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
@@ -106,7 +103,7 @@ def bench(
             "acceptance": stats.acceptance,
         },
         "tail_share": heads.tail_share(),
-        "sparse_max_positions": own.head.sparse_max_positions,
+        "auto_sparse_up_to": heads.auto_sparse_up_to(),
         "added_memory_share": own.head.added_bytes() / own.head.dense_bytes(),
         "step_overhead_ms": {name: 1000 * seconds for name, seconds in step_overheads().items()},
         "spread": {

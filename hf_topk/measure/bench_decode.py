@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 from ..configuration_topk_experts import HeadMode, TopKExpertsConfig
 from ..lossless import LosslessStats
 from ..modeling_topk_experts import TopKExpertsForCausalLM
+from ..token_chooser import TokenChooser
 from .competitors import Competitors, NoHead
 from .timing import Spread, TokenClock, interleaved
 
@@ -129,16 +130,21 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
         router_packed=True,
         tail_rank=12,
         num_rescored=32,  # of 64, so that there is a screen, as there mostly is
+        head_mode="sparse",
     )
     wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
     wrapped.head.weight[wrapped.head.always_on_ids] *= LIKELIER  # as mostly in text, the tail cannot win
     models = Competitors.of(wrapped)
     no_head = NoHead(256, torch.float32)
 
-    def step(model: Any, stand_in: Any = None) -> Callable[[Tensor], None]:
+    chooser = TokenChooser(wrapped.head, (), does_sample=False, leaves_logits=True)
+
+    def step(model: Any, stand_in: Any = None, choose: Any = None) -> Callable[[Tensor], None]:
         def run(tokens: Tensor) -> None:
             with nullcontext() if stand_in is None else wrapped.head.replaced_by(stand_in):
-                model(input_ids=tokens, use_cache=False, logits_to_keep=1)
+                logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+            scores = logits[:, -1].to(copy=True, dtype=torch.float32)
+            (scores if choose is None else choose(tokens, scores)).argmax(dim=-1)
 
         return run
 
@@ -146,7 +152,7 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
         "no_head": step(models.no_head),
         "dense": step(models.dense),
         "wrapper": step(wrapped, no_head),
-        "sparse": step(wrapped, wrapped.head.forward_for_argmax),
+        "sparse": step(wrapped, chooser.logits, chooser),
     }
     spreads = interleaved(runs, lambda: torch.randint(256, (1, 1)), rounds, "Timing the wrapper")
     return {

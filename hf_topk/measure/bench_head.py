@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..crossover import MOST_POSITIONS
 from ..head import TopKExpertsHead
 from ..kernels import gather_dot, shared_rows_dot
 from ..lossless import LosslessStats
+from ..token_chooser import Candidates
 from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
+from .bench_decode import SAMPLING
 from .competitors import Competitors
 from .timing import Spread, head_seconds
 
@@ -90,7 +93,12 @@ class Heads:
 
     def _sparse_runs(self) -> dict[str, Head]:
         head = self._sparse
-        return {"sparse": head.greedy_logits, "sparse_all_logits": head.sparse_logits, "auto": _auto(head)}
+        return {
+            "sparse": _greedy(head),
+            "sampling": _sampling(head),
+            "sparse_all_logits": head.sparse_logits,
+            "auto": _auto(head),
+        }
 
     def prompt(self, rounds: int) -> dict[str, Spread]:
         """Time the dense head and ours in head mode "auto" on as many positions as a prompt has.
@@ -103,6 +111,12 @@ class Heads:
         """
         runs: dict[str, Head] = {"dense": self._sparse.dense_logits, "auto": _auto(self._sparse)}
         return head_seconds(runs, self.states, PROMPT_POSITIONS, rounds, f"Timing the head, {PROMPT_POSITIONS} at once")
+
+    def auto_sparse_up_to(self) -> int:
+        """Up to how many positions, a power of two, head mode "auto" makes logits of all tokens the sparse way."""
+        self._sparse.head_mode = "auto"
+        sizes = (1 << power for power in range(MOST_POSITIONS.bit_length()))
+        return max((size for size in sizes if self._sparse.runs_sparse(size)), default=0)
 
     def tail_share(self) -> float:
         """Share of the states at which the tail could win, so that greedy decoding computes it."""
@@ -175,6 +189,27 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
 
     of_screen: dict[str, Head] = {"part_screen": screen} if head.screens else {}
     return {"part_router": head.router, **of_screen, "part_gather": gather, "part_gather_dot": multiply}
+
+
+def _greedy(head: TopKExpertsHead) -> Head:
+    """The head as greedy decoding runs it."""
+
+    def run(hidden: Tensor) -> Tensor:
+        return Candidates(head, head.score(hidden)).best()
+
+    return run
+
+
+def _sampling(head: TopKExpertsHead) -> Head:
+    """The head as sampling runs it, with a temperature and top-p: it draws the token, too."""
+
+    def run(hidden: Tensor) -> Tensor:
+        candidates = Candidates(head, head.score(hidden))
+        candidates.heat(SAMPLING["temperature"])
+        candidates.keep_top_p(SAMPLING["top_p"])
+        return candidates.drawn()
+
+    return run
 
 
 def _auto(head: TopKExpertsHead) -> Head:

@@ -65,7 +65,7 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
         f"{sizes['num_rescored']:,} in {sizes['num_experts_per_tok']:,} of {sizes['num_experts']:,} experts of "
         f"{sizes['expert_size']:,}",
         "tail": f"could win, and is computed in greedy decoding, at {figures['tail_share']:.1%} of the positions",
-        "auto": f"sparse up to {figures['sparse_max_positions']:,} positions",
+        "auto": f"sparse up to {figures['auto_sparse_up_to']:,} positions",
         "added memory": f"{figures['added_memory_share']:.1%} of the head",
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "
         f"{lossless['body_steps_per_token']:.3f} steps of the body a token, {lossless['acceptance']:.1%} of the drafts "
