@@ -189,9 +189,10 @@ class TopKExpertsHead(SizedHead):
             Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
         """
         scored = self.score(hidden)
-        outside = scored.tail_scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1)
+        outside = scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
         logits = self._logits_for_argmax(hidden, scored) if is_greedy else self._all_logits(hidden, scored)
-        inside = torch.cat([scored.always.float(), scored.masses], dim=-1).logsumexp(dim=-1)
+        inside = scored.masses.logsumexp(dim=-1, keepdim=True) + (0 if scored.screened is None else scored.offset)
+        inside = torch.cat([scored.always.float(), inside], dim=-1).logsumexp(dim=-1)
         return logits, torch.sigmoid(outside - inside)
 
     def score(self, hidden: Tensor) -> Scored:
@@ -210,38 +211,44 @@ class TopKExpertsHead(SizedHead):
         shifts, tail_scores = self._combine(scores, top, disagreement, offset)
         if shifts is not None:
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
-        return Scored(always, routed, ids, top, tail_scores, masses)
+        logits = torch.cat([always, routed.flatten(1)], dim=-1)
+        return Scored(logits, ids.flatten(1), top, tail_scores, torch.zeros_like(offset), masses)
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
-        scores, top, top_scores = self.pick(hidden)
-        ids = self.expert_ids[top]
+        scores = self.router.relative_scores(hidden)
+        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
         if self.has_short_experts:  # whose repeats have a logit, but no mass
-            screened = screened - self.mask_padding(screened, ids).logsumexp(dim=-1, keepdim=True)
+            masked = self.mask_padding(screened, self.expert_ids[top])
+            total = masked.logsumexp(dim=-1, keepdim=True)
+            screened, masked = screened - total, masked - total
         else:
-            screened = screened.log_softmax(dim=-1)
-        estimates = (self.mask_padding(screened, ids) + top_scores.unsqueeze(-1)).flatten(1)
-        likeliest = estimates.topk(self.num_rescored, dim=-1, sorted=False)
-        kept = ids.flatten(1).gather(1, likeliest.indices)
-        always, routed = always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, kept)
-        exact = routed.float()
+            screened = masked = screened.log_softmax(dim=-1)
+        estimates = (masked + top_scores.unsqueeze(-1)).flatten(1)
+        kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
+        experts = top.gather(1, places // self.expert_size)
+        ids = self.expert_ids.flatten()[experts * self.expert_size + places % self.expert_size]
+        logits = always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, ids)
+        exact = logits[:, self.num_always_on :].float()
         if self.has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
-            exact = exact.masked_fill(likeliest.values.isneginf(), -torch.inf)
-        offset = exact.logsumexp(dim=-1, keepdim=True) - likeliest.values.logsumexp(dim=-1, keepdim=True)
+            exact = exact.masked_fill(kept.isneginf(), -torch.inf)
         # The exact logits have the mass that their estimates had, and so do the experts then.
-        masses = top_scores.logsumexp(dim=-1, keepdim=True) + offset
-        most_left = torch.maximum(likeliest.values.amin(dim=-1), top_scores.amin(dim=-1)) + offset.squeeze(-1)
-        return Scored(always, routed, kept, top, scores + offset, masses, screened, likeliest.indices, most_left)
+        offset = exact.logsumexp(dim=-1, keepdim=True) - kept.logsumexp(dim=-1, keepdim=True)
+        least = kept.amin(dim=-1, keepdim=True)
+        return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
-        best = scored.routed.flatten(1).amax(dim=-1)
-        if self.num_always_on:
-            best = torch.maximum(best, scored.always.amax(dim=-1))
-        if scored.most_left is not None:
-            return scored.most_left >= best
-        return scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1) >= best
+        most_left = scored.most_left
+        if most_left is None:
+            most_left = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1, keepdim=True)
+        return (most_left >= scored.exact.amax(dim=-1, keepdim=True)).squeeze(1)
+
+    def best_scored(self, scored: Scored) -> Tensor:
+        """The token with the largest exact logit, [N]; the likeliest of all unless the tail may win."""
+        ids = torch.cat([self.always_on_ids.expand(len(scored.ids), -1), scored.ids], dim=-1)
+        return ids.gather(1, scored.exact.argmax(dim=-1, keepdim=True)).squeeze(1)
 
     def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
         """Logits with the tail at those positions alone where it could win, [N, V]."""
@@ -253,7 +260,7 @@ class TopKExpertsHead(SizedHead):
 
     def _all_logits(self, hidden: Tensor, scored: Scored, with_tail: bool = True) -> Tensor:
         """The scored tokens' logits and everyone else's tail, [N, V]."""
-        shape, dtype = (hidden.shape[0], self.out_features), scored.always.dtype
+        shape, dtype = (hidden.shape[0], self.out_features), scored.exact.dtype
         if with_tail:
             logits = hidden.new_empty(shape, dtype=dtype)  # every token is routed or always on
             within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
@@ -261,7 +268,7 @@ class TopKExpertsHead(SizedHead):
         else:
             logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
         logits.index_copy_(1, self.always_on_ids, scored.always)
-        return logits.scatter_(1, scored.ids.flatten(1), scored.routed.flatten(1))
+        return logits.scatter_(1, scored.ids, scored.routed)
 
     def candidate_logits(self, scored: Scored) -> Tensor:
         """Logits of the always-on tokens and of all tokens of the picked experts, minus infinity for repeats.

@@ -86,7 +86,7 @@ def expert_dot(
 
 def always_and_gather_dot(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Exact logits of some tokens at every position, and of each position's own.
 
     Args:
@@ -97,13 +97,12 @@ def always_and_gather_dot(
         rows: token ids to score, [N, R] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, A] and [N, R].
+        Logits in the type of `hidden`, [N, A + R].
     """
     if len(hidden) == 1 or hidden.device.type != "cpu":
-        every = torch.cat([shared_ids.expand(len(rows), -1), rows], dim=-1)
-        logits = gather_dot(hidden, weight, bias, every)
-        return logits[:, : len(shared_ids)], logits[:, len(shared_ids) :]
-    return shared_rows_dot(hidden, weight, bias, shared_ids), gather_dot(hidden, weight, bias, rows)
+        return gather_dot(hidden, weight, bias, torch.cat([shared_ids.expand(len(rows), -1), rows], dim=-1))
+    shared = shared_rows_dot(hidden, weight, bias, shared_ids)
+    return torch.cat([shared, gather_dot(hidden, weight, bias, rows)], dim=-1)
 
 
 def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -126,8 +125,8 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 
-def int8_products(inputs: Tensor, rows: Tensor, ones: Tensor | None) -> Tensor:
-    """Products with rows of small whole numbers.
+def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+    """Products with rows of whole numbers, and a scale for each row.
 
     For few positions on a CPU inputs and products are rounded to bfloat16, and every row is read once, as it is: this
     is fast with and without arithmetic of bfloat16 or int8. Otherwise all is in fp32.
@@ -135,47 +134,48 @@ def int8_products(inputs: Tensor, rows: Tensor, ones: Tensor | None) -> Tensor:
     Args:
         inputs: [N, r], any float type.
         rows: [R, r] int8.
-        ones: at least R of them, in bfloat16, made beforehand for torch's kernel; None to do without it.
+        scales: [R] bfloat16; they are made beforehand, as torch's kernel wants them.
 
     Returns:
-        inputs @ rows^T, fp32 [N, R].
+        inputs @ rows^T * scales, bfloat16 or fp32 [N, R].
     """
     if runs_on_triton(inputs, rows):
         from .triton_kernels import int8_products as on_triton
 
-        return on_triton(inputs, rows)
+        return on_triton(inputs, rows, scales)
     needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
     has_kernel = inputs.device.type == "cpu" and rows.shape[1] % COLUMNS_OF_KERNEL == 0
-    if has_kernel and ones is not None and len(inputs) <= FEW_POSITIONS and not needs_gradient:
-        return torch._weight_int8pack_mm(inputs.bfloat16(), rows, ones[: len(rows)]).float()
-    if torch.compiler.is_compiling():
-        return _products_in_one_loop(inputs.unsqueeze(1), rows)
+    if has_kernel and len(inputs) <= FEW_POSITIONS and not needs_gradient:
+        return torch._weight_int8pack_mm(inputs.bfloat16(), rows, scales)
     inputs = inputs.float()
+    if torch.compiler.is_compiling():
+        return _products_in_one_loop(inputs.unsqueeze(1), rows) * scales
     parts = [F.linear(inputs, some.float()) for some in rows.split(ROWS_AS_FLOATS_AT_ONCE)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scales
 
 
-def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, ones: Tensor) -> Tensor:
+def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: Tensor) -> Tensor:
     """[`int8_products`] with the rows of the experts that each position picked.
 
     Args:
         inputs: [N, r], any float type.
         rows: [M, S, r] int8.
         experts: the picked experts, [N, k] int64.
-        ones: at least M S of them, in bfloat16.
+        scales: at least M S times the same one, bfloat16.
 
     Returns:
-        inputs @ rows^T, fp32 [N, k, S].
+        inputs @ rows^T * scales, bfloat16 or fp32 [N, k, S].
     """
+    expert_size = rows.shape[1]
     if torch.compiler.is_compiling() and len(inputs) > 1:
-        return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows[experts])
+        return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows[experts]) * scales[:expert_size]
     # Each expert is read once, however many positions picked it.
     chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
     words = rows.flatten(1)
     words = words.view(torch.int32) if words.shape[1] % 4 == 0 else words  # compiled code copies byte by byte
     picked = words.index_select(0, chosen).view(torch.int8).view(-1, rows.shape[-1])
-    products = int8_products(inputs, picked, ones).unflatten(-1, (-1, rows.shape[1]))
-    return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, rows.shape[1]))
+    products = int8_products(inputs, picked, scales[: len(picked)]).unflatten(-1, (-1, expert_size))
+    return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_size))
 
 
 def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:

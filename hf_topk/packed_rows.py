@@ -1,6 +1,7 @@
 """Products of hidden states with many rows that are kept in few bits."""
 
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,21 @@ from transformers import initialization as init
 from .kernels import expert_int8_products, int8_products, pack, packed_products, runs_on_triton, unpack_halves
 
 SMALLEST_SCALE = 1e-30
+
+
+class Prepared(NamedTuple):
+    """Rows that are ready to be multiplied.
+
+    Attributes:
+        halves: what the codes stand for in halves of a step, which are odd numbers, int8 [*shape, r].
+        ones: a scale for each row, bfloat16 [rows].
+        half_scales, half_center: those of the basis, halved, bfloat16 and fp32 [r].
+    """
+
+    halves: Tensor
+    ones: Tensor
+    half_scales: Tensor
+    half_center: Tensor
 
 
 class PackedRows(nn.Module):
@@ -46,7 +62,7 @@ class PackedRows(nn.Module):
         self.register_buffer("center", torch.empty(directions))
         self.register_buffer("codes_4bit", torch.empty(*shape, bytes_4bit, dtype=torch.uint8))
         self.register_buffer("codes_2bit", torch.empty(*shape, bytes_2bit, dtype=torch.uint8))
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: Prepared | None = None
         self._kept_of: tuple[Tensor, ...] = ()
         self._versions: list[int] = []
 
@@ -63,50 +79,50 @@ class PackedRows(nn.Module):
             init.zeros_(tensor)
 
     def products(self, hidden: Tensor) -> Tensor:
-        """Products with all rows, less the bias: [N, d] of any float type to fp32 [N, *shape]."""
+        """Products with all rows, less the bias: [N, d] of any float type to [N, *shape], bfloat16 or fp32."""
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, None)
-        halves, ones = self._prepared()
-        products = int8_products(self._projected(hidden, ones) / 2, halves.flatten(0, -2), ones)
-        return products.unflatten(-1, halves.shape[:-1])
+        prepared = self._prepared()
+        products = int8_products(self._projected(hidden, prepared), prepared.halves.flatten(0, -2), prepared.ones)
+        return products.unflatten(-1, prepared.halves.shape[:-1])
 
     def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Products with the rows of picked experts, less the bias: [N, d] and [N, k] to fp32 [N, k, S]."""
+        """Products with the rows of picked experts, less the bias: [N, d] and [N, k] to [N, k, S]."""
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, experts)
-        halves, ones = self._prepared()
-        return expert_int8_products(self._projected(hidden, ones) / 2, halves, experts, ones)
+        prepared = self._prepared()
+        return expert_int8_products(self._projected(hidden, prepared), prepared.halves, experts, prepared.ones)
 
     def _packed_products(self, hidden: Tensor, experts: Tensor | None) -> Tensor:
         shape = self.codes_4bit.shape[:-1]
         first, others = (some.view(shape[0], -1, some.shape[-1]) for some in (self.codes_4bit, self.codes_2bit))
-        products = packed_products(self._projected(hidden, None), first, others, experts)
+        projected = int8_products(hidden, self.basis, self.basis_scales) - self.center.float()
+        products = packed_products(projected, first, others, experts)
         return products if len(shape) > 1 else products.squeeze(-1)
 
-    def _projected(self, hidden: Tensor, ones: Tensor | None) -> Tensor:
-        """Coordinates of hidden states, fp32 [N, r]."""
-        return int8_products(hidden, self.basis, ones) * self.basis_scales.float() - self.center.float()
+    def _projected(self, hidden: Tensor, prepared: "Prepared") -> Tensor:
+        """Half of the coordinates of hidden states, fp32 [N, r]."""
+        return int8_products(hidden, self.basis, prepared.half_scales) - prepared.half_center
 
-    def _prepared(self) -> tuple[Tensor, Tensor]:
-        """What the codes stand for in halves of a step, which are odd numbers, int8 [*shape, r]; and ones for products.
+    def _prepared(self) -> "Prepared":
+        """The rows as processors multiply them best: unpacked at first use and kept.
 
-        Unpacked at first use and kept, since processors unpack slowly and have memory. Where code is exported, which
-        would have them in it, they are unpacked each time.
+        Where code is exported, which would have them in it, they are unpacked each time.
         """
         if torch.compiler.is_exporting():
             return self._prepare()
         if torch.compiler.is_compiling():
             return self._kept or self._prepare()
-        codes = (self.codes_4bit, self.codes_2bit)
-        versions = [0 if some.is_inference() else some._version for some in codes]
-        if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, codes)):
-            self._kept, self._kept_of, self._versions = self._prepare(), codes, versions
+        source = (self.codes_4bit, self.codes_2bit, self.basis_scales, self.center)
+        versions = [0 if some.is_inference() else some._version for some in source]
+        if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
+            self._kept, self._kept_of, self._versions = self._prepare(), source, versions
         return self._kept
 
-    def _prepare(self) -> tuple[Tensor, Tensor]:
+    def _prepare(self) -> "Prepared":
         halves = unpack_halves(self.codes_4bit, self.codes_2bit)
-        most = max(halves.shape[:-1].numel(), halves.shape[-1])
-        return halves, torch.ones(most, dtype=torch.bfloat16, device=halves.device)
+        ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
+        return Prepared(halves, ones, (self.basis_scales / 2).bfloat16(), self.center.float() / 2)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:
@@ -142,7 +158,7 @@ class PackedRows(nn.Module):
 
     def coordinates(self) -> Tensor:
         """What the codes stand for, in steps: fp32 [*shape, r]."""
-        return self._prepared()[0] / 2
+        return unpack_halves(self.codes_4bit, self.codes_2bit) / 2
 
 
 def round_to_levels(values: Tensor, bits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from .packed_rows import PackedRows
@@ -51,7 +52,7 @@ class Tail(PackedRows):
 
     def screen(self, hidden: Tensor, experts: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of the tokens of picked experts: [N, d] and [N, k] to fp32 [N, k, S]."""
-        return self.products_of(hidden, experts) + self.bias[experts].float()
+        return self.products_of(hidden, experts) + F.embedding(experts, self.bias).float()
 
     def read_by_expert(self) -> tuple[Tensor, ...]:
         """Tensors [M, ...] of which the rows of the picked experts alone are read."""

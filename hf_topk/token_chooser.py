@@ -26,7 +26,7 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
-FIRST_TRIED = 64  # of the likeliest tokens, for top-p; four times as many if they have not enough of the probability
+FIRST_TRIED = 64  # of the likeliest tokens, for top-p; sixteen times as many if they have not enough of the probability
 
 
 class TokenChooser:
@@ -47,6 +47,7 @@ class TokenChooser:
         """
         self._head, self._processors, self._does_sample = head, found, does_sample
         self._leaves_logits = leaves_logits
+        self._priors = Priors(head)
         self._logits = torch.empty(0)
         self._scored: Scored | None = None
         self._nothing = head.weight.new_full((1, 1, 1), -torch.inf)
@@ -70,7 +71,7 @@ class TokenChooser:
         """
         scored, self._scored = self._scored, None
         if scored is not None:
-            tokens = self._choose(input_ids, scored)
+            tokens = self.choose(input_ids, scored)
             return scores.scatter_(1, tokens.unsqueeze(1), 0.0)
         if self._leaves_logits is None:
             self._leaves_logits = scores.equal(self._logits.to(scores))
@@ -80,9 +81,19 @@ class TokenChooser:
         drawn = draw(scores)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _choose(self, input_ids: Tensor, scored: Scored) -> Tensor:
-        """The next token of each row, [B]."""
-        candidates = Candidates(self._head, scored)
+    def choose(self, input_ids: Tensor, scored: Scored) -> Tensor:
+        """The next token of each row.
+
+        Args:
+            input_ids: the prefix, [B, T], for a penalty.
+            scored: what the head scored after it.
+
+        Returns:
+            Token ids, [B].
+        """
+        if not self._processors and not self._does_sample and not self._head.tail_may_win(scored).any():
+            return self._head.best_scored(scored)
+        candidates = Candidates(self._head, scored, self._priors)
         for one in self._processors:
             if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
                 candidates.penalise(input_ids, one.penalty)
@@ -119,17 +130,34 @@ def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationC
     return is_usual and -1 not in kinds and kinds == sorted(set(kinds))
 
 
+class Priors:
+    """What is known beforehand of the tokens of experts that are not picked, kept for a generation."""
+
+    def __init__(self, head: TopKExpertsHead) -> None:
+        """Take the head's prior as it is."""
+        self.best = head.log_prior().amax(dim=-1)  # log p(v | e) of each expert's likeliest token, fp32 [M]
+        self._head = head
+        self._masses: dict[float, Tensor] = {}
+
+    def mass(self, temperature: float) -> Tensor:
+        """What the tempered prior of each expert sums up to, as a logarithm: fp32 [M]."""
+        if temperature not in self._masses:
+            self._masses[temperature] = (self._head.log_prior() / temperature).logsumexp(dim=-1)
+        return self._masses[temperature]
+
+
 class Candidates:
     """The tokens that could be next at some positions; those of an expert that was not picked are one mass."""
 
-    def __init__(self, head: TopKExpertsHead, scored: Scored) -> None:
+    def __init__(self, head: TopKExpertsHead, scored: Scored, priors: Priors) -> None:
         """Start with the always-on tokens and all tokens of the picked experts.
 
         Args:
             head: the sparse head.
             scored: what it scored at B positions.
+            priors: of the same head.
         """
-        self._head, self._scored = head, scored
+        self._head, self._scored, self._priors = head, scored, priors
         self._temperature = 1.0
         self._logits = head.candidate_logits(scored)  # (B, n)
         self._experts = scored.experts  # taken apart, in the order that their tokens are in
@@ -186,7 +214,7 @@ class Candidates:
             has_enough = sums[:, -1:] >= share
             if count >= length or has_enough.all():
                 break
-            count *= 4
+            count *= 16
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
         return least if self._are_others_out else least.where(has_enough, -math.inf)
 
@@ -222,9 +250,7 @@ class Candidates:
 
     def _masses(self) -> Tensor:
         """Log masses of the experts that are not taken apart, minus infinity for the others, [B, M]."""
-        scores = self._scored.tail_scores / self._temperature
-        if self._temperature != 1:  # else the prior sums up to one
-            scores = scores + (self._head.log_prior() / self._temperature).logsumexp(dim=-1)
+        scores = self._scored.tail_scores / self._temperature + self._priors.mass(self._temperature)
         return scores.scatter(1, self._experts, -torch.inf)
 
     def _take_apart_above(self, logit: Tensor | float) -> bool:
@@ -232,9 +258,9 @@ class Candidates:
         if self._are_others_out:
             return False
         most = self._scored.most_left
-        if most is not None and isinstance(logit, Tensor) and (logit >= most.unsqueeze(1) / self._temperature).all():
+        if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
             return False
-        best = (self._scored.tail_scores + self._head.tail.log_prior.float().amax(dim=-1)) / self._temperature
+        best = (self._scored.tail_scores + self._priors.best) / self._temperature
         return self._take_apart(best > logit)
 
     def _take_apart(self, are_wanted: Tensor) -> bool:

@@ -93,15 +93,16 @@ def _gather_dot_kernel(
     tl.store(logits + position * num_rows + places, result.to(logits.dtype.element_ty), mask=is_row)
 
 
-def int8_products(inputs: Tensor, rows: Tensor) -> Tensor:
+def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     """What [`kernels.int8_products`] computes, in one launch, with sums in fp32.
 
     Args:
         inputs: [N, r], any float type.
         rows: [R, r] int8.
+        scales: [R], any float type.
 
     Returns:
-        inputs @ rows^T, fp32 [N, R].
+        inputs @ rows^T * scales, fp32 [N, R].
     """
     num_positions, columns = inputs.shape
     num_rows = len(rows)
@@ -114,6 +115,7 @@ def int8_products(inputs: Tensor, rows: Tensor) -> Tensor:
             products,
             inputs,
             rows,
+            scales,
             num_rows,
             *inputs.stride(),
             *rows.stride(),
@@ -129,6 +131,7 @@ def _int8_kernel(
     products,
     inputs,
     rows,
+    scales,
     num_rows,
     inputs_stride,
     inputs_column_stride,
@@ -154,7 +157,8 @@ def _int8_kernel(
             other=0,
         )
         sums += some.to(tl.float32) * given.to(tl.float32)[None, :]
-    tl.store(products + position * num_rows + places, tl.sum(sums, axis=1), mask=is_row)
+    result = tl.sum(sums, axis=1) * tl.load(scales + places, mask=is_row, other=0).to(tl.float32)
+    tl.store(products + position * num_rows + places, result, mask=is_row)
 
 
 def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:

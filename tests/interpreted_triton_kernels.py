@@ -57,9 +57,10 @@ def test_gather_dot_reads_tensors_where_they_lie() -> None:
 @pytest.mark.parametrize(("positions", "columns", "num_rows"), [(1, 1, 2), (3, 20, 130), (33, 300, 17), (1, 1030, 3)])
 def test_int8_products(dtype: torch.dtype, positions: int, columns: int, num_rows: int) -> None:
     inputs = normal(0, positions, columns).to(dtype)
-    rows = whole(2, -127, 128, num_rows, columns).to(torch.int8)
-    exact = inputs.double() @ rows.double().t()
-    torch.testing.assert_close(triton_kernels.int8_products(inputs, rows), exact.float(), rtol=1e-5, atol=1e-2)
+    rows, scales = whole(2, -127, 128, num_rows, columns).to(torch.int8), normal(1, num_rows).to(dtype)
+    exact = inputs.double() @ rows.double().t() * scales.double()
+    found = triton_kernels.int8_products(inputs, rows, scales)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("is_picked", [False, True])
@@ -82,15 +83,14 @@ def test_products_read_inputs_where_they_lie() -> None:
     picked = whole(1, 0, 4, 2, 3).t()
     expected = kernels.packed_products(inputs, *codes, picked)
     torch.testing.assert_close(triton_kernels.packed_products(inputs, *codes, picked), expected, rtol=1e-5, atol=1e-4)
-    rows = whole(2, -127, 128, 6, 9).to(torch.int8).t()
-    torch.testing.assert_close(
-        triton_kernels.int8_products(inputs, rows), inputs @ rows.float().t(), rtol=1e-5, atol=1e-3
-    )
+    rows, scales = whole(2, -127, 128, 6, 9).to(torch.int8).t(), normal(3, 9)
+    expected = inputs @ rows.float().t() * scales
+    torch.testing.assert_close(triton_kernels.int8_products(inputs, rows, scales), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_no_positions_give_nothing() -> None:
     weight, rows = normal(0, 9, 4), torch.empty(0, 3, dtype=torch.long)
     assert triton_kernels.gather_dot(torch.empty(0, 4), weight, None, rows).shape == (0, 3)
-    assert triton_kernels.int8_products(torch.empty(0, 4), weight.to(torch.int8)).shape == (0, 9)
+    assert triton_kernels.int8_products(torch.empty(0, 4), weight.to(torch.int8), torch.ones(9)).shape == (0, 9)
     codes = torch.zeros(9, 2, 1, dtype=torch.uint8)
     assert triton_kernels.packed_products(torch.empty(0, 6), codes, codes, None).shape == (0, 9, 2)

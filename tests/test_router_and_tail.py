@@ -228,7 +228,7 @@ def test_packed_scores_are_exact_at_the_mean_state(seed: int, experts: int, rank
     states = torch.cat([mean + offsets, mean - offsets]) / 64
     router, packed = packed_from(normal(seed, experts, 24), states, rank)
     mean = mean.unsqueeze(0) / 64
-    torch.testing.assert_close(packed(mean), router(mean), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(packed(mean), router(mean), rtol=1e-2, atol=2e-2)  # to bfloat16
 
 
 @settings(max_examples=20, deadline=None)
@@ -357,4 +357,4 @@ def test_gradients_are_those_of_the_products(kind: str) -> None:
     slope = (codes @ module.float_basis()).sum(dim=0)
     if kind == "router":
         slope = slope + len(codes) * module.level
-    torch.testing.assert_close(hidden.grad, slope.expand(3, -1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(hidden.grad, slope.expand(3, -1), rtol=1e-2, atol=2e-2)  # scales are in bfloat16

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as processors
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead, token_chooser
-from hf_topk.token_chooser import Candidates, TokenChooser, can_choose, draw
+from hf_topk.token_chooser import Candidates, Priors, TokenChooser, can_choose, draw
 
 PREFIX = torch.tensor([[5, 17, 42, 8, 17, 3], [99, 3, 64, 2, 77, 99]])
 WARPERS = {
@@ -36,7 +36,7 @@ def choose_from(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Cand
     left: list[Candidates] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Candidates, "drawn", lambda self: left.append(self))
-        chooser._choose(PREFIX[: len(hidden)], head.score(hidden))
+        chooser.choose(PREFIX[: len(hidden)], head.score(hidden))
     return left[0]
 
 
@@ -96,7 +96,7 @@ def test_the_best_is_that_of_the_sparse_logits(
 ) -> None:
     head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, positions)
     logits = head.sparse_logits(hidden)
-    best = Candidates(head, head.score(hidden)).best()
+    best = Candidates(head, head.score(hidden), Priors(head)).best()
     assert logits.gather(1, best.unsqueeze(1)).squeeze(1).equal(logits.amax(dim=-1))
 
 
@@ -131,7 +131,7 @@ def test_distribution_of_200_000_draws(
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)
     for _ in range(100):
         chooser = TokenChooser(head, found, does_sample=True)
-        tokens = chooser._choose(PREFIX[:1].expand(2000, -1), head.score(many))
+        tokens = chooser.choose(PREFIX[:1].expand(2000, -1), head.score(many))
         counts += tokens.bincount(minlength=VOCAB_SIZE)
     found_p = p_value(counts, scores.double().softmax(-1)[0])
     assert (found_p < 1e-6) if is_broken else (found_p > 1e-4)

@@ -39,7 +39,7 @@ def calls(kind: type[Tensor] = Tensor, dtype: torch.dtype = torch.bfloat16) -> d
     inputs, experts = torch.ones(2, 384).as_subclass(kind), torch.zeros(2, 5, dtype=torch.int64)
     return {
         "gather_dot": lambda: kernels.gather_dot(hidden, weight, weight[:, 0].contiguous(), rows),
-        "int8_products": lambda: kernels.int8_products(hidden, weight.to(torch.int8), None),
+        "int8_products": lambda: kernels.int8_products(hidden, weight.to(torch.int8), weight[:, 0].contiguous()),
         "packed_products": lambda: kernels.packed_products(inputs, codes.as_subclass(kind), codes, experts),
     }
 
@@ -168,7 +168,7 @@ def test_gradients_go_through_the_plain_reference(chosen: list[str], needs_gradi
 
 def test_gradients_of_inputs_go_through_the_plain_reference(chosen: list[str]) -> None:
     inputs = torch.ones(2, 8).as_subclass(OnCuda).requires_grad_()
-    assert kernels.int8_products(inputs, torch.ones(5, 8, dtype=torch.int8), None).requires_grad
+    assert kernels.int8_products(inputs, torch.ones(5, 8, dtype=torch.int8), torch.ones(5)).requires_grad
     codes = torch.zeros(3, 2, 2, dtype=torch.uint8).as_subclass(OnCuda)
     assert kernels.packed_products(inputs, codes, codes[..., :1], None).requires_grad
     assert chosen == []
@@ -192,7 +192,7 @@ def keep(graph, inputs):
     return graph.forward
 
 def call(hidden, weight, bias, rows, factors, codes):
-    return (kernels.gather_dot(hidden, weight, bias, rows), kernels.int8_products(hidden, factors, None),
+    return (kernels.gather_dot(hidden, weight, bias, rows), kernels.int8_products(hidden, factors, bias),
             kernels.packed_products(hidden, *codes, rows))
 
 with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):

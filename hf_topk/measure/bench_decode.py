@@ -6,7 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..configuration_topk_experts import HeadMode, TopKExpertsConfig
 from ..lossless import LosslessStats
@@ -24,6 +31,11 @@ LIKELIER = 100.0
 PROMPT_STATS = LosslessStats(tokens=-1, body_steps=-1, dense_passes=-1)  # takes away what is not timed
 
 Decoder = Callable[[Tensor], float]
+
+
+def warpers() -> list[LogitsProcessor]:
+    """The logits processors of what is sampled with."""
+    return [TemperatureLogitsWarper(SAMPLING["temperature"]), TopPLogitsWarper(SAMPLING["top_p"])]
 
 
 class Decoding:

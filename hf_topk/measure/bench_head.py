@@ -13,9 +13,9 @@ from ..crossover import MOST_POSITIONS
 from ..head import TopKExpertsHead
 from ..kernels import gather_dot, shared_rows_dot
 from ..lossless import LosslessStats
-from ..token_chooser import Candidates
+from ..token_chooser import TokenChooser
 from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
-from .bench_decode import SAMPLING
+from .bench_decode import warpers
 from .competitors import Competitors
 from .timing import Spread, head_seconds
 
@@ -172,7 +172,7 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
     Experts and rows are those that other states pick, found beforehand.
     """
     scored = head.score(states[:PICKS])
-    picked, rows = itertools.cycle(scored.experts.split(1)), itertools.cycle(scored.ids.flatten(1).split(1))
+    picked, rows = itertools.cycle(scored.experts.split(1)), itertools.cycle(scored.ids.split(1))
 
     def screen(hidden: Tensor) -> Tensor:
         return head.tail.screen(hidden, next(picked))
@@ -193,23 +193,14 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
 
 def _greedy(head: TopKExpertsHead) -> Head:
     """The head as greedy decoding runs it."""
-
-    def run(hidden: Tensor) -> Tensor:
-        return Candidates(head, head.score(hidden)).best()
-
-    return run
+    chooser = TokenChooser(head, (), does_sample=False)
+    return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
 
 
 def _sampling(head: TopKExpertsHead) -> Head:
     """The head as sampling runs it, with a temperature and top-p: it draws the token, too."""
-
-    def run(hidden: Tensor) -> Tensor:
-        candidates = Candidates(head, head.score(hidden))
-        candidates.heat(SAMPLING["temperature"])
-        candidates.keep_top_p(SAMPLING["top_p"])
-        return candidates.drawn()
-
-    return run
+    chooser = TokenChooser(head, warpers(), does_sample=True)
+    return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
 
 
 def _auto(head: TopKExpertsHead) -> Head:

@@ -93,7 +93,7 @@ def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_l
 
         hook = head.register_forward_pre_hook(record)
         try:
-            cast(Any, model).generate(prompts, do_sample=True, top_k=0, max_new_tokens=steps)
+            cast(Any, model).generate(prompts, do_sample=True, max_new_tokens=steps)
         finally:
             hook.remove()
     return torch.cat(states)
