@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.errors import InputError, TopKExpertsError
-from hf_topk.head import LOGITS_AT_ONCE, TopKExpertsHead
+from hf_topk.head import LOGITS_AT_ONCE, SCORED_AT_ONCE, TopKExpertsHead
 from hf_topk.measure.bound import lower_bound
 from hf_topk.measure.fidelity import Fidelity
 from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from hf_topk.text import Window
+from hf_topk.token_chooser import likeliest
 
 from .hidden_states import batches_of, states_of_batch
 
@@ -310,8 +311,8 @@ def agrees(head: TopKExpertsHead, dense: DenseChoices) -> Tensor:
         head: the sparse head.
         dense: what the dense head chooses.
     """
-    parts = zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True)
-    return torch.cat([argmax(head.greedy_logits(states)) == best for states, best in parts])
+    chosen = [likeliest(head, head.score(states)) for states in dense.states.split(SCORED_AT_ONCE)]
+    return torch.cat(chosen) == dense.best
 
 
 def argmax(logits: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")]
 Revision = Annotated[str | None, typer.Option(help="Branch of the repository. [default: main]")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of committing.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda:0 ..., or auto: the accelerator if there is one.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
 
 
@@ -182,6 +183,7 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="With --lossless: how many prompts to go on from.")] = 200,
     batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts in a batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored, or float32 if faster.")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
@@ -192,7 +194,7 @@ def evaluate(
 
     quiet()
     documents = read_documents(text)
-    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, fastest=True)
+    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, device, fastest=True)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
     figures, rows = dataclasses.asdict(fidelity), {}
@@ -248,6 +250,7 @@ def generate(
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Write what the dense model would, reading its head once a block.")
     ] = False,
+    device: Device = "auto",
 ) -> None:
     """Write text with a converted model, word by word."""
     import torch
@@ -256,7 +259,7 @@ def generate(
     from .loading import load_converted
 
     quiet()
-    model, tokenizer = load_converted(directory)
+    model, tokenizer = load_converted(directory, device=device, fastest=True)
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
@@ -310,7 +313,7 @@ def serve(
         bool, typer.Option("--lossless", help="Answer what the dense model would, reading its head once a block.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda:0 ..., or auto: the accelerator if there is one.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Serve a converted model to OpenAI clients, with the server of `transformers serve`."""
     from .serving import serve as serve_model
@@ -342,6 +345,7 @@ def bench(
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile, too.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures: a .png or .svg file to write.")] = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure speed, of the head and end to end, beside the dense model and the methods of others."""
@@ -351,7 +355,7 @@ def bench(
 
     quiet()
     choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)
-    figures = run_bench(directory, shape, choices, dtype=dtype, threads=threads, plot=plot)
+    figures = run_bench(directory, shape, choices, dtype=dtype, device=device, threads=threads, plot=plot)
     if as_json:
         print_json(figures)
         return

@@ -153,47 +153,29 @@ class TopKExpertsHead(SizedHead):
         Returns:
             Logits, [N, V], in the type of `hidden`.
         """
-        return self._in_turns(hidden, self._all_logits)
-
-    def greedy_logits(self, hidden: Tensor) -> Tensor:
-        """Logits with the argmax of [`sparse_logits`]; the tail is computed where it could win, else minus infinity.
-
-        Args:
-            hidden: hidden states, [N, d].
-
-        Returns:
-            Logits, [N, V], in the type of `hidden`.
-        """
-        return self._in_turns(hidden, self._logits_for_argmax)
-
-    def _in_turns(self, hidden: Tensor, logits: Callable[[Tensor, Scored], Tensor]) -> Tensor:
-        """Score many positions at once, since they have rows in common, and make the logits of a few at once."""
         at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
-            return logits(hidden, self.score(hidden))
+            return self.logits_of(self.score(hidden))
+        # Many positions are scored at once, since they have rows in common, and the logits of a few are made at once.
         parts, exact = [], self.num_always_on + self.num_experts_per_tok * self.expert_size
         for some in hidden.split(max(at_once, min(SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE // exact))):
             scored = self.score(some)
-            few = [slice(start, start + at_once) for start in range(0, len(some), at_once)]
-            parts += [logits(some[positions], scored.part(positions)) for positions in few]
+            parts += [self.logits_of(scored.part(slice(i, i + at_once))) for i in range(0, len(some), at_once)]
         return torch.cat(parts)
 
-    def draft_logits(self, hidden: Tensor, is_greedy: bool = False) -> tuple[Tensor, Tensor]:
-        """Sparse logits, and how unsure the router is that the next token is among those that were scored.
+    def share_outside(self, scored: Scored) -> Tensor:
+        """How unsure the router is that the next token is among those that were scored.
 
         Args:
-            hidden: hidden states, [N, d].
-            is_greedy: whether only the argmax of the logits matters, as in [`greedy_logits`].
+            scored: what was scored at N positions.
 
         Returns:
-            Logits [N, V], and the share of the probability that lies outside of what was scored, fp32 [N].
+            The share of the probability that lies outside of the picked experts and the always-on tokens, fp32 [N].
         """
-        scored = self.score(hidden)
         outside = scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
-        logits = self._logits_for_argmax(hidden, scored) if is_greedy else self._all_logits(hidden, scored)
         inside = scored.masses.logsumexp(dim=-1, keepdim=True) + (0 if scored.screened is None else scored.offset)
         inside = torch.cat([scored.always.float(), inside], dim=-1).logsumexp(dim=-1)
-        return logits, torch.sigmoid(outside - inside)
+        return torch.sigmoid(outside - inside)
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
@@ -250,23 +232,12 @@ class TopKExpertsHead(SizedHead):
         ids = torch.cat([self.always_on_ids.expand(len(scored.ids), -1), scored.ids], dim=-1)
         return ids.gather(1, scored.exact.argmax(dim=-1, keepdim=True)).squeeze(1)
 
-    def _logits_for_argmax(self, hidden: Tensor, scored: Scored) -> Tensor:
-        """Logits with the tail at those positions alone where it could win, [N, V]."""
-        logits = self._all_logits(hidden, scored, with_tail=False)
-        if (may_win := self.tail_may_win(scored)).any():
-            doubtful = may_win.nonzero().squeeze(-1)
-            logits[doubtful] = self._all_logits(hidden[doubtful], scored.part(doubtful))
-        return logits
-
-    def _all_logits(self, hidden: Tensor, scored: Scored, with_tail: bool = True) -> Tensor:
+    def logits_of(self, scored: Scored) -> Tensor:
         """The scored tokens' logits and everyone else's tail, [N, V]."""
-        shape, dtype = (hidden.shape[0], self.out_features), scored.exact.dtype
-        if with_tail:
-            logits = hidden.new_empty(shape, dtype=dtype)  # every token is routed or always on
-            within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
-            logits.scatter_(1, self.expert_ids.flatten().expand(shape[0], -1), within.flatten(1).to(dtype))
-        else:
-            logits = hidden.new_full(shape, -torch.inf, dtype=dtype)
+        num_positions = len(scored.exact)
+        logits = scored.exact.new_empty(num_positions, self.out_features)  # every token is routed or always on
+        within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
+        logits.scatter_(1, self.expert_ids.flatten().expand(num_positions, -1), within.flatten(1).to(logits.dtype))
         logits.index_copy_(1, self.always_on_ids, scored.always)
         return logits.scatter_(1, scored.ids, scored.routed)
 
@@ -283,9 +254,10 @@ class TopKExpertsHead(SizedHead):
         if scored.screened is not None and scored.places is not None:
             scores = scored.tail_scores.gather(1, scored.experts).unsqueeze(-1)
             routed = (scored.screened + scores).flatten(1).scatter(1, scored.places, routed)
-        routed = routed.view(*scored.experts.shape, self.expert_size)
-        routed = self.mask_padding(routed, self.expert_ids[scored.experts])
-        return torch.cat([scored.always.float(), routed.flatten(1)], dim=-1)
+        if self.has_short_experts:
+            by_expert = routed.view(*scored.experts.shape, self.expert_size)
+            routed = self.mask_padding(by_expert, self.expert_ids[scored.experts]).flatten(1)
+        return torch.cat([scored.always.float(), routed], dim=-1)
 
     def log_prior(self, experts: Tensor | None = None) -> Tensor:
         """Log p(v | e) of all experts or of some if they are not picked, minus infinity for repeats: fp32 [..., S]."""

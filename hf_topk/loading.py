@@ -20,7 +20,7 @@ def load_converted(
     name: str,
     num_experts_per_tok: int | None = None,
     dtype: str = "auto",
-    device_map: str | None = None,
+    device: str = "cpu",
     *,
     fastest: bool = False,
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
@@ -32,13 +32,14 @@ def load_converted(
         name: a folder, or a repository of the Hub.
         num_experts_per_tok: k in place of the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
-        device_map: the device to load onto, or "auto"; main memory if None.
-        fastest: whether "auto" is float32 where that computes faster in main memory than the stored type does.
+        device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
+        fastest: whether dtype "auto" is float32 where that computes faster on the device than the stored type does.
 
     Raises:
-        InputError: when the type is none of these, there is no converted model of that name, its files are damaged, or
-            k is out of range.
+        InputError: when the type is none of these, there is no such device, there is no converted model of that name,
+            its files are damaged, or k is out of range.
     """
+    place = find_device(device)
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
     config = _config(name)
@@ -54,8 +55,7 @@ def load_converted(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=faster_type(stored, torch.device("cpu")) if runs_fastest else dtype,
-            device_map=device_map,
+            dtype=faster_type(stored, place) if runs_fastest else dtype,
             output_loading_info=True,
         )
         model, found = loaded
@@ -67,7 +67,25 @@ def load_converted(
         raise InputError(f"{name} is not complete, '{first}' is missing: convert or fetch it again")
     if stored:
         model.head.stored_type = stored
-    return model, tokenizer
+    return model.to(place), tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
+
+    Raises:
+        InputError: when there is none of that name.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise InputError(f"no device '{name}' ({reason}): choose auto, cpu, or one that torch finds here") from error
 
 
 def _config(name: str) -> TopKExpertsConfig:

@@ -218,6 +218,7 @@ class Block:
 
     Attributes:
         outputs: what the model returned at each position, with dense logits [B, 1, V] once the block is served.
+        guess: the next token if no processor is asked, [B]; the logits say nothing of it then.
         guesses: the tokens drafted after each position but the last, [B] each.
         ended: rows that have ended, [B] bool: nothing that is drafted for them is doubtful.
         is_verified: whether the dense logits were computed.
@@ -238,6 +239,7 @@ class Block:
         self._states: list[Tensor] = []
         self.size = size
         self.outputs: list[Any] = []
+        self.guess: Tensor | None = None
         self.guesses: list[Tensor] = []
         self.ended: Tensor | None = None
         self.is_verified = False
@@ -252,11 +254,15 @@ class Block:
         """
         self._states.append(hidden)
         if len(self._states) < self.size:
-            logits, outside = self._head.draft_logits(hidden.flatten(0, 1), self._is_greedy)
+            scored = self._head.score(hidden.flatten(0, 1))
+            outside = self._head.share_outside(scored)
             if self.ended is not None:
                 outside = outside.masked_fill(self.ended.to(outside.device), 0)
             if outside.amax() <= DOUBTFUL_SHARE:
-                return logits.view(*hidden.shape[:-1], -1)
+                if self._is_greedy:
+                    self.guess = self._head.best_scored(scored)
+                    return hidden.new_zeros(1, 1, 1).expand(len(hidden), 1, self._head.out_features)
+                return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.is_verified = True
         return self._head.dense_logits(torch.cat(self._states, dim=1))
 
@@ -358,6 +364,16 @@ class Drafter:
 
     def _guess(self, input_ids: Tensor, logits: Tensor, block: Block) -> Tensor:
         """The token that the loop would choose, [B], for a prefix [B, T] and logits [B, V]."""
+        tokens = self._guess_from(input_ids, logits) if block.guess is None else block.guess.to(input_ids.device)
+        if self._ends is None or self._pad is None or block.ended is None:
+            return tokens
+        tokens = torch.where(block.ended, self._pad, tokens)
+        if torch.isin(tokens, self._ends).all():
+            block.size = len(block.outputs) + 1  # all rows end here
+        return tokens
+
+    def _guess_from(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """The same before it is known which rows have ended."""
         scores = self._processor(
             cast(Any, input_ids), logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
         )
@@ -365,10 +381,4 @@ class Drafter:
             # As `torch.multinomial` draws one, but that it refuses rows in which nothing is left.
             probabilities = scores.softmax(dim=-1)
             scores = probabilities / torch.empty_like(probabilities).exponential_()
-        tokens = scores.argmax(dim=-1)
-        if self._ends is None or self._pad is None or block.ended is None:
-            return tokens
-        tokens = torch.where(block.ended, self._pad, tokens)
-        if torch.isin(tokens, self._ends).all():
-            block.size = len(block.outputs) + 1  # all rows end here
-        return tokens
+        return scores.argmax(dim=-1)

@@ -91,8 +91,8 @@ class TokenChooser:
         Returns:
             Token ids, [B].
         """
-        if not self._processors and not self._does_sample and not self._head.tail_may_win(scored).any():
-            return self._head.best_scored(scored)
+        if not self._processors and not self._does_sample:
+            return likeliest(self._head, scored)
         candidates = Candidates(self._head, scored, self._priors)
         for one in self._processors:
             if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
@@ -106,6 +106,13 @@ class TokenChooser:
             else:
                 candidates.keep_min_p(one.min_p)
         return candidates.drawn() if self._does_sample else candidates.best()
+
+
+def likeliest(head: TopKExpertsHead, scored: Scored) -> Tensor:
+    """The token of the largest sparse logit at each position, [N]."""
+    if head.tail_may_win(scored).any():
+        return Candidates(head, scored, Priors(head)).best()
+    return head.best_scored(scored)
 
 
 def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationConfig) -> bool:

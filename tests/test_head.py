@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from hf_topk import TopKExpertsHead, head, kernels
-from hf_topk.scored import Scored
+from hf_topk.token_chooser import Candidates, likeliest
 
 
 def exact_mass(head: TopKExpertsHead, logits: Tensor, experts: list[int]) -> Tensor:
@@ -300,43 +300,31 @@ def test_shrinking_keeps_the_tail_of_the_tokens_left(vocab_size: int) -> None:
     positions=st.sampled_from([1, 4]),
     seed=seeds,
 )
-def test_greedy_logits_have_the_argmax_of_the_sparse_ones(
+def test_the_likeliest_token_is_that_of_the_sparse_logits(
     sizes: dict[str, int], combine: str, spread: float, positions: int, seed: int
 ) -> None:
     head, hidden = make_head(combine=combine, **sizes), make_hidden(seed, positions) * spread
-    logits, greedy = head.sparse_logits(hidden), head.greedy_logits(hidden)
-    assert logits.argmax(-1).equal(greedy.argmax(-1))
-    scored = scored_mask(head, hidden)
-    torch.testing.assert_close(greedy[scored], logits[scored])
-    torch.testing.assert_close(head.draft_logits(hidden, is_greedy=True)[0], greedy)
+    assert likeliest(head, head.score(hidden)).equal(head.sparse_logits(hidden).argmax(-1))
 
 
-def test_greedy_logits_need_the_tail_only_where_it_could_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_are_looked_at_only_where_they_could_win(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = copy.deepcopy(make_head()), make_hidden(0, 1)
     runs: list[int] = []
-    all_logits = head._all_logits
-
-    def counted(hidden: Tensor, scored: Scored, with_tail: bool = True) -> Tensor:
-        runs.extend([len(hidden)] * with_tail)
-        return all_logits(hidden, scored, with_tail)
-
-    monkeypatch.setattr(head, "_all_logits", counted)
+    best = Candidates.best
+    monkeypatch.setattr(Candidates, "best", lambda self: runs.append(1) or best(self))
     head.weight[head.always_on_ids] = hidden  # sure
-    head.greedy_logits(hidden)
+    likeliest(head, head.score(hidden))
     assert not runs
     head.weight[head.always_on_ids] = -hidden  # and anything but
     head.weight[head.expert_ids[picked_experts(head, hidden)[0]].unique()] = -hidden
-    head.greedy_logits(hidden)
+    likeliest(head, head.score(hidden))
     assert runs == [1]
-    head.greedy_logits(torch.cat([-hidden, hidden, -hidden]))
-    assert runs == [1, 1]
 
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_drafts_know_how_much_lies_outside_of_what_was_scored(combine: str) -> None:
     head, hidden = make_head(combine=combine), make_hidden(0, 20) * 0.3
-    logits, outside = head.draft_logits(hidden)
-    torch.testing.assert_close(logits, head.sparse_logits(hidden))
+    logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
     for row, state, share_outside in zip(logits, hidden, outside, strict=True):
         picked = head.pick(state.unsqueeze(0))
         inside = row.softmax(-1)[head.scored_ids(picked.experts)[0].unique()].sum()

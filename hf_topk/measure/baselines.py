@@ -74,6 +74,29 @@ def compiled(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor]
     return ready
 
 
+def captured(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], None]:
+    """A CUDA graph of a head.
+
+    Args:
+        run: the head, from hidden states [N, d].
+        example: hidden states on the device, with which it is captured.
+    """
+    given, graph = example.clone(), torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made at first use
+        run(given)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        run(given)
+
+    def replay(hidden: Tensor) -> None:
+        given.copy_(hidden)
+        graph.replay()
+
+    return replay
+
+
 def random_flashhead(weight: Tensor, bias: Tensor | None, seed: int = 0) -> FlashHead:
     """FlashHead with random clusters of 16: what it costs does not depend on which tokens share one.
 
@@ -124,18 +147,18 @@ class HnswHead:
         with progress("Building the HNSW index", vocab_size, "rows") as advance:
             for start in range(0, vocab_size, ROWS_ADDED_AT_ONCE):
                 some = slice(start, start + ROWS_ADDED_AT_ONCE)
-                rows = weight[some].detach().float()
+                rows = weight[some].detach().float().cpu()
                 if bias is not None:
-                    rows = torch.cat([rows, bias[some, None].detach().float()], dim=-1)
+                    rows = torch.cat([rows, bias[some, None].detach().float().cpu()], dim=-1)
                 self._index.add_items(rows.numpy(), torch.arange(start, start + len(rows)).numpy(), self._threads)
                 advance(len(rows))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits of the candidates, minus infinity elsewhere: hidden [N, d] to [N, V], in the type of `hidden`."""
-        queries = hidden.float()
+        queries = hidden.float().cpu()
         if self._has_bias:
             queries = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=-1)
         ids, distances = self._index.knn_query(queries.numpy(), k=self._candidates, num_threads=self._threads)
         logits = hidden.new_full((len(hidden), self._vocab_size), -torch.inf)
         found = (1 - torch.from_numpy(distances)).to(hidden.dtype)
-        return logits.scatter_(1, torch.from_numpy(ids.astype("int64")), found)
+        return logits.scatter_(1, torch.from_numpy(ids.astype("int64")).to(logits.device), found.to(logits.device))

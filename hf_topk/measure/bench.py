@@ -27,7 +27,7 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 ROUNDS = 8
 HEAD_ROUNDS_A_ROUND = 5
 OURS = ("sparse", "lossless", "auto")  # names begin so
-OTHERS = ("dense", *BASELINES, "dense_compiled")
+OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 
 Figures = dict[str, Any]

@@ -89,7 +89,7 @@ class Decoding:
 
     def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
         def prompts() -> Tensor:
-            return torch.randint(self._vocab_size, (batch, PROMPT_LENGTH))
+            return torch.randint(self._vocab_size, (batch, PROMPT_LENGTH)).to(self._models.dense.device)
 
         return interleaved(decoders, prompts, self._rounds, description, warm_up_rounds=1)
 

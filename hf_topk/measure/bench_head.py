@@ -14,7 +14,16 @@ from ..head import TopKExpertsHead
 from ..kernels import gather_dot, shared_rows_dot
 from ..lossless import LosslessStats
 from ..token_chooser import TokenChooser
-from .baselines import BASELINES, HnswHead, MissingPackageError, compiled, has_compiler, int8_head, random_flashhead
+from .baselines import (
+    BASELINES,
+    HnswHead,
+    MissingPackageError,
+    captured,
+    compiled,
+    has_compiler,
+    int8_head,
+    random_flashhead,
+)
 from .bench_decode import warpers
 from .competitors import Competitors
 from .timing import Spread, head_seconds
@@ -24,8 +33,14 @@ Head = Callable[[Tensor], Any]
 PICKS = 256  # states whose picks the parts go through
 PROMPT_POSITIONS = 256
 
+GRAPHS = ("dense_bfloat16", "dense_float32", "sparse", "flashhead")  # timed as CUDA graphs, too
+
 # Named in the results by the faster of its ways to run.
-BEST_OF = {"dense": ("dense_bfloat16", "dense_float32"), "int8": ("int8_eager", "int8_compiled")}
+BEST_OF = {
+    "dense": ("dense_bfloat16", "dense_float32"),
+    "dense_graph": ("dense_bfloat16_graph", "dense_float32_graph"),
+    "int8": ("int8_eager", "int8_compiled"),
+}
 
 
 class Heads:
@@ -81,6 +96,8 @@ class Heads:
 
     def _time(self, size: int, rounds: int, extra: dict[str, Head]) -> dict[str, Spread]:
         runs = {**self._runs, **self._sparse_runs(), **extra}
+        if self.states.is_cuda:
+            runs |= {f"{name}_graph": captured(runs[name], self.states[:size]) for name in GRAPHS if name in runs}
         if self._int8 is not None:
             runs["int8_eager"] = self._int8
             if has_compiler():
@@ -93,6 +110,8 @@ class Heads:
 
     def _sparse_runs(self) -> dict[str, Head]:
         head = self._sparse
+        if head.weight.device.type != "cpu":  # where tokens are chosen from the logits of all
+            return {"sparse": head.sparse_logits, "auto": _auto(head)}
         return {
             "sparse": _greedy(head),
             "sampling": _sampling(head),
@@ -138,7 +157,7 @@ class Heads:
         passes = stats.dense_passes_per_token
         block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
         extra: dict[str, Head] = {
-            "draft": lambda hidden: self._sparse.draft_logits(hidden, is_greedy=True),
+            "draft": lambda hidden: _draft(self._sparse, hidden),
             "dense_block": lambda _: self._sparse.dense_logits(block),
             **_parts(self._sparse, self.states),
         }
@@ -189,6 +208,12 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
 
     of_screen: dict[str, Head] = {"part_screen": screen} if head.screens else {}
     return {"part_router": head.router, **of_screen, "part_gather": gather, "part_gather_dot": multiply}
+
+
+def _draft(head: TopKExpertsHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What lossless decoding takes from the head for a draft of greedy decoding."""
+    scored = head.score(hidden)
+    return head.share_outside(scored), head.best_scored(scored)
 
 
 def _greedy(head: TopKExpertsHead) -> Head:

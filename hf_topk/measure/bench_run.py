@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..loading import DTYPES, load_converted
+from ..loading import DTYPES, find_device, load_converted
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
@@ -25,6 +25,7 @@ def run_bench(
     choices: Choices,
     *,
     dtype: str = "auto",
+    device: str = "cpu",
     threads: int | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def run_bench(
         shape: one of `SHAPES`; None with a directory.
         choices: what to measure.
         dtype: "float32", "bfloat16", or "auto": as the model is stored, bfloat16 with a shape.
+        device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
         threads: that torch uses from now on; None for what it chose.
         plot: a file to draw the figures to.
 
@@ -57,10 +59,12 @@ def run_bench(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     if shape is not None:
+        place = find_device(device)
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
+        own.to(place)  # type: ignore[arg-type]  # as Transformers declares it
         figures = bench(own, lambda models: random_states(models.sparse.head), choices)
     else:
-        own = load_converted(str(directory), dtype=dtype)[0]
+        own = load_converted(str(directory), dtype=dtype, device=device)[0]
         figures = bench(own, _own_states, choices)
     figures = {"shape": shape or directory, **figures}
     if plot is not None:

@@ -33,7 +33,7 @@ class Competitors:
         linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = head.weight, head.bias
         dense = _with_head(own.base, own.head_name, linear)
-        no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype))
+        no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype).to(own.device))
         for model in (dense, own, no_head):
             model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         return cls(dense, own, no_head)
@@ -82,7 +82,7 @@ def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_l
         States, [P, d].
     """
     head = cast(nn.Linear, model.get_output_embeddings())
-    prompts = torch.randint(head.out_features, (batch, prompt_length))
+    prompts = torch.randint(head.out_features, (batch, prompt_length)).to(head.weight.device)
     steps = -(-positions // batch)
     states: list[Tensor] = []
     with progress("Recording hidden states", steps, "steps") as advance:

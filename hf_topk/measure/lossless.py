@@ -117,7 +117,7 @@ def compare_lossless(
         for batch in batches:
             with _mode(model, "dense"):
                 dense = model.generate(batch, **choices, return_dict_in_generate=True, output_scores=True)
-            with _mode(model, "auto"):
+            with _mode(model, "sparse"):  # which drafts, whether that is faster here or not
                 ours = model.generate(batch, **choices, lossless=True)
             if model.last_generation_stats is not None:
                 comparison.stats += model.last_generation_stats

@@ -86,7 +86,7 @@ def convert_at_random(dense: PreTrainedModel, seed: int = 0) -> TopKExpertsForCa
 
 def random_states(head: TopKExpertsHead) -> Tensor:
     """Hidden states as large as those that enter the head of a model that was converted at random, [P, d]."""
-    return (state_size(head.in_features) * torch.randn(STATES, head.in_features)).to(head.weight.dtype)
+    return (state_size(head.in_features) * torch.randn(STATES, head.in_features)).to(head.weight)
 
 
 def state_size(hidden_size: int) -> float:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..head import TopKExpertsHead
 from ..progress import progress
 
 ROUNDS = 50
@@ -80,13 +79,19 @@ def interleaved(
     return {name: Spread.of(values) for name, values in measured.items()}
 
 
-def quiet(run: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
-    """The same without its result, so that the clock measures it, and waited for."""
+def clocked(run: Callable[[Tensor], Any]) -> Callable[[Tensor], float | None]:
+    """The same without its result: the clock measures it, or on CUDA events around it do."""
 
-    def measured(hidden: Tensor) -> None:
+    def measured(hidden: Tensor) -> float | None:
+        if not hidden.is_cuda:
+            run(hidden)
+            return None
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
         run(hidden)
-        if hidden.is_cuda:
-            torch.cuda.synchronize(hidden.device)
+        ended.record()
+        ended.synchronize()
+        return started.elapsed_time(ended) / 1000
 
     return measured
 
@@ -108,28 +113,11 @@ def head_seconds(
         Seconds a call, by name.
     """
     return interleaved(
-        {name: quiet(run) for name, run in runs.items()},
+        {name: clocked(run) for name, run in runs.items()},
         lambda: states[torch.randint(len(states), (positions,))],
         rounds,
         description,
     )
-
-
-def head_milliseconds(head: TopKExpertsHead, positions: int = 1, rounds: int = ROUNDS) -> dict[str, float]:
-    """Time the dense and the sparse head side by side, in interleaved rounds on random states.
-
-    Args:
-        head: the head of a converted model.
-        positions: hidden states in a call.
-        rounds: calls of each.
-
-    Returns:
-        Median milliseconds a call, under "dense" and "sparse".
-    """
-    states = torch.randn(rounds * positions, head.in_features).to(head.weight)
-    runs = {"dense": head.dense_logits, "sparse": head.sparse_logits}
-    spreads = head_seconds(runs, states, positions, rounds, "Timing the head")
-    return {name: 1000 * spread.median for name, spread in spreads.items()}
 
 
 class TokenClock(BaseStreamer):
