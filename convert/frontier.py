@@ -6,25 +6,29 @@ A position agrees if the dense argmax is among the tokens that get an exact logi
 another token first by chance is left out of it.
 """
 
+import copy
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.cli import main
 from hf_topk.documents import read_documents
 from hf_topk.head import TopKExpertsHead
 from hf_topk.loading import load_converted
-from hf_topk.measure.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageError
+from hf_topk.measure.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageError, int8_head
 from hf_topk.measure.fidelity import WINDOW_LENGTH, readable_length
 from hf_topk.measure.flashhead import CLUSTER_SIZE, FlashHead
+from hf_topk.measure.timing import head_seconds
 from hf_topk.progress import progress
 from hf_topk.text import make_windows
+from hf_topk.token_chooser import likeliest
 
 from .calibrate import DenseChoices, Setting, dense_choices, numbers_rescored, reach
 from .partition import partition
@@ -32,7 +36,10 @@ from .partition import partition
 LEVELS = (0.99, 0.995, 0.998, 0.999)
 POSITIONS = 6000
 STATES_AT_ONCE = 256
-OURS, FLASHHEAD, INT8, HNSW = "hf-topk", "FlashHead", "int8", "HNSW"
+ROUNDS = 100  # of the clock
+DENSE, OURS, FLASHHEAD, INT8, HNSW = "dense", "hf-topk", "FlashHead", "int8", "HNSW"
+
+Run = Callable[[Tensor], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,54 +52,76 @@ class Point:
         agreement: share of the positions that agree.
         bytes_read: for a position, as a share of the dense head's in the type that it is stored in; None where it
             depends on the walk through an index.
+        milliseconds: for the next token of one position.
     """
 
     method: str
     setting: str
     agreement: float
     bytes_read: float | None
+    milliseconds: float | None = None
 
 
 @torch.inference_mode()
-def measure_frontier(head: TopKExpertsHead, dense: DenseChoices, seed: int = 0) -> Iterator[Point]:
-    """Find what reads the fewest bytes at each level of agreement, method by method.
+def measure_frontier(head: TopKExpertsHead, dense: DenseChoices, seed: int = 0) -> list[Point]:
+    """Find what reads the fewest bytes at each level of agreement, method by method, and time it.
 
     Args:
-        head: of a converted model; its k and R are others afterwards.
+        head: of a converted model.
         dense: what the dense head chooses on text that nothing was learned from.
         seed: of FlashHead's clustering.
 
-    Yields:
-        Points of ours and of FlashHead's at each of `LEVELS` that they reach, of int8 rows, and of HNSW if hnswlib is
-        installed.
+    Returns:
+        The dense head, points of ours and of FlashHead's at each of `LEVELS` that they reach, int8 rows (timed if
+        torchao is installed), and HNSW if hnswlib is installed.
     """
-    yield from _envelope(_points_of_ours(head, dense))
-    yield from _envelope(_points_of_flashhead(head, dense, seed))
-    yield _point_of_int8(head, dense)
+    measured: list[tuple[Point, Run | None]] = [(Point(DENSE, "", 1.0, 1.0), head.dense_logits)]
+    measured += _envelope(_points_of_ours(head, dense))
+    measured += _envelope(_points_of_flashhead(head, dense, seed))
+    measured.append((_point_of_int8(head, dense), _or_none(INT8, lambda: int8_head(head.weight, head.bias))))
+    if (index := _or_none(HNSW, lambda: HnswHead(head.weight, head.bias))) is not None:
+        measured.append((_point_of_hnsw(index, dense), index))
+    runs = {str(number): run for number, (_, run) in enumerate(measured) if run is not None}
+    seconds = head_seconds(runs, dense.states.to(head.weight.dtype), 1, ROUNDS, "Timing the heads")
+    times = {number: 1000 * spread.median for number, spread in seconds.items()}
+    return [dataclasses.replace(one[0], milliseconds=times.get(str(number))) for number, one in enumerate(measured)]
+
+
+def _or_none(name: str, build: Callable[[], Run]) -> Run | None:
+    """What is built, unless its package is missing."""
     try:
-        yield _point_of_hnsw(HnswHead(head.weight, head.bias), dense)
+        return build()
     except MissingPackageError as error:
-        print(f"{HNSW} is left out: {error}", file=sys.stderr)
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        return None
 
 
-def _envelope(points: Iterator[Point]) -> Iterator[Point]:
+def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]]:
     """The point of fewest bytes at each level."""
     measured = list(points)
     for level in LEVELS:
-        reaching = [point for point in measured if point.agreement >= level]
+        reaching = [one for one in measured if one[0].agreement >= level]
         if reaching:
-            yield min(reaching, key=lambda point: point.bytes_read or 0.0)
+            yield min(reaching, key=lambda one: one[0].bytes_read or 0.0)
 
 
-def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[Point]:
+def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[tuple[Point, Run]]:
     reached = reach(head, dense)
     for which, k in enumerate(reached.tried):
         for rescored in numbers_rescored(k * head.expert_size):
             agreement = float(reached.agrees(which, rescored).double().mean())
-            yield Point(OURS, f"k = {k}, R = {rescored}", agreement, Setting(k, rescored).share_of_bytes(head))
+            point = Point(OURS, f"k = {k}, R = {rescored}", agreement, Setting(k, rescored).share_of_bytes(head))
+            yield point, _set_to(head, k, rescored)
 
 
-def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) -> Iterator[Point]:
+def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
+    """The next token by a head with another k and R."""
+    twin = copy.copy(head)
+    twin.num_experts_per_tok, twin.num_rescored = k, rescored
+    return lambda hidden: likeliest(twin, twin.score(hidden))
+
+
+def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) -> Iterator[tuple[Point, Run]]:
     clusters = partition(F.normalize(head.weight.float(), dim=-1), min(CLUSTER_SIZE, head.out_features), seed)
     flash = FlashHead(head.weight, head.bias, clusters.to(head.weight.device))
     cluster_of = torch.empty(head.out_features, dtype=torch.long, device=head.weight.device)
@@ -109,7 +138,8 @@ def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) 
         flash.num_probes = int(ranks[min(len(ranks) - 1, int(level * len(ranks)))])
         agreement = float((ranks <= flash.num_probes).double().mean())
         read = flash.centroids.numel() * head.stored_type.itemsize + flash.num_probes * clusters.shape[1] * row
-        yield Point(FLASHHEAD, f"{flash.num_probes} of {len(clusters)} clusters", agreement, read / head.dense_bytes())
+        setting = f"{flash.num_probes} of {len(clusters)} clusters"
+        yield Point(FLASHHEAD, setting, agreement, read / head.dense_bytes()), copy.copy(flash).next_tokens
 
 
 def _point_of_int8(head: TopKExpertsHead, dense: DenseChoices) -> Point:
@@ -125,7 +155,7 @@ def _point_of_int8(head: TopKExpertsHead, dense: DenseChoices) -> Point:
     return Point(INT8, "a scale a row", agreed / len(dense.best), read / head.dense_bytes())
 
 
-def _point_of_hnsw(index: HnswHead, dense: DenseChoices) -> Point:
+def _point_of_hnsw(index: Run, dense: DenseChoices) -> Point:
     hits = 0
     with progress("Searching the HNSW index", len(dense.states), "positions") as advance:
         for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
@@ -140,10 +170,11 @@ def as_markdown(points: list[Point]) -> str:
     Args:
         points: in the order in which they were measured.
     """
-    lines = ["| method | setting | agreement | bytes read |", "|---|---|---|---|"]
+    lines = ["| method | setting | agreement | bytes read | ms |", "|---|---|---|---|---|"]
     for point in points:
         read = "unknown" if point.bytes_read is None else f"{point.bytes_read:.2%}"
-        lines.append(f"| {point.method} | {point.setting} | {point.agreement:.2%} | {read} |")
+        time = "-" if point.milliseconds is None else f"{point.milliseconds:.2f}"
+        lines.append(f"| {point.method} | {point.setting} | {point.agreement:.2%} | {read} | {time} |")
     return "\n".join(lines)
 
 
@@ -161,7 +192,7 @@ def frontier(
     converted, tokenizer = load_converted(model, dtype="float32")
     length = readable_length(converted.config, WINDOW_LENGTH)
     windows = make_windows(read_documents(text), tokenizer, length, positions, seed=0)
-    points = list(measure_frontier(converted.head, dense_choices(converted, windows)))
+    points = measure_frontier(converted.head, dense_choices(converted, windows))
     print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
 
 

@@ -346,6 +346,9 @@ def bench(
     compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile, too.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures: a .png or .svg file to write.")] = None,
     device: Device = "cpu",
+    body: Annotated[
+        str | None, typer.Option(help="int8 or int4: keep the decoder's linear layers in so many bits. [default: no]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed, of the head and end to end, beside the dense model and the methods of others."""
@@ -355,7 +358,7 @@ def bench(
 
     quiet()
     choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)
-    figures = run_bench(directory, shape, choices, dtype=dtype, device=device, threads=threads, plot=plot)
+    figures = run_bench(directory, shape, choices, dtype=dtype, device=device, body=body, threads=threads, plot=plot)
     if as_json:
         print_json(figures)
         return

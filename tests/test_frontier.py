@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_topk.cli import main
 from hf_topk.convert import Recipe, convert_checkpoint, frontier
 from hf_topk.convert.calibrate import DenseChoices
-from hf_topk.convert.frontier import FLASHHEAD, HNSW, INT8, LEVELS, OURS, Point, as_markdown, measure_frontier
+from hf_topk.convert.frontier import DENSE, FLASHHEAD, HNSW, INT8, LEVELS, OURS, Point, as_markdown, measure_frontier
 from hf_topk.head import TopKExpertsHead
 
 
@@ -30,7 +30,7 @@ def choices(head: TopKExpertsHead) -> DenseChoices:
 
 @pytest.fixture(scope="module")
 def points(head: TopKExpertsHead, choices: DenseChoices) -> list[Point]:
-    return list(measure_frontier(head, choices))
+    return measure_frontier(head, choices)
 
 
 def of(points: list[Point], method: str) -> list[Point]:
@@ -85,6 +85,10 @@ def test_the_command_prints_json_and_a_table(
     assert run(monkeypatch, *options, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert list(printed[0]) == list(Point.__dataclass_fields__)
-    assert {point["method"] for point in printed} - {HNSW} == {OURS, FLASHHEAD, INT8}
+    assert {point["method"] for point in printed} - {HNSW} == {DENSE, OURS, FLASHHEAD, INT8}
+    assert all(point["milliseconds"] > 0 for point in printed if point["method"] != INT8)
     assert run(monkeypatch, *options) == 0
-    assert capsys.readouterr().out.strip() == as_markdown([Point(**point) for point in printed])
+    table = capsys.readouterr().out.strip()
+    assert [line.rsplit("|", 2)[0] for line in table.splitlines()[2:]] == [
+        line.rsplit("|", 2)[0] for line in as_markdown([Point(**point) for point in printed]).splitlines()[2:]
+    ]

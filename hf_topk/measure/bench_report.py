@@ -62,7 +62,8 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
     sizes, lossless, overhead = figures["sizes"], figures["lossless"], figures["step_overhead_ms"]
     scored = sizes["num_always_on"] + sizes["num_rescored"]
     return {
-        "machine": f"{figures['machine']}; {figures['threads']} threads, {figures['dtype']}",
+        "machine": f"{figures['machine']}; {figures['threads']} threads, {figures['dtype']}"
+        + (f", body in {figures['body']}" if figures["body"] else ""),
         "versions": ", ".join(f"{name} {number}" for name, number in figures["versions"].items()),
         "head": f"{sizes['vocab_size']:,} x {sizes['hidden_size']:,}; {scored:,} rows scored "
         f"({scored / sizes['vocab_size']:.1%}): {sizes['num_always_on']:,} always-on tokens, "

@@ -12,6 +12,7 @@ from ..modeling_topk_experts import TopKExpertsForCausalLM
 from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
 from .bench_plot import check_plot, write_plot
+from .bodies import quantise_body
 from .competitors import Competitors, recorded_states
 from .random_experts import STATES, convert_at_random, random_states
 from .shapes import random_model, shape_config
@@ -26,6 +27,7 @@ def run_bench(
     *,
     dtype: str = "auto",
     device: str = "cpu",
+    body: str | None = None,
     threads: int | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def run_bench(
         choices: what to measure.
         dtype: "float32", "bfloat16", or "auto": as the model is stored, bfloat16 with a shape.
         device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
+        body: "int8" or "int4" to keep the decoder's linear layers in so many bits; None to leave them as they are.
         threads: that torch uses from now on; None for what it chose.
         plot: a file to draw the figures to.
 
@@ -62,11 +65,12 @@ def run_bench(
         place = find_device(device)
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
         own.to(place)  # type: ignore[arg-type]  # as Transformers declares it
-        figures = bench(own, lambda models: random_states(models.sparse.head), choices)
     else:
         own = load_converted(str(directory), dtype=dtype, device=device)[0]
-        figures = bench(own, _own_states, choices)
-    figures = {"shape": shape or directory, **figures}
+    if body is not None:
+        quantise_body(own, body)
+    figures = bench(own, _own_states if shape is None else _random_states, choices)
+    figures = {"shape": shape or directory, "body": body, **figures}
     if plot is not None:
         write_plot(figures, plot)
     return figures
@@ -75,6 +79,10 @@ def run_bench(
 def _random_model(shape: str, dtype: torch.dtype) -> TopKExpertsForCausalLM:
     shape_config(shape)
     return convert_at_random(random_model(shape, dtype))
+
+
+def _random_states(models: Competitors) -> Tensor:
+    return random_states(models.sparse.head)
 
 
 def _own_states(models: Competitors) -> Tensor:
