@@ -338,7 +338,7 @@ def bench(
         str, typer.Option(help="float32, bfloat16, or auto: as the model is stored, bfloat16 with --shape.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. [default: as torch chooses]")] = None,
-    batches: Annotated[str, typer.Option(help="Sequences decoded side by side.")] = "1,2,4,8,16,32",
+    batches: Annotated[str, typer.Option(help="Sequences decoded side by side.")] = "1,2,4,8,16,32,64",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of decoding; of the head it is five times as many.")] = 8,
     without: Annotated[
         list[str] | None, typer.Option(help="A baseline to leave out: int8, flashhead or hnsw; may be repeated.")

@@ -8,7 +8,7 @@ from helpers import tiny_converted, tiny_dense
 from torch import nn
 
 from hf_topk.errors import InputError
-from hf_topk.measure.bodies import Int4Linear, Int8Linear, quantise_body
+from hf_topk.measure.bodies import Int4Linear, Int8Linear, check_body, quantise_body
 
 
 @pytest.mark.parametrize(("kind", "most"), [(Int8Linear, 0.02), (Int4Linear, 0.15)])
@@ -47,4 +47,6 @@ def test_layers_of_sizes_that_the_kernels_cannot_take_stay() -> None:
 
 def test_refuses_what_is_no_body() -> None:
     with pytest.raises(InputError, match="unknown body 'int2': choose one of int8, int4"):
-        quantise_body(tiny_converted(), "int2")
+        check_body("int2", torch.device("cpu"))
+    with pytest.raises(InputError, match="on CPUs alone, not on cuda"):
+        check_body("int4", torch.device("cuda"))

@@ -327,6 +327,8 @@ def test_refuses_wrong_choices(refused: Any) -> None:
     refused("evaluate", "out", "--text", "text.jsonl", "--positions", 1, parts=("positions is 1", "2 or more"))
     refused("generate", "out", "w1", "--head-mode", "spars", parts=("unknown head mode 'spars'", "auto, sparse, dense"))
     refused("generate", "out", "", parts=("the prompt is empty",))
+    for command in (("evaluate", "out", "--text", "text.jsonl"), ("generate", "out", "w1"), ("bench", "out")):
+        refused(*command, "--device", "gpu", parts=("no device 'gpu'", "choose auto, cpu"))
 
 
 def test_inspect_does_without_figures_but_not_with_damaged_ones(

@@ -23,7 +23,7 @@ from .bench_head import Heads
 from .competitors import Competitors
 from .timing import Spread
 
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 8
 HEAD_ROUNDS_A_ROUND = 5
 OURS = ("sparse", "lossless", "auto")  # names begin so

@@ -12,7 +12,7 @@ from ..modeling_topk_experts import TopKExpertsForCausalLM
 from .bench import Choices, bench
 from .bench_decode import PROMPT_LENGTH
 from .bench_plot import check_plot, write_plot
-from .bodies import quantise_body
+from .bodies import check_body, quantise_body
 from .competitors import Competitors, recorded_states
 from .random_experts import STATES, convert_at_random, random_states
 from .shapes import random_model, shape_config
@@ -56,13 +56,15 @@ def run_bench(
         raise InputError("give one of the two: a converted model's folder, or --shape with a published model's name")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+    place = find_device(device)
+    if body is not None:
+        check_body(body, place)
     if plot is not None:
         check_plot(plot)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     if shape is not None:
-        place = find_device(device)
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
         own.to(place)  # type: ignore[arg-type]  # as Transformers declares it
     else:

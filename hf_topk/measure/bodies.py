@@ -68,22 +68,25 @@ def _like_linear(products: Tensor, inputs: Tensor, bias: Tensor | None) -> Tenso
     return products if bias is None else products + bias
 
 
+def check_body(body: str, device: torch.device) -> None:
+    """Check that there is such a body.
+
+    Raises:
+        InputError: when it is none of `BODIES`, or the device is not a CPU.
+    """
+    if body not in BODIES:
+        raise InputError(f"unknown body '{body}': choose one of {', '.join(BODIES)}")
+    if device.type != "cpu":
+        raise InputError(f"a body in {body} is measured on CPUs alone, not on {device}: leave out --body or --device")
+
+
 def quantise_body(model: TopKExpertsForCausalLM, body: str) -> None:
     """Put the decoder's linear layers in 8 or 4 bits, in place; the head and the embeddings stay as they are.
 
     Args:
         model: a converted model in main memory.
         body: one of `BODIES`. Layers whose sizes the kernels cannot take stay as they are.
-
-    Raises:
-        InputError: when it is none of these, or the model is on another device.
     """
-    if body not in BODIES:
-        raise InputError(f"unknown body '{body}': choose one of {', '.join(BODIES)}")
-    if model.device.type != "cpu":
-        raise InputError(
-            f"an {body} body is measured on CPUs alone, not on {model.device}: leave out --body or --device"
-        )
     columns, kind = (COLUMNS_OF_KERNEL, Int8Linear) if body == "int8" else (GROUP, Int4Linear)
     for name, module in list(model.base.named_modules()):
         is_linear = type(module) is nn.Linear and name != model.head_name

@@ -44,7 +44,7 @@ class NoHead(nn.Module):
 
     logits: Tensor
 
-    def __init__(self, vocab_size: int, dtype: torch.dtype, most_rows: int = 32) -> None:
+    def __init__(self, vocab_size: int, dtype: torch.dtype, most_rows: int = 64) -> None:
         """Make the logits.
 
         Args:
