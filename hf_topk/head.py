@@ -209,8 +209,7 @@ class TopKExpertsHead(SizedHead):
             screened = masked = screened.log_softmax(dim=-1)
         estimates = (masked + top_scores.unsqueeze(-1)).flatten(1)
         kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
-        experts = top.gather(1, places // self.expert_size)
-        ids = self.expert_ids.flatten()[experts * self.expert_size + places % self.expert_size]
+        ids = self.expert_ids[top].flatten(1).gather(1, places)
         logits = always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, ids)
         exact = logits[:, self.num_always_on :].float()
         if self.has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
