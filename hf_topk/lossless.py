@@ -261,7 +261,7 @@ class Block:
             if outside.amax() <= DOUBTFUL_SHARE:
                 if self._is_greedy:
                     self.guess = self._head.best_scored(scored)
-                    return hidden.new_zeros(1, 1, 1).expand(len(hidden), 1, self._head.out_features)
+                    return hidden.new_empty(len(hidden), 1, self._head.out_features)
                 return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.is_verified = True
         return self._head.dense_logits(torch.cat(self._states, dim=1))

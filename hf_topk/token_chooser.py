@@ -54,12 +54,13 @@ class TokenChooser:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """In place of the head: [B, T, d] to [B, T, V], all minus infinity where `__call__` goes without them."""
-        positions = hidden.shape[:-1].numel()
-        if self._leaves_logits and positions == len(hidden) and self._head.runs_sparse(positions, self._head.score):
+        rows = len(hidden)
+        if self._leaves_logits and hidden.shape[1:-1] == (1,) and self._head.runs_sparse(rows, self._head.score):
             self._scored = self._head.score(hidden.flatten(0, 1))
-            return self._nothing.to(hidden.dtype).expand(len(hidden), 1, self._head.out_features)
+            return self._nothing.to(hidden.dtype).expand(rows, 1, self._head.out_features)
         logits = self._head.logits(hidden)
-        self._logits = logits[:, -1]
+        if self._leaves_logits is None:
+            self._logits = logits[:, -1].clone()  # the dense model may change them in place
         return logits
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -223,6 +223,21 @@ def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest
     assert chosen.equal(generate(model, do_sample=False))
 
 
+def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some do with the tokens of images."""
+    model = tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20)
+    forward = model.base.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits[..., :50] = torch.finfo(output.logits.dtype).min
+        return output
+
+    monkeypatch.setattr(model.base, "forward", masked)
+    for choices in ({"do_sample": False}, {"do_sample": True}, {"do_sample": False, "lossless": True}):
+        assert (generate(model, **choices)[:, PREFIX.shape[1] :] >= 50).all()
+
+
 def test_all_experts_are_left_to_transformers() -> None:
     """So that the same seed gives the dense model's tokens."""
     head = make_head(num_experts_per_tok=6)
