@@ -61,8 +61,7 @@ class Setting:
 
     def apply(self, model: TopKExpertsForCausalLM) -> None:
         """Set a converted model's k and R."""
-        model.num_experts_per_tok = self.num_experts_per_tok
-        model.head.num_rescored = model.config.num_rescored = self.num_rescored
+        model.config.num_experts_per_tok, model.config.num_rescored = self.num_experts_per_tok, self.num_rescored
 
     def share_of_bytes(self, head: TopKExpertsHead) -> float:
         """What a head reads for a position with this k and R, which are set, as a share of the dense head's bytes."""

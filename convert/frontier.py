@@ -117,6 +117,7 @@ def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[tupl
 def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
     """The next token by a head with another k and R."""
     twin = copy.copy(head)
+    twin.config = copy.copy(head.config)
     twin.num_experts_per_tok, twin.num_rescored = k, rescored
     return lambda hidden: likeliest(twin, twin.score(hidden))
 

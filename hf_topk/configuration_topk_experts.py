@@ -51,9 +51,13 @@ class TopKExpertsConfig(PreTrainedConfig):
         sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse; None
             measures at first use, where the model runs, how many positions the sparse head is the faster one for.
 
+    `head_mode`, `num_experts_per_tok`, `num_rescored` and `sparse_max_positions` can be changed on a loaded model, here
+    or at the model. The other entries say what it was converted to.
+
     Raises:
         StrictDataclassError: when a value is of a wrong type or out of range.
-        InputError: when loaded from a folder whose `model_type` is another one.
+        InputError: when loaded from a folder whose `model_type` is another one, and when one of the four is set out of
+            range later on.
     """
 
     model_type = "topk_experts"
@@ -110,10 +114,23 @@ class TopKExpertsConfig(PreTrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         dense_config = self.__dict__.get("text_config")
         is_made = isinstance(dense_config, PreTrainedConfig)
+        if is_made:
+            self._check_setting(name, value)
         if is_made and name in (*AS_IN_THE_DENSE_MODEL, *SET_IN_BOTH):
             setattr(dense_config, name, value)
         if not (is_made and name in AS_IN_THE_DENSE_MODEL):
             super().__setattr__(name, value)
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        """Check what can be changed on a loaded model, whose head reads it from here."""
+        if not isinstance(value, int):  # of another type: refused with all that are of a wrong one
+            return
+        if name == "num_experts_per_tok" and not 1 <= value <= self.num_experts:
+            raise InputError(f"num_experts_per_tok is {value}, must be from 1 to the {self.num_experts} experts")
+        if name == "num_rescored" and value < 1:
+            raise InputError(f"num_rescored is {value}, must be at least 1")
+        if name == "sparse_max_positions" and value < 0:
+            raise InputError(f"sparse_max_positions is {value}, cannot be negative")
 
     def validate_head(self) -> None:
         """Check the sizes against one another.

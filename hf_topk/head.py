@@ -39,8 +39,7 @@ class TopKExpertsHead(SizedHead):
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for tokens without an exact logit.
-        head_mode, num_experts_per_tok: "auto", "sparse" or "dense"; k.
-        num_rescored: R, how many of the picked experts' tokens get exact logits.
+        config: the model's; what can be changed is read from it at each call.
         stored_type: the number type that it is stored in, which bytes are counted in; it may compute in a larger one.
     """
 
@@ -49,7 +48,7 @@ class TopKExpertsHead(SizedHead):
 
         Args:
             dense: the dense head; its weight and bias are shared, not copied.
-            config: the converted model's configuration.
+            config: the converted model's configuration; it is kept.
 
         Raises:
             InputError: when its experts and always-on tokens are not enough for the vocabulary.
@@ -58,10 +57,7 @@ class TopKExpertsHead(SizedHead):
         check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
-        self.head_mode, self.combine = config.head_mode, config.combine
-        self.num_experts_per_tok = config.num_experts_per_tok
-        self.num_rescored = config.num_rescored
-        self.sparse_max_positions = config.sparse_max_positions
+        self.config, self.combine = config, config.combine
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
         self.register_buffer("expert_ids", torch.empty(num_experts, expert_size, dtype=torch.long))

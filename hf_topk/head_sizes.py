@@ -1,24 +1,39 @@
 """The sizes of a sparse head, and the bytes that it reads and adds in the number type that it is stored in."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .configuration_topk_experts import TopKExpertsConfig
 from .router import Router
 from .tail import Tail
 
 
+def setting(name: str) -> Any:
+    """A property that is an entry of the configuration, where it is checked."""
+    return property(lambda head: getattr(head.config, name), lambda head, value: setattr(head.config, name, value))
+
+
 class SizedHead(nn.Linear):
-    """A dense head with experts, a router and a tail, of which it knows the sizes."""
+    """A dense head with experts, a router and a tail, of which it knows the sizes.
+
+    Attributes:
+        config: the model's configuration.
+        head_mode, num_experts_per_tok, num_rescored, sparse_max_positions: the configuration's, in both directions.
+    """
 
     always_on_ids: Tensor
     expert_ids: Tensor
     router: Router
     tail: Tail
     combine: str
-    num_experts_per_tok: int
-    num_rescored: int
+    config: TopKExpertsConfig
+    head_mode = setting("head_mode")
+    num_experts_per_tok = setting("num_experts_per_tok")
+    num_rescored = setting("num_rescored")
+    sparse_max_positions = setting("sparse_max_positions")
     _stored_type: torch.dtype | None = None
 
     @property

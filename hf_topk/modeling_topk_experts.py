@@ -162,36 +162,32 @@ class TopKExpertsForCausalLM(
 
     @property
     def head_mode(self) -> HeadMode:
-        """How the head runs: "auto", "sparse" or "dense"."""
-        return self.head.head_mode
+        """How the head runs: "auto", "sparse" or "dense"; the configuration's entry, as are those below."""
+        return self.config.head_mode
 
     @head_mode.setter
     def head_mode(self, mode: HeadMode) -> None:
         if mode not in HEAD_MODES:
             raise InputError(f"unknown head mode '{mode}': choose one of {', '.join(HEAD_MODES)}")
-        self.head.head_mode = self.config.head_mode = mode
+        self.config.head_mode = mode
 
     @property
     def num_experts_per_tok(self) -> int:
         """k, how many experts are scored for a position: from 1 to all."""
-        return self.head.num_experts_per_tok
+        return self.config.num_experts_per_tok
 
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, count: int) -> None:
-        if not 1 <= count <= self.head.num_experts:
-            raise InputError(f"num_experts_per_tok is {count}, must be from 1 to the {self.head.num_experts} experts")
-        self.head.num_experts_per_tok = self.config.num_experts_per_tok = count
+        self.config.num_experts_per_tok = count
 
     @property
     def sparse_max_positions(self) -> int | None:
         """The most positions (batch x sequence) that head mode "auto" runs sparse; None if that is measured."""
-        return self.head.sparse_max_positions
+        return self.config.sparse_max_positions
 
     @sparse_max_positions.setter
     def sparse_max_positions(self, count: int | None) -> None:
-        if count is not None and count < 0:
-            raise InputError(f"sparse_max_positions is {count}, cannot be negative")
-        self.head.sparse_max_positions = self.config.sparse_max_positions = count
+        self.config.sparse_max_positions = count
 
     def forward(
         self,

@@ -201,6 +201,24 @@ def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
     assert logits_of(again).equal(logits_of(converted))
 
 
+def test_what_is_set_in_the_configuration_of_a_loaded_model_counts() -> None:
+    """As users of other mixtures of experts do it."""
+    converted, other = tiny_converted(head_mode="sparse"), tiny_converted(head_mode="sparse")
+    converted.config.num_experts_per_tok = other.num_experts_per_tok = 5
+    assert converted.num_experts_per_tok == converted.head.num_experts_per_tok == 5
+    assert logits_of(converted).equal(logits_of(other))
+    converted.config.num_rescored = other.head.num_rescored = 7
+    assert converted.head.num_rescored == other.config.num_rescored == 7
+    assert logits_of(converted).equal(logits_of(other))
+    converted.config.head_mode = other.head_mode = "dense"
+    assert logits_of(converted).equal(logits_of(other))
+    for name, value in (("num_experts_per_tok", 7), ("num_rescored", 0), ("sparse_max_positions", -1)):
+        before = getattr(converted.config, name)
+        with pytest.raises(InputError, match=f"{name} is {value}"):
+            setattr(converted.config, name, value)
+        assert getattr(converted.config, name) == before
+
+
 @pytest.mark.parametrize(
     ("name", "value", "cause"),
     [
