@@ -16,7 +16,10 @@ ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # as many as stay in the processor's cache
 FEW_POSITIONS = (
     4  # from here on the product in fp32 is as fast as torch's kernel for rows of int8 (seen on two CPU cores)
 )
-COLUMNS_OF_KERNEL = 16  # with other numbers of columns it is wrong, and can crash (seen in torch 2.13)
+COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = (
+    16,
+    64,
+)  # what its columns have to be a multiple of, and where tensors have to begin
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -133,7 +136,7 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
 
     Args:
         inputs: [N, r], any float type.
-        rows: [R, r] int8.
+        rows: [R, r] int8, or floats, which are then multiplied in fp32.
         scales: [R] bfloat16; they are made beforehand, as torch's kernel wants them.
 
     Returns:
@@ -143,10 +146,8 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
         from .triton_kernels import int8_products as on_triton
 
         return on_triton(inputs, rows, scales)
-    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
-    has_kernel = inputs.device.type == "cpu" and rows.shape[1] % COLUMNS_OF_KERNEL == 0
-    if has_kernel and len(inputs) <= FEW_POSITIONS and not needs_gradient:
-        return torch._weight_int8pack_mm(inputs.bfloat16(), rows, scales)
+    if len(inputs) <= FEW_POSITIONS and has_int8_kernel(inputs, rows):
+        return int8_kernel(inputs, rows, scales)
     inputs = inputs.float()
     if torch.compiler.is_compiling():
         return _products_in_one_loop(inputs.unsqueeze(1), rows) * scales
@@ -154,12 +155,29 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scales
 
 
+def has_int8_kernel(inputs: Tensor, rows: Tensor) -> bool:
+    """Whether torch's kernel for rows of int8 can take these; with others it is wrong or crashes (torch 2.13)."""
+    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    fits = rows.dtype == torch.int8 and rows.shape[1] % COLUMNS_OF_KERNEL == 0 and rows.is_contiguous()
+    # Weights that were loaded lie in a mapped file, wherever that is. Compiled code is given rows that were made ready.
+    is_aligned = torch.compiler.is_compiling() or rows.data_ptr() % BYTES_OF_KERNEL == 0
+    return inputs.device.type == "cpu" and fits and is_aligned and not needs_gradient
+
+
+def int8_kernel(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+    """Products by torch's kernel, in bfloat16 [N, R]; arguments as in [`int8_products`]."""
+    rounded = inputs.bfloat16().contiguous()
+    if not torch.compiler.is_compiling() and rounded.data_ptr() % BYTES_OF_KERNEL:
+        rounded = rounded.clone()
+    return torch._weight_int8pack_mm(rounded, rows, scales)
+
+
 def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: Tensor) -> Tensor:
     """[`int8_products`] with the rows of the experts that each position picked.
 
     Args:
         inputs: [N, r], any float type.
-        rows: [M, S, r] int8.
+        rows: [M, S, r] int8, or floats.
         experts: the picked experts, [N, k] int64.
         scales: at least M S times the same one, bfloat16.
 
@@ -172,8 +190,9 @@ def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: 
     # Each expert is read once, however many positions picked it.
     chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
     words = rows.flatten(1)
-    words = words.view(torch.int32) if words.shape[1] % 4 == 0 else words  # compiled code copies byte by byte
-    picked = words.index_select(0, chosen).view(torch.int8).view(-1, rows.shape[-1])
+    if rows.dtype == torch.int8 and words.shape[1] % 4 == 0:  # compiled code copies byte by byte
+        words = words.view(torch.int32)
+    picked = words.index_select(0, chosen).view(rows.dtype).view(-1, rows.shape[-1])
     products = int8_products(inputs, picked, scales[: len(picked)]).unflatten(-1, (-1, expert_size))
     return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_size))
 

@@ -1,7 +1,7 @@
 """Products of hidden states with many rows that are kept in few bits."""
 
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ class Prepared(NamedTuple):
     """Rows that are ready to be multiplied.
 
     Attributes:
+        basis: B without its scales, int8 [r, d], where the processor reads it best.
         halves: what the codes stand for in halves of a step, which are odd numbers, int8 [*shape, r].
         ones: a scale for each row, bfloat16 [rows].
         half_scales, half_center: those of the basis, halved, bfloat16 and fp32 [r].
     """
 
+    basis: Tensor
     halves: Tensor
     ones: Tensor
     half_scales: Tensor
@@ -102,18 +104,20 @@ class PackedRows(nn.Module):
 
     def _projected(self, hidden: Tensor, prepared: "Prepared") -> Tensor:
         """Half of the coordinates of hidden states, fp32 [N, r]."""
-        return int8_products(hidden, self.basis, prepared.half_scales) - prepared.half_center
+        return int8_products(hidden, prepared.basis, prepared.half_scales) - prepared.half_center
 
     def _prepared(self) -> "Prepared":
         """The rows as processors multiply them best: unpacked at first use and kept.
 
-        Where code is exported, which would have them in it, they are unpacked each time.
+        Code that is exported would have them in it, and code that is compiled before that use has not got them: both
+        unpack them at each call, to floats.
         """
-        if torch.compiler.is_exporting():
-            return self._prepare()
+        if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._kept is None):
+            made = self._prepare()
+            return made._replace(basis=made.basis.float(), halves=made.halves.float())
         if torch.compiler.is_compiling():
-            return self._kept or self._prepare()
-        source = (self.codes_4bit, self.codes_2bit, self.basis_scales, self.center)
+            return cast(Prepared, self._kept)
+        source = (self.basis, self.basis_scales, self.center, self.codes_4bit, self.codes_2bit)
         versions = [0 if some.is_inference() else some._version for some in source]
         if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
             self._kept, self._kept_of, self._versions = self._prepare(), source, versions
@@ -122,7 +126,7 @@ class PackedRows(nn.Module):
     def _prepare(self) -> "Prepared":
         halves = unpack_halves(self.codes_4bit, self.codes_2bit)
         ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
-        return Prepared(halves, ones, (self.basis_scales / 2).bfloat16(), self.center.float() / 2)
+        return Prepared(self.basis.clone(), halves, ones, (self.basis_scales / 2).bfloat16(), self.center.float() / 2)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:

@@ -51,6 +51,25 @@ def test_int8_products(
         assert_products(kernels.int8_products(inputs, rows, ONES[: len(rows)]), inputs, rows)
 
 
+def moved(tensor: Tensor, by: int) -> Tensor:
+    """The same some bytes further on in memory."""
+    size = tensor.element_size()
+    room = torch.empty(tensor.numel() + 128 // size, dtype=tensor.dtype)
+    start = (-room.data_ptr() % 64 + by) // size
+    room[start : start + tensor.numel()] = tensor.flatten()
+    return room[start : start + tensor.numel()].view_as(tensor)
+
+
+@pytest.mark.parametrize("by", [0, 2, 8, 24, 32, 48])
+@pytest.mark.parametrize("positions", [1, 2, 3, 4])
+def test_int8_products_wherever_tensors_lie(positions: int, by: int) -> None:
+    """As they do in a mapped file, where torch's kernel would crash, and in views of others."""
+    inputs, rows = normal(0, positions, 64).bfloat16(), int8_rows(1, 33, 64)
+    for some, others in ((moved(inputs, by), rows), (inputs, moved(rows, by)), (inputs.t().contiguous().t(), rows)):
+        assert_products(kernels.int8_products(some, others, ONES[:33]), inputs, rows)
+    assert_products(kernels.int8_products(inputs, rows.t().contiguous().t(), ONES[:33]), inputs, rows)
+
+
 @pytest.mark.parametrize("positions", [1, 5, 12])
 def test_int8_products_of_picked_experts(positions: int) -> None:
     """In eager mode, where each expert is read once, and compiled."""

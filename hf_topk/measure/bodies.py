@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..kernels import COLUMNS_OF_KERNEL
+from ..kernels import COLUMNS_OF_KERNEL, int8_kernel
 from ..modeling_topk_experts import TopKExpertsForCausalLM
 
 BODIES = ("int8", "int4")
@@ -34,8 +34,7 @@ class Int8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., d] to [..., rows]."""
         rows, scales = cast(Tensor, self.rows), cast(Tensor, self.scales)
-        products = torch._weight_int8pack_mm(inputs.flatten(0, -2).bfloat16(), rows, scales)
-        return _like_linear(products, inputs, self.bias)
+        return _like_linear(int8_kernel(inputs.flatten(0, -2), rows, scales), inputs, self.bias)
 
 
 class Int4Linear(nn.Module):
