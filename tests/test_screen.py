@@ -136,7 +136,7 @@ def test_share_outside_of_what_was_picked() -> None:
 def test_compiles_to_one_graph(router_packed: bool) -> None:
     head, hidden = make_head(num_rescored=5, router_packed=router_packed), make_hidden(2, 2)
     compiled = torch.compile(head, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(hidden), head(hidden), **CLOSE[torch.float32])
+    torch.testing.assert_close(compiled(hidden), head(hidden), **CLOSE[torch.bfloat16])  # which eager code rounds to
 
 
 def test_gradients_reach_the_hidden_states() -> None:
