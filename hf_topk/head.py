@@ -194,7 +194,7 @@ class TopKExpertsHead(SizedHead):
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
-        scores = self.router.relative_scores(hidden)
+        scores = self.router(hidden, with_level=False)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
         if self.has_short_experts:  # whose repeats have a logit, but no mass

@@ -120,7 +120,8 @@ class PackedRows(nn.Module):
         source = (self.basis, self.basis_scales, self.center, self.codes_4bit, self.codes_2bit)
         versions = [0 if some.is_inference() else some._version for some in source]
         if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
-            self._kept, self._kept_of, self._versions = self._prepare(), source, versions
+            with torch.inference_mode(False), torch.no_grad():  # so that gradients can pass them later on
+                self._kept, self._kept_of, self._versions = self._prepare(), source, versions
         return self._kept
 
     def _prepare(self) -> "Prepared":

@@ -37,16 +37,21 @@ class Router(PackedRows):
         self.rows = None if is_packed else nn.Parameter(torch.empty(num_experts, hidden_size))
         self.reset_parameters()
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Score every expert: hidden [N, d] of any float type to fp32 [N, M]."""
-        scores = self.relative_scores(hidden)
-        return scores if self.rows is not None else scores + F.linear(hidden.float(), self.level.float().unsqueeze(0))
+    def forward(self, hidden: Tensor, with_level: bool = True) -> Tensor:
+        """Score every expert.
 
-    def relative_scores(self, hidden: Tensor) -> Tensor:
-        """The same up to a number for each position, which takes less."""
+        Args:
+            hidden: [N, d] of any float type.
+            with_level: whether to add what all experts have in common; without it scores are right up to a number for
+                each position, and take less.
+
+        Returns:
+            Scores, fp32 [N, M].
+        """
         if self.rows is not None:
             return F.linear(hidden.float(), self.rows.float()) + self.bias
-        return self.products(hidden) + self.bias.float()
+        scores = self.products(hidden) + self.bias.float()
+        return scores + F.linear(hidden.float(), self.level.float().unsqueeze(0)) if with_level else scores
 
     @property
     def floats(self) -> nn.Parameter:

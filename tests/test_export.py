@@ -15,6 +15,7 @@ from transformers.integrations.executorch import (
 from hf_topk import TopKExpertsForCausalLM
 
 IDS = torch.tensor([[5, 17, 42, 8, 23]])
+ROUNDED = {"rtol": 2e-2, "atol": 6e-2}  # estimates, which eager code rounds to bfloat16
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
@@ -51,7 +52,7 @@ def test_a_call_without_a_cache(mode: str, num_rescored: int, combine: str, leng
         program = torch.export.export(model, (), {**example, "use_cache": False})
         for shift in range(3):
             inputs = {**example, "input_ids": IDS[:, :length] + shift, "use_cache": False}
-            torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+            torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, **ROUNDED)
 
 
 def test_auto_is_what_it_is_for_the_exported_shape() -> None:
@@ -63,7 +64,7 @@ def test_auto_is_what_it_is_for_the_exported_shape() -> None:
             found[length] = torch.export.export(model, (), inputs).module()(**inputs).logits
         for length, mode in ((1, "sparse"), (5, "dense")):
             model.head_mode = mode
-            torch.testing.assert_close(found[length], model(IDS[:, :length], use_cache=False).logits)
+            torch.testing.assert_close(found[length], model(IDS[:, :length], use_cache=False).logits, **ROUNDED)
 
 
 @pytest.mark.parametrize(("model_type", "mode"), [("llama", "sparse"), ("llama", "dense"), ("gemma3_text", "sparse")])
@@ -89,4 +90,4 @@ def test_reading_a_prompt_into_a_static_cache() -> None:
     with torch.no_grad():
         prompt = exportable.export(input_ids=IDS, cache_position=torch.arange(5), strict=False)
         found: Tensor = written_and_read(prompt)(input_ids=IDS, cache_position=torch.arange(5))
-        torch.testing.assert_close(found, model(IDS).logits)
+        torch.testing.assert_close(found, model(IDS).logits, **ROUNDED)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_topk import InputError, TopKExpertsConfig, TopKExpertsForCausalLM, TopKExpertsHead
 
+ROUNDED = {"rtol": 2e-2, "atol": 6e-2}  # estimates, which eager code rounds to bfloat16
 PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
 
 
@@ -363,7 +364,7 @@ def test_sparse_head_compiles_to_one_graph(
     for positions in (1, 3):
         hidden = torch.randn(positions, 1, 32, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            torch.testing.assert_close(compiled(hidden), head(hidden), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(compiled(hidden), head(hidden), **ROUNDED)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_packed_scores_are_exact_at_the_mean_state(seed: int, experts: int, rank
     states = torch.cat([mean + offsets, mean - offsets]) / 64
     router, packed = packed_from(normal(seed, experts, 24), states, rank)
     mean = mean.unsqueeze(0) / 64
-    torch.testing.assert_close(packed(mean), router(mean), rtol=1e-2, atol=2e-2)  # to bfloat16
+    torch.testing.assert_close(packed(mean), router(mean), rtol=1e-2, atol=5e-2)  # to bfloat16
 
 
 @settings(max_examples=20, deadline=None)
