@@ -1,10 +1,11 @@
 """The number type to compute in: a model's own, or float32 where that is faster, as on processors that emulate it."""
 
-import time
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn import functional as F
+
+from .crossover import seconds_of
 
 POSITIONS, SIZE, ROUNDS = 32, 512, 5  # of the products that are timed
 WORTH_IT = 1.2  # how much faster float32 has to be, for it takes twice the memory
@@ -26,11 +27,4 @@ def faster_type(own: torch.dtype, device: torch.device) -> torch.dtype:
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Time of a matrix product, the shortest of a few."""
     states, weight = (torch.ones(rows, SIZE, dtype=dtype, device=device) for rows in (POSITIONS, 2 * SIZE))
-    seconds = []
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        F.linear(states, weight)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(seconds_of(partial(F.linear, states, weight), device) for _ in range(ROUNDS))

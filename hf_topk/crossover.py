@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,11 +54,16 @@ def _measure(sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], we
     started = time.perf_counter()
     for done in range(ROUNDS):
         for run, times in seconds.items():
-            before = time.perf_counter()
-            run(states)
-            if weight.is_cuda:
-                torch.cuda.synchronize(weight.device)
-            times.append(time.perf_counter() - before)
+            times.append(seconds_of(partial(run, states), weight.device))
         if done > 0 and time.perf_counter() - started > SECONDS:
             break
     return min(seconds[sparse]) <= WORTH_IT * min(seconds[dense])
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """How long something takes on a device, which is waited for."""
+    started = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started

@@ -194,8 +194,7 @@ class TopKExpertsHead(SizedHead):
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
-        scores = self.router(hidden, with_level=False)
-        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        scores, top, top_scores = self.pick(hidden, with_level=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
         if self.has_short_experts:  # whose repeats have a logit, but no mass
             masked = self.mask_padding(screened, self.expert_ids[top])
@@ -276,9 +275,9 @@ class TopKExpertsHead(SizedHead):
         routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)  # of repeats the first
         return always[tokens], routed[tokens]
 
-    def pick(self, hidden: Tensor) -> Picked:
-        """Pick the experts to score for hidden states [N, d]."""
-        scores = self.router(hidden)
+    def pick(self, hidden: Tensor, with_level: bool = True) -> Picked:
+        """Pick the experts to score for hidden states [N, d]; scores are as [`Router.forward`] has them."""
+        scores = self.router(hidden, with_level)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         return Picked(scores, top, top_scores)
 

@@ -13,13 +13,10 @@ CACHED_BYTES = 3 << 20
 # From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
 ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # as many as stay in the processor's cache
-FEW_POSITIONS = (
-    4  # from here on the product in fp32 is as fast as torch's kernel for rows of int8 (seen on two CPU cores)
-)
-COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = (
-    16,
-    64,
-)  # what its columns have to be a multiple of, and where tensors have to begin
+# With more positions, products in fp32 are as fast as torch's kernel for rows of int8 (seen on two CPU cores).
+FEW_POSITIONS = 4
+# What that kernel's columns, and the addresses of its tensors, have to be a multiple of.
+COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
 HAS_TRITON = find_spec("triton") is not None
 
 

@@ -44,10 +44,6 @@ def load_converted(
         raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
     config = _config(name)
     if num_experts_per_tok is not None:
-        if not 1 <= num_experts_per_tok <= config.num_experts:
-            raise InputError(
-                f"num_experts_per_tok is {num_experts_per_tok}, must be from 1 to the {config.num_experts} experts"
-            )
         config.num_experts_per_tok = num_experts_per_tok
     stored = config.dtype
     runs_fastest = fastest and dtype == "auto" and stored is not None

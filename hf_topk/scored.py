@@ -11,7 +11,7 @@ class Picked(NamedTuple):
 
     Attributes:
         scores: the router's, fp32 [N, M].
-        experts: those picked, best first, [N, k] int64.
+        experts: those picked, in no order, [N, k] int64.
         expert_scores: the router's scores of those, fp32 [N, k].
     """
 

@@ -7,6 +7,7 @@ distribution is that of the sparse logits.
 """
 
 import math
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class TokenChooser:
             Token ids, [B].
         """
         if not self._processors and not self._does_sample:
-            return likeliest(self._head, scored)
+            return likeliest(self._head, scored, self._priors)
         candidates = Candidates(self._head, scored, self._priors)
         for one in self._processors:
             if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
@@ -109,10 +110,10 @@ class TokenChooser:
         return candidates.drawn() if self._does_sample else candidates.best()
 
 
-def likeliest(head: TopKExpertsHead, scored: Scored) -> Tensor:
+def likeliest(head: TopKExpertsHead, scored: Scored, priors: "Priors | None" = None) -> Tensor:
     """The token of the largest sparse logit at each position, [N]."""
     if head.tail_may_win(scored).any():
-        return Candidates(head, scored, Priors(head)).best()
+        return Candidates(head, scored, priors or Priors(head)).best()
     return head.best_scored(scored)
 
 
@@ -142,10 +143,14 @@ class Priors:
     """What is known beforehand of the tokens of experts that are not picked, kept for a generation."""
 
     def __init__(self, head: TopKExpertsHead) -> None:
-        """Take the head's prior as it is."""
-        self.best = head.log_prior().amax(dim=-1)  # log p(v | e) of each expert's likeliest token, fp32 [M]
+        """Take the head's prior as it is, once it is asked for."""
         self._head = head
         self._masses: dict[float, Tensor] = {}
+
+    @cached_property
+    def best(self) -> Tensor:
+        """Log p(v | e) of each expert's likeliest token, fp32 [M]."""
+        return self._head.log_prior().amax(dim=-1)
 
     def mass(self, temperature: float) -> Tensor:
         """What the tempered prior of each expert sums up to, as a logarithm: fp32 [M]."""

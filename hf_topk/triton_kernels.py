@@ -28,69 +28,9 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     Returns:
         Logits in the type of `hidden`, [N, R].
     """
-    num_positions, num_rows = rows.shape
-    columns = weight.shape[1]
-    logits = torch.empty(num_positions, num_rows, dtype=hidden.dtype, device=hidden.device)
-    block_columns = min(triton.next_power_of_2(columns), COLUMNS_GATHERED_AT_ONCE)
-    block_rows = ELEMENTS_GATHERED_AT_ONCE // block_columns
-    grid = (num_positions * triton.cdiv(num_rows, block_rows),)
-    with _on_device_of(hidden):
-        _gather_dot_kernel[grid](
-            logits,
-            hidden,
-            weight,
-            bias,
-            rows,
-            num_rows,
-            *hidden.stride(),
-            *weight.stride(),
-            *rows.stride(),
-            COLUMNS=columns,
-            BLOCK_ROWS=block_rows,
-            BLOCK_COLUMNS=block_columns,
-        )
+    logits = torch.empty(rows.shape, dtype=hidden.dtype, device=hidden.device)
+    _multiply_rows(logits, hidden, weight, rows=rows, bias=bias, scales=None)
     return logits
-
-
-@triton.jit
-def _gather_dot_kernel(
-    logits,
-    hidden,
-    weight,
-    bias,
-    rows,
-    num_rows,
-    hidden_stride,
-    hidden_column_stride,
-    weight_stride,
-    weight_column_stride,
-    rows_stride,
-    rows_column_stride,
-    COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
-    """Some rows of one position."""
-    blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row = places < num_rows
-    ids = tl.load(rows + position * rows_stride + places * rows_column_stride, mask=is_row, other=0)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
-        columns = start + tl.arange(0, BLOCK_COLUMNS)
-        is_column = columns < COLUMNS
-        state = tl.load(hidden + position * hidden_stride + columns * hidden_column_stride, mask=is_column, other=0)
-        chosen = tl.load(
-            weight + ids[:, None] * weight_stride + columns[None, :] * weight_column_stride,
-            mask=is_row[:, None] & is_column[None, :],
-            other=0,
-        )
-        sums += chosen.to(tl.float32) * state.to(tl.float32)[None, :]
-    result = tl.sum(sums, axis=1)
-    if bias is not None:
-        result += tl.load(bias + ids, mask=is_row, other=0).to(tl.float32)
-    tl.store(logits + position * num_rows + places, result.to(logits.dtype.element_ty), mask=is_row)
 
 
 def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
@@ -104,61 +44,82 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     Returns:
         inputs @ rows^T * scales, fp32 [N, R].
     """
-    num_positions, columns = inputs.shape
-    num_rows = len(rows)
-    products = torch.empty(num_positions, num_rows, dtype=torch.float32, device=inputs.device)
+    products = torch.empty(len(inputs), len(rows), dtype=torch.float32, device=inputs.device)
+    _multiply_rows(products, inputs, rows, rows=None, bias=None, scales=scales)
+    return products
+
+
+def _multiply_rows(
+    products: Tensor, inputs: Tensor, matrix: Tensor, rows: Tensor | None, bias: Tensor | None, scales: Tensor | None
+) -> None:
+    """Fill [N, R] with products of inputs [N, d] and rows of a matrix [V, d]: each position's own, [N, R], or all."""
+    num_positions, num_rows = products.shape
+    columns = matrix.shape[1]
     block_columns = min(triton.next_power_of_2(columns), COLUMNS_GATHERED_AT_ONCE)
     block_rows = ELEMENTS_GATHERED_AT_ONCE // block_columns
     grid = (num_positions * triton.cdiv(num_rows, block_rows),)
     with _on_device_of(inputs):
-        _int8_kernel[grid](
+        _rows_kernel[grid](
             products,
             inputs,
+            matrix,
             rows,
+            bias,
             scales,
             num_rows,
             *inputs.stride(),
-            *rows.stride(),
+            *matrix.stride(),
+            *((0, 0) if rows is None else rows.stride()),
             COLUMNS=columns,
             BLOCK_ROWS=block_rows,
             BLOCK_COLUMNS=block_columns,
         )
-    return products
 
 
 @triton.jit
-def _int8_kernel(
+def _rows_kernel(
     products,
     inputs,
+    matrix,
     rows,
+    bias,
     scales,
     num_rows,
     inputs_stride,
     inputs_column_stride,
+    matrix_stride,
+    matrix_column_stride,
     rows_stride,
     rows_column_stride,
     COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Some rows with one position."""
+    """Some rows of one position."""
     blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     position = (tl.program_id(0) // blocks).to(tl.int64)
     places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     is_row = places < num_rows
+    ids = places.to(tl.int64)
+    if rows is not None:
+        ids = tl.load(rows + position * rows_stride + places * rows_column_stride, mask=is_row, other=0)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, COLUMNS, BLOCK_COLUMNS):
         columns = start + tl.arange(0, BLOCK_COLUMNS)
         is_column = columns < COLUMNS
         given = tl.load(inputs + position * inputs_stride + columns * inputs_column_stride, mask=is_column, other=0)
         some = tl.load(
-            rows + places.to(tl.int64)[:, None] * rows_stride + columns[None, :] * rows_column_stride,
+            matrix + ids[:, None] * matrix_stride + columns[None, :] * matrix_column_stride,
             mask=is_row[:, None] & is_column[None, :],
             other=0,
         )
         sums += some.to(tl.float32) * given.to(tl.float32)[None, :]
-    result = tl.sum(sums, axis=1) * tl.load(scales + places, mask=is_row, other=0).to(tl.float32)
-    tl.store(products + position * num_rows + places, result, mask=is_row)
+    result = tl.sum(sums, axis=1)
+    if scales is not None:
+        result *= tl.load(scales + ids, mask=is_row, other=0).to(tl.float32)
+    if bias is not None:
+        result += tl.load(bias + ids, mask=is_row, other=0).to(tl.float32)
+    tl.store(products + position * num_rows + places, result.to(products.dtype.element_ty), mask=is_row)
 
 
 def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:

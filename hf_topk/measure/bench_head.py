@@ -2,12 +2,13 @@
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LogitsProcessor
 
 from ..crossover import MOST_POSITIONS
 from ..head import TopKExpertsHead
@@ -113,8 +114,8 @@ class Heads:
         if head.weight.device.type != "cpu":  # where tokens are chosen from the logits of all
             return {"sparse": head.sparse_logits, "auto": _auto(head)}
         return {
-            "sparse": _greedy(head),
-            "sampling": _sampling(head),
+            "sparse": _next_token(head, (), does_sample=False),
+            "sampling": _next_token(head, warpers(), does_sample=True),
             "sparse_all_logits": head.sparse_logits,
             "auto": _auto(head),
         }
@@ -216,15 +217,9 @@ def _draft(head: TopKExpertsHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return head.share_outside(scored), head.best_scored(scored)
 
 
-def _greedy(head: TopKExpertsHead) -> Head:
-    """The head as greedy decoding runs it."""
-    chooser = TokenChooser(head, (), does_sample=False)
-    return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
-
-
-def _sampling(head: TopKExpertsHead) -> Head:
-    """The head as sampling runs it, with a temperature and top-p: it draws the token, too."""
-    chooser = TokenChooser(head, warpers(), does_sample=True)
+def _next_token(head: TopKExpertsHead, found: Sequence[LogitsProcessor], does_sample: bool) -> Head:
+    """The head as `generate` runs it with these processors: it chooses the token, too."""
+    chooser = TokenChooser(head, found, does_sample)
     return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
 
 
