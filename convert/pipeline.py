@@ -1,10 +1,7 @@
 """A conversion in memory: hidden states, partition, distillation, calibration."""
 
-import dataclasses
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,29 +9,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_topk.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.documents import fingerprint, read_documents
-from hf_topk.errors import InputError
-from hf_topk.head import TopKExpertsHead
-from hf_topk.measure.fidelity import Fidelity, measure_fidelity, readable_length
-from hf_topk.modeling_topk_experts import TopKExpertsForCausalLM
-from hf_topk.text import Window, make_windows
+from hf_topk.evaluation.fidelity import measure_fidelity
+from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.model.head import TopKExpertsHead
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.windows import Window, readable_length
 
-from .agreement_plot import Point
-from .bundled_sample import bundled_documents
-from .calibrate import (
+from .processes import ALONE, Processes
+from .recipe import Recipe
+from .report import Report, StepClock
+from .sample import check_sample, sample_from_text
+from .steps.calibrate import (
     DenseChoices,
     Target,
     check_target,
     choose,
     choose_num_rescored,
     dense_choices,
-    is_reached,
     reach,
     split_by_document,
 )
-from .dense_head import check_causal, check_finite, head_of
-from .distill import (
+from .steps.distill import (
     STATES_FOR_STATISTICS,
     evenly_spaced,
     expert_masses,
@@ -43,66 +38,12 @@ from .distill import (
     token_statistics,
     train_router,
 )
-from .features import place_tokens
-from .fit_combiner import fit_combiner
-from .fit_packed import fit_tail, metric_of, pack_router
-from .hidden_states import HiddenStates, collect
-from .hub import Uploaded
-from .processes import ALONE, Processes
-from .recipe import MIXED, TARGET_AGREEMENT, Recipe
-from .special_tokens import check_ends_always_on, end_ids, special_ids
-
-
-@dataclasses.dataclass
-class Report:
-    """What a conversion made and how good it is.
-
-    Attributes:
-        model: the converted model, in memory.
-        recipe: every choice, with none left open but what is chosen by calibration: k and R.
-        fidelity: measured at k on held-out documents of the sample.
-        choices: what the dense head chooses at their positions.
-        num_experts: M.
-        added_bytes: bytes that conversion adds to the model on disk.
-        distilled_positions: positions that the router was distilled on.
-        router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
-            of distillation.
-        seconds: wall time of the conversion.
-        step_seconds: wall time of each step, by name.
-        curve: agreement and bytes read around k; empty where only k was measured.
-        uploaded: where the model is on the Hub, if it was pushed.
-    """
-
-    model: TopKExpertsForCausalLM
-    recipe: Recipe
-    fidelity: Fidelity
-    choices: DenseChoices
-    num_experts: int
-    added_bytes: int
-    distilled_positions: int
-    router_kl: float
-    seconds: float
-    step_seconds: dict[str, float]
-    curve: list[Point] = dataclasses.field(default_factory=list)
-    uploaded: Uploaded | None = None
-
-    def figures(self) -> dict[str, Any]:
-        """All figures, ready for JSON but that some may not be finite."""
-        head, target = self.model.head, target_of(self.recipe)
-        has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
-        return {
-            **dataclasses.asdict(self.fidelity),
-            "target_reached": is_reached(self.fidelity, target) if has_target else None,
-            "num_experts": self.num_experts,
-            "num_experts_per_tok": head.num_experts_per_tok,
-            "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
-            "added_bytes": self.added_bytes,
-            "added_bytes_share": self.added_bytes / head.dense_bytes(),
-            "distilled_positions": self.distilled_positions,
-            "router_kl": self.router_kl,
-            "seconds": round(self.seconds, 1),
-            "curve": [dataclasses.asdict(point) for point in self.curve],
-        }
+from .steps.find_head import check_causal, check_finite, head_of
+from .steps.fit_combiner import fit_combiner
+from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
+from .steps.hidden_states import HiddenStates, collect
+from .steps.place_tokens import place_tokens
+from .steps.special_tokens import check_ends_always_on, end_ids, special_ids
 
 
 def convert(
@@ -161,7 +102,7 @@ def convert(
                 cast_additions(converted.head)
             fidelity = measure_fidelity(converted, held_out)
             if recipe.target_agreement is not None:
-                check_target(fidelity, target_of(recipe), converted.head.num_experts_per_tok)
+                check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
@@ -174,67 +115,6 @@ def convert(
         seconds=time.monotonic() - started,
         step_seconds=clock.seconds,
     )
-
-
-class StepClock:
-    """Takes the wall time of steps.
-
-    Attributes:
-        seconds: of each step, by name.
-    """
-
-    def __init__(self) -> None:
-        """Begin with no steps."""
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, step: str) -> Iterator[None]:
-        """Take the time of what runs within.
-
-        Args:
-            step: its name.
-        """
-        started = time.monotonic()
-        yield
-        self.seconds[step] = time.monotonic() - started
-
-
-def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
-    """Read and cut the sample text that a recipe names.
-
-    Returns:
-        Its windows, and a fingerprint of the whole text.
-
-    Raises:
-        InputError: when there is no tokenizer, or the text cannot be read.
-    """
-    if tokenizer is None:
-        raise InputError(
-            "sample text needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
-        )
-    documents = bundled_documents(tokenizer) if recipe.text == MIXED else read_documents(recipe.text)
-    windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
-    return windows, fingerprint(documents)
-
-
-def check_sample(windows: list[Window], vocab_size: int, hidden_size: int) -> None:
-    """Refuse a sample that is too short for the size of a hidden state, or has ids that the head does not.
-
-    Raises:
-        InputError: when it is either.
-    """
-    positions = sum(len(window.token_ids) for window in windows)
-    if positions < hidden_size:
-        raise InputError(
-            f"the sample has {positions} positions, fewer than the {hidden_size} numbers of a hidden state, which is "
-            "too few to learn from: give more text, or raise `positions`"
-        )
-    largest = max(max(window.token_ids) for window in windows)
-    if largest >= vocab_size:
-        raise InputError(
-            f"the tokenizer gives token id {largest}, but the head has {vocab_size} rows: "
-            "the tokenizer is not this model's"
-        )
 
 
 def _convert_head(
@@ -275,19 +155,12 @@ def _convert_head(
 def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: Recipe) -> None:
     """Choose k and R where the recipe leaves them open."""
     if recipe.num_experts_per_tok is None:
-        choose(converted, choices, reach(converted.head, choices), target_of(recipe))
+        choose(converted, choices, reach(converted.head, choices), Target.of(recipe))
     elif recipe.num_rescored is None:
         choose_num_rescored(converted, choices)
     converted.head.requires_grad_(True)
     for added in converted.head.children():  # is trained in joint training alone
         cast(Any, added).requires_grad_(False)
-
-
-def target_of(recipe: Recipe) -> Target:
-    """What a recipe promises, or comes as near to as it can where it names no target."""
-    is_named = recipe.target_agreement is not None
-    agreement = recipe.target_agreement if recipe.target_agreement is not None else TARGET_AGREEMENT
-    return Target(agreement, recipe.max_bytes_read, recipe.allow_below_target or not is_named)
 
 
 def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:

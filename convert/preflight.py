@@ -11,18 +11,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_topk.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.dense_class import random_dense_model, writes_text
-from hf_topk.errors import InputError
-from hf_topk.measure.fidelity import readable_length
-from hf_topk.modeling_topk_experts import name_of_head
-from hf_topk.text import Window
+from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.model.dense_model import random_dense_model, writes_text
+from hf_topk.model.errors import InputError
+from hf_topk.model.modeling_topk_experts import name_of_head
+from hf_topk.windows import Window, readable_length
 
 from .hub import Destination, check_destination
-from .pipeline import check_sample, sample_from_text
 from .recipe import Recipe
+from .sample import check_sample, sample_from_text
 from .source import Source, find_folder, open_source, read_json
-from .special_tokens import check_ends_always_on, end_ids
+from .steps.special_tokens import check_ends_always_on, end_ids
 
 SMALLEST_SHARE_OF_HEAD = 0.5  # of the head's rows that a tokenizer of the same model has tokens for
 SHARE_ADDED = 0.2  # of the head's bytes: more than any router and tail of usual sizes add

@@ -16,9 +16,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.model.errors import InputError, TopKExpertsError
 
-from .dense import DeviceMap, load_dense
+from .load_dense import DeviceMap, load_dense
 from .source import Source
 
 PATIENCE = timedelta(days=1)  # of helpers with a first process that reads text; if it ends, they notice

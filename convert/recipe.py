@@ -10,8 +10,8 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from hf_topk.configuration_topk_experts import CombineType
-from hf_topk.errors import InputError
+from hf_topk.model.configuration_topk_experts import CombineType
+from hf_topk.model.errors import InputError
 
 MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"

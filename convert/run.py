@@ -5,18 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.model.errors import InputError, TopKExpertsError
 
-from .agreement_plot import measure_around
-from .calibrate import TargetNotReachedError
-from .checkpoint import write_checkpoint
-from .dense import DeviceMap, check_device_map, stored_type, type_to_compute_in
-from .hidden_states import read_record, write_record
+from .checkpoint.agreement_plot import measure_around
+from .checkpoint.write import write_checkpoint
 from .hub import Destination, upload
-from .pipeline import Report, convert
+from .load_dense import DeviceMap, check_device_map, stored_type, type_to_compute_in
+from .pipeline import convert
 from .preflight import Plan, preflight
 from .processes import Processes, launched_processes
 from .recipe import Recipe
+from .report import Report
+from .steps.calibrate import TargetNotReachedError
+from .steps.hidden_states import read_record, write_record
 
 FINGERPRINT_FILE = "fingerprint.json"
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_topk.errors import InputError
+from hf_topk.model.errors import InputError
 from hf_topk.progress import progress
 
 DEMO = Path(__file__).parent / "demo" / "model"

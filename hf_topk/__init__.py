@@ -7,11 +7,11 @@ import pkgutil
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from .configuration_topk_experts import TopKExpertsConfig
-from .errors import InputError, TopKExpertsError
-from .head import TopKExpertsHead
-from .lossless import LosslessStats
-from .modeling_topk_experts import TopKExpertsForCausalLM
+from .model.configuration_topk_experts import TopKExpertsConfig
+from .model.errors import InputError, TopKExpertsError
+from .model.head import TopKExpertsHead
+from .model.lossless import LosslessStats
+from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
 __all__ = [
     "InputError",

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .errors import INTERRUPTED, InputError, TopKExpertsError
-from .output import print_json, print_table, quiet
+from .console import print_json, print_table, quiet
+from .model.errors import INTERRUPTED, InputError, TopKExpertsError
 
 app = typer.Typer(
     name="hf-topk",
@@ -188,9 +188,9 @@ def evaluate(
 ) -> None:
     """Measure how faithful the sparse head is to the dense one on your own text."""
     from .documents import read_documents
+    from .evaluation.fidelity import measure_fidelity
     from .loading import load_converted
-    from .measure.fidelity import measure_fidelity, readable_length
-    from .text import make_windows
+    from .windows import make_windows, readable_length
 
     quiet()
     documents = read_documents(text)
@@ -199,7 +199,7 @@ def evaluate(
     fidelity = measure_fidelity(model, windows)
     figures, rows = dataclasses.asdict(fidelity), {}
     if lossless:
-        from .measure.lossless import PROMPT_LENGTH, compare_lossless, prompts_of
+        from .evaluation.lossless_comparison import PROMPT_LENGTH, compare_lossless, prompts_of
 
         beginnings = prompts_of(make_windows(documents, tokenizer, PROMPT_LENGTH, positions, seed=0), prompts)
         compared = compare_lossless(model, beginnings, batch_size=batch_size)
@@ -352,9 +352,9 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed, of the head and end to end, beside the dense model and the methods of others."""
-    from .measure.bench import Choices
-    from .measure.bench_report import batch_sizes, tables
-    from .measure.bench_run import run_bench
+    from .bench.report import batch_sizes, tables
+    from .bench.run import run_bench
+    from .bench.suite import Choices
 
     quiet()
     choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)

@@ -5,7 +5,7 @@ from functools import cache, partial
 import torch
 from torch.nn import functional as F
 
-from .crossover import seconds_of
+from .model.crossover import seconds_of
 
 POSITIONS, SIZE, ROUNDS = 32, 512, 5  # of the products that are timed
 WORTH_IT = 1.2  # how much faster float32 has to be, for it takes twice the memory

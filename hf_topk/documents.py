@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from hf_topk.errors import InputError
-from hf_topk.progress import progress_once_slow
+from .model.errors import InputError
+from .progress import progress_once_slow
 
 TEXT_LIMIT = 64 * 2**20  # bytes; far more than a conversion needs
 CUT_WARNING = f"Reading the first {TEXT_LIMIT >> 20} MiB of %s, not the rest"

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .errors import InputError
-from .hub_card import read_beside
 from .loading import load_converted
+from .model.errors import InputError
+from .model.hub_card import read_beside
 
 TOKENS_SHOWN = 12
 

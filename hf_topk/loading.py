@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .compute_type import faster_type
-from .configuration_topk_experts import TopKExpertsConfig
-from .errors import InputError
-from .modeling_topk_experts import TopKExpertsForCausalLM
+from .model.configuration_topk_experts import TopKExpertsConfig
+from .model.errors import InputError
+from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
 DTYPES = ("auto", "float32", "bfloat16")
 

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
-from .dense_class import looks_at_images
-from .errors import InputError
 from .loading import load_converted
-from .modeling_topk_experts import TopKExpertsForCausalLM
+from .model.dense_model import looks_at_images
+from .model.errors import InputError
+from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
 # For models that were not trained to chat: they go on from the texts of the messages, one to a line.
 PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"

@@ -12,18 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import (
-    PROGRESS_LINE,
-    QUICK,
-    check_refused,
-    contents,
-    own_lines,
-    run_main,
-    tiny_checkpoint,
-    tiny_dense,
-    tiny_text,
-)
 from safetensors.torch import load_file, save_file
+from support.command_line import PROGRESS_LINE, check_refused, contents, own_lines, run_main
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text
 
 from hf_topk.convert import Recipe, convert_checkpoint
 

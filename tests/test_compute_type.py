@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, tiny_checkpoint, tiny_dense, tiny_text
 from safetensors.torch import load_file
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text
 
 from hf_topk import compute_type
 from hf_topk.compute_type import faster_type
-from hf_topk.convert import Recipe, convert_checkpoint, dense
+from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.convert import load_dense as dense
 from hf_topk.convert.source import open_source
 from hf_topk.loading import load_converted
 

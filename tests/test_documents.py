@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hf_topk import documents
 from hf_topk.documents import Chat, fingerprint, read_documents
-from hf_topk.errors import InputError
+from hf_topk.model.errors import InputError
 
 BEGIN = 0
 WORDS = 400

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_converted
 from real import checkpoints
 from real.chat import chat_agreement, read_prompts
 from real.table import NONE, ROWS, markdown_table
+from support.tiny_models import tiny_converted
 
-from hf_topk.errors import TopKExpertsError
+from hf_topk.model.errors import TopKExpertsError
 
 PROMPTS = [torch.tensor([[5, 9, 17]]), torch.tensor([[33, 2, 8, 40]]), torch.tensor([[7]])]
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_refused, run_main, tiny_converted, tiny_tokenizer
-from image_helpers import tiny_llava
+from support.command_line import check_refused, run_main
+from support.image_models import tiny_llava
+from support.tiny_models import tiny_converted, tiny_tokenizer
 from transformers.utils import import_utils
 
 from hf_topk import serving

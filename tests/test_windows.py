@@ -1,4 +1,4 @@
-"""How `hf_topk.text` cuts documents into windows."""
+"""How `hf_topk.windows` cuts documents into windows."""
 
 import logging
 from collections import Counter, defaultdict
@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_topk import progress, text
+from hf_topk import progress
+from hf_topk import windows as text
 from hf_topk.documents import Chat
-from hf_topk.errors import InputError
-from hf_topk.text import Window, make_windows
+from hf_topk.model.errors import InputError
+from hf_topk.windows import Window, make_windows
 
 BEGIN = 0
 WORDS = 400

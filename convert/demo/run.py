@@ -11,17 +11,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_topk.bench.competitors import Competitors
+from hf_topk.bench.decode_speed import Decoding
+from hf_topk.bench.random_experts import convert_at_random
+from hf_topk.bench.shapes import random_model
+from hf_topk.bench.timing import Spread
 from hf_topk.compute_type import faster_type
 from hf_topk.documents import read_documents
-from hf_topk.errors import TopKExpertsError
+from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
 from hf_topk.loading import load_converted
-from hf_topk.measure.bench_decode import Decoding
-from hf_topk.measure.competitors import Competitors
-from hf_topk.measure.fidelity import WINDOW_LENGTH, Fidelity, measure_fidelity
-from hf_topk.measure.random_experts import convert_at_random
-from hf_topk.measure.shapes import random_model
-from hf_topk.measure.timing import Spread
-from hf_topk.text import make_windows
+from hf_topk.model.errors import TopKExpertsError
+from hf_topk.windows import WINDOW_LENGTH, make_windows
 
 from ..recipe import Recipe
 from ..run import convert_checkpoint

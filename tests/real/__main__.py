@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_topk.cli import main
-from hf_topk.errors import InputError, TopKExpertsError
+from hf_topk.console import quiet
 from hf_topk.loading import load_converted
-from hf_topk.output import quiet
+from hf_topk.model.errors import InputError, TopKExpertsError
 
 from .chat import chat_agreement, read_prompts
 from .checkpoints import PACKAGES, checkpoint

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_topk.errors import TopKExpertsError
+from hf_topk.model.errors import TopKExpertsError
 from hf_topk.progress import progress
 
 # In the order of the pieces of the file.

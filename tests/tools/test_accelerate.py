@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pack_router_of, tiny_converted, tiny_dense
+from support.tiny_models import pack_router_of, tiny_converted, tiny_dense
 from transformers import AutoModelForCausalLM
 
 PROMPT = torch.tensor([[5, 17, 42, 8, 23, 61]])

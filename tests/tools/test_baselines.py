@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from head_helpers import make_head
+from support.heads import make_head
 from torch.nn import functional as F
 
-from hf_topk.convert.calibrate import DenseChoices
-from hf_topk.convert.frontier import measure_frontier
-from hf_topk.measure.baselines import HnswHead, int8_head
+from hf_topk.bench.baselines import HnswHead, int8_head
+from hf_topk.convert.steps.calibrate import DenseChoices
+from studies.frontier import measure_frontier
 
 
 @pytest.mark.parametrize("has_bias", [False, True])

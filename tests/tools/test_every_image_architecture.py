@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from architecture_helpers import check_as_the_page_says, check_the_table
+from support.architectures import check_as_the_page_says, check_the_table
 
-from hf_topk.convert.architectures import model_types
+from studies.architectures import model_types
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of Transformers' own models

@@ -11,7 +11,7 @@ from typing import Any
 import lm_eval
 import pytest
 import torch
-from helpers import WORDS, tiny_converted, tiny_dense, tiny_tokenizer
+from support.tiny_models import WORDS, tiny_converted, tiny_dense, tiny_tokenizer
 
 TASKS = {
     "words": ("loglikelihood", "{{context}}", " {{continuation}}", "acc"),

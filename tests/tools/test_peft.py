@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_converted, tiny_dense
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.tiny_models import tiny_converted, tiny_dense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import QUICK, pack_router_of, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text, tiny_tokenizer
+from support.tiny_models import (
+    QUICK,
+    pack_router_of,
+    tiny_checkpoint,
+    tiny_converted,
+    tiny_dense,
+    tiny_text,
+    tiny_tokenizer,
+)
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 

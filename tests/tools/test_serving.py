@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from helpers import tiny_converted, tiny_dense, tiny_tokenizer
+from support.tiny_models import tiny_converted, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 PROMPT = "w3 w14 w15"

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import pack_router_of, tiny_converted
+from support.tiny_models import pack_router_of, tiny_converted
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint, demo
-from hf_topk.measure.fidelity import Fidelity, measure_fidelity
-from hf_topk.text import Window, make_windows
+from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
+from hf_topk.windows import Window, make_windows
 
 PROSE = Path(demo.__file__).parent / "kwaidan.txt"
 # Everyone has the sources of Python's own library, and the bundled model was trained on prose.

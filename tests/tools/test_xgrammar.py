@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 import xgrammar
-from helpers import character_tokenizer, tiny_converted, tiny_dense
+from support.tiny_models import character_tokenizer, tiny_converted, tiny_dense
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from xgrammar.contrib.hf import LogitsProcessor
 
-from hf_topk import TopKExpertsForCausalLM, lossless
+from hf_topk import TopKExpertsForCausalLM
+from hf_topk.model import lossless
 
 SCHEMA = {
     "type": "object",

@@ -1,0 +1,112 @@
+"""Agreement against bytes read: measured at a few k around the model's own, and drawn."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import progress
+
+from ..steps.calibrate import DenseChoices, agrees
+
+FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
+POSITIONS = 2048  # about so many at most
+WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # pixels; the last four are margins
+TICKS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the sparse head reaches at one k.
+
+    Attributes:
+        num_experts_per_tok: k.
+        agreement: on held-out documents of the sample.
+        bytes_read: for a position, as a share of the dense head's.
+        positions: number of positions measured.
+    """
+
+    num_experts_per_tok: int
+    agreement: float
+    bytes_read: float
+    positions: int
+
+
+@torch.inference_mode()
+def measure_around(model: TopKExpertsForCausalLM, choices: DenseChoices) -> list[Point]:
+    """Agreement and bytes read at a quarter to four times the model's own k, on some of the positions.
+
+    Args:
+        model: the converted model; its k is as it was once this returns.
+        choices: what the dense head chooses on documents that the router has not seen.
+
+    Returns:
+        A point for each k, in their order.
+    """
+    head, chosen = model.head, model.head.num_experts_per_tok
+    dense = choices.evenly_spaced(POSITIONS)
+    numbers = sorted({min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS})
+    points = []
+    with progress("Measuring at fewer and more experts", len(numbers), "numbers") as advance:
+        for k in numbers:
+            model.num_experts_per_tok = k
+            agreement = float(agrees(head, dense).double().mean())
+            points.append(Point(k, agreement, head.bytes_read() / head.dense_bytes(), len(dense.best)))
+            advance()
+    model.num_experts_per_tok = chosen
+    return points
+
+
+def draw(points: list[Point], chosen: int) -> str:
+    """The points as an SVG image.
+
+    Args:
+        points: in the order of their bytes.
+        chosen: the model's own k, which stands out.
+    """
+    x_ticks = _ticks([100 * point.bytes_read for point in points])
+    y_ticks = _ticks([100 * point.agreement for point in points], most=100)
+    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    places = [(across(100 * point.bytes_read), up(100 * point.agreement), point) for point in points]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
+    )
+    return environment.get_template("agreement.svg.jinja").render(
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        top=TOP,
+        bottom=HEIGHT - BOTTOM,
+        x_ticks=[(across(tick), f"{tick:.6g}") for tick in x_ticks],
+        y_ticks=[(up(tick), f"{tick:.6g}") for tick in y_ticks],
+        places=places,
+        chosen=chosen,
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Takes values to pixels."""
+
+    low: float
+    high: float
+    first: float
+    last: float
+
+    def __call__(self, value: float) -> float:
+        return round(self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first), 1)
+
+
+def _ticks(values: list[float], most: float = math.inf) -> list[float]:
+    """Round numbers, evenly spaced, from below the least to above the largest value."""
+    low, high = min(values), min(most, max(values))
+    rough = max(high - low, 1e-3) / TICKS
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,173 @@
+"""Writes a converted model's folder: whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from hf_topk.console import as_json
+from hf_topk.model.errors import TopKExpertsError
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import Advance, progress
+
+from ..load_dense import DeviceMap, keep_ends_in_memory
+from ..recipe import RECIPE_FILE
+from ..report import Report
+from ..source import BYTES_AT_ONCE, Source
+from .card import write_card
+
+COMPANION_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
+COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+WRITTEN_ANEW = ("config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME)
+FIGURES_FILE = "figures.json"
+PROBE_LENGTH = 8  # tokens that the reloaded model is tried on
+
+
+def write_checkpoint(report: Report, source: Source, out: Path, device_map: DeviceMap | None = None) -> None:
+    """Write a converted model beside its place, load it again to see that it is the same, and move it there.
+
+    The dense shards are copied byte for byte and get a new number only; what conversion added is a shard of its own,
+    so the folder loads as the dense model too. Copies, not links: saving over a link would change the dense checkpoint.
+
+    Args:
+        report: what was converted.
+        source: the dense checkpoint.
+        out: the folder to write; one that is there is replaced at the very end.
+        device_map: what the dense model was loaded with.
+
+    Raises:
+        TopKExpertsError: when the disk is full or the folder that was written does not load as the same model.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    with _whole_or_nothing(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _write_files(report, source, partial)
+        _verify(report, partial, device_map)
+        _move(partial, out)
+
+
+@contextmanager
+def _whole_or_nothing(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TopKExpertsError(
+            f"cannot write {error.filename or partial.parent}: {error.strerror}; "
+            "mend that and run the same command again with --resume"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_files(report: Report, source: Source, folder: Path) -> None:
+    for file in sorted(source.folder.iterdir()):
+        if _is_companion(file):
+            shutil.copyfile(file, folder / file.name)
+    count = len(source.shards) + 1
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    with progress("Copying the dense weights", source.nbytes(), "bytes") as advance:
+        for shard, name in zip(source.shards, names, strict=False):
+            _copy(shard, folder / name, advance)
+    additions = additions_of(report.model)
+    (folder / names[-1]).write_bytes(save(additions, metadata={"format": "pt"}))
+    renamed = {shard.name: name for shard, name in zip(source.shards, names, strict=False)}
+    weight_map = {tensor: renamed[shard] for tensor, shard in source.weight_map.items()}
+    weight_map |= dict.fromkeys(additions, names[-1])
+    total = sum(map(_tensor_bytes, source.shards)) + sum(tensor.nbytes for tensor in additions.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    report.model.config.architectures = [type(report.model).__name__]
+    custom_object_save(report.model, folder, config=cast(Any, report.model.config))
+    report.model.config.save_pretrained(folder)
+    (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
+    (folder / FIGURES_FILE).write_text(as_json(report.figures()) + "\n", encoding="utf-8")
+    write_card(report, source, folder)
+
+
+def _tensor_bytes(shard: Path) -> int:
+    """Bytes of a safetensors file less those of its header, the length of which stands in the first eight."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _is_companion(file: Path) -> bool:
+    """Whether a file of the dense checkpoint comes along: tokenizer, generation config, chat template, licence."""
+    if not file.is_file() or file.name in WRITTEN_ANEW or file.name.startswith("."):
+        return False
+    return file.suffix in COMPANION_ENDINGS or file.name.upper().startswith(COMPANION_STARTS)
+
+
+def _copy(file: Path, target: Path, advance: Advance) -> None:
+    with file.open("rb") as source, target.open("wb") as out:
+        while block := source.read(BYTES_AT_ONCE):
+            out.write(block)
+            advance(len(block))
+
+
+def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
+    """What conversion added, under the names that it has on disk."""
+    prefix = f"{model.base_model_prefix}.{model.head_name}."
+    additions = {f"{prefix}{name}": tensor for name, tensor in model.head.additions().items()}
+    dtype = model.head.stored_type
+    return {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in revert_weight_conversion(model, additions).items()
+    }
+
+
+@torch.inference_mode()
+def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
+    """Load what was written, and compare its sparse and dense logits with those of the model in memory."""
+    if isinstance(device_map, dict):
+        prefix = report.model.base_model_prefix
+        device_map = {f"{prefix}.{name}" if name else name: device for name, device in device_map.items()}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=report.model.dtype, device_map=device_map, output_loading_info=True
+    )
+    reloaded, found = loaded
+    keep_ends_in_memory(reloaded)
+    # Tensors that the dense model has no use for lie in its shards, and come along; it warned of them itself.
+    prefix = f"{reloaded.base_model_prefix}.{reloaded.head_name}."
+    added = {f"{prefix}{name}" for name in report.model.head.additions()}
+    wrong = found["missing_keys"] or found["unexpected_keys"] & added or found["mismatched_keys"]
+    if wrong:
+        raise TopKExpertsError(f"the model that was written does not load whole ({min(wrong)}): please report this")
+    token_ids = torch.arange(PROBE_LENGTH).unsqueeze(0) % reloaded.head.out_features
+    for mode in ("sparse", "dense"):
+        expected, got = (_logits(model, token_ids, mode) for model in (report.model, reloaded))
+        if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
+            raise TopKExpertsError(f"the model that was written gives other {mode} logits: please report this")
+    ties = [model.head.weight is model.get_input_embeddings().weight for model in (report.model, reloaded)]
+    if ties[0] != ties[1]:
+        raise TopKExpertsError("the model that was written ties its embeddings differently: please report this")
+
+
+def _logits(model: TopKExpertsForCausalLM, token_ids: Tensor, mode: Any) -> Tensor:
+    before, model.head_mode = model.head_mode, mode
+    try:
+        return model(input_ids=token_ids.to(model.device)).logits.float().cpu().nan_to_num()
+    finally:
+        model.head_mode = before
+
+
+def _move(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.replace(out)
+        return
+    replaced = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    out.replace(replaced)
+    partial.replace(out)
+    shutil.rmtree(replaced)

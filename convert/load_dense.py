@@ -1,0 +1,151 @@
+"""Loads the dense model: whole on one device, or its parts where a device map sends them."""
+
+import os
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_topk.compute_type import faster_type
+from hf_topk.model.dense_model import class_that_writes_text, config_for
+from hf_topk.model.errors import InputError
+
+from .source import Source
+
+DeviceMap = str | dict[str, Any]
+
+SHARE_OF_MEMORY = 0.5  # that a model may take in a larger type than its own
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def check_device_map(device_map: DeviceMap | None) -> None:
+    """Refuse a device map that cannot be used here.
+
+    Args:
+        device_map: as `from_pretrained` takes it.
+
+    Raises:
+        InputError: when accelerate is not installed, or it names no kind of map and no device of this machine.
+    """
+    if device_map is None:
+        return
+    if find_spec("accelerate") is None:
+        raise InputError("a device map needs accelerate: pip install 'hf-topk[accelerate]'")
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS and not _is_device(device_map):
+        raise InputError(
+            f"device map '{device_map}' is neither one of {', '.join(DEVICE_MAPS)} nor a device of this machine, "
+            "such as cpu or cuda:0"
+        )
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return torch.empty(0, device=name).device.type != "meta"
+    except (RuntimeError, AssertionError):  # no such device, or a build of torch without it
+        return False
+
+
+def stored_type(source: Source) -> torch.dtype:
+    """The number type of a dense checkpoint: the one that its configuration names, or else that of its first floats.
+
+    Args:
+        source: the dense checkpoint.
+    """
+    config = AutoConfig.from_pretrained(source.folder)
+    named = config.dtype or config.get_text_config().dtype
+    return named if isinstance(named, torch.dtype) else source.first_float_type()
+
+
+def type_to_compute_in(source: Source, device_map: DeviceMap | None) -> torch.dtype:
+    """The number type to run a dense checkpoint in: float32 where that is faster than its own, and memory suffices.
+
+    Args:
+        source: the dense checkpoint.
+        device_map: where its parts go; its own type does where there is one, for memory is what a map is about.
+    """
+    own = stored_type(source)
+    parameters = source.nbytes() // own.itemsize
+    if device_map is not None or torch.float32.itemsize * parameters > SHARE_OF_MEMORY * _main_memory():
+        return own
+    return faster_type(own, torch.device("cpu"))
+
+
+def _main_memory() -> int:
+    """Bytes of this machine's memory; 0 where the system does not say."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def load_dense(
+    source: Source, device_map: DeviceMap | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a dense checkpoint.
+
+    Args:
+        source: the dense checkpoint.
+        device_map: where its parts go, as `from_pretrained` takes it; main memory if None. The head and the input
+            embeddings are kept in memory even where it offloads them.
+        dtype: the number type to compute in; the checkpoint's own if None.
+
+    Raises:
+        InputError: when a tensor is missing or of the wrong shape, or memory does not suffice.
+    """
+    config = AutoConfig.from_pretrained(source.folder)
+    dense_class = class_that_writes_text(config)
+    config = config_for(dense_class, config)
+    try:
+        loaded: Any = dense_class.from_pretrained(
+            source.folder, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True
+        )
+        dense, found = loaded
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{source.name} is too large for its device: give --device-map auto") from error
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
+    _check_complete(source, dense_class.__name__, found)
+    keep_ends_in_memory(dense)
+    return dense
+
+
+def _check_complete(source: Source, class_name: str, found: dict[str, Any]) -> None:
+    if not found["missing_keys"]:
+        return
+    missing = f"'{min(found['missing_keys'])}' is missing"
+    if found["unexpected_keys"]:
+        raise InputError(
+            f"the weights of {source.name} are not those of a {class_name}: {missing}, and "
+            f"'{min(found['unexpected_keys'])}' has no place in it; check `architectures` in config.json"
+        )
+    raise InputError(f"the weights of {source.name} are not complete: {missing}; fetch the model again")
+
+
+def keep_ends_in_memory(model: PreTrainedModel) -> None:
+    """Bring the input embeddings and the head back that a device map has offloaded, tied if they were.
+
+    The head's rows are read all through a conversion, and where the embeddings are is where inputs go.
+
+    Args:
+        model: dense or converted, as `from_pretrained` has loaded it.
+
+    Raises:
+        InputError: when they are tied, and the map sends them to different places.
+    """
+    offloaded = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if _is_offloaded(end)]
+    try:
+        for end in offloaded:
+            hook = cast(Any, end)._hf_hook
+            hook.pre_forward(end)
+            hook.offload = False
+    except KeyError as error:
+        raise InputError(
+            f"the device map parts {error} from what it is tied to: give head and input embeddings one place"
+        ) from error
+    if offloaded:
+        model.tie_weights()
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate loads a module's tensors anew for each pass."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)

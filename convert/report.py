@@ -1,0 +1,90 @@
+"""What a conversion made, how good it is, and how long its steps took."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hf_topk.evaluation.fidelity import Fidelity
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+
+from .checkpoint.agreement_plot import Point
+from .hub import Uploaded
+from .recipe import Recipe
+from .steps.calibrate import DenseChoices, Target, is_reached
+
+
+@dataclasses.dataclass
+class Report:
+    """What a conversion made and how good it is.
+
+    Attributes:
+        model: the converted model, in memory.
+        recipe: every choice, with none left open but what is chosen by calibration: k and R.
+        fidelity: measured at k on held-out documents of the sample.
+        choices: what the dense head chooses at their positions.
+        num_experts: M.
+        added_bytes: bytes that conversion adds to the model on disk.
+        distilled_positions: positions that the router was distilled on.
+        router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
+            of distillation.
+        seconds: wall time of the conversion.
+        step_seconds: wall time of each step, by name.
+        curve: agreement and bytes read around k; empty where only k was measured.
+        uploaded: where the model is on the Hub, if it was pushed.
+    """
+
+    model: TopKExpertsForCausalLM
+    recipe: Recipe
+    fidelity: Fidelity
+    choices: DenseChoices
+    num_experts: int
+    added_bytes: int
+    distilled_positions: int
+    router_kl: float
+    seconds: float
+    step_seconds: dict[str, float]
+    curve: list[Point] = dataclasses.field(default_factory=list)
+    uploaded: Uploaded | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """All figures, ready for JSON but that some may not be finite."""
+        head, target = self.model.head, Target.of(self.recipe)
+        has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
+        return {
+            **dataclasses.asdict(self.fidelity),
+            "target_reached": is_reached(self.fidelity, target) if has_target else None,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": head.num_experts_per_tok,
+            "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
+            "added_bytes": self.added_bytes,
+            "added_bytes_share": self.added_bytes / head.dense_bytes(),
+            "distilled_positions": self.distilled_positions,
+            "router_kl": self.router_kl,
+            "seconds": round(self.seconds, 1),
+            "curve": [dataclasses.asdict(point) for point in self.curve],
+        }
+
+
+class StepClock:
+    """Takes the wall time of steps.
+
+    Attributes:
+        seconds: of each step, by name.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no steps."""
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Take the time of what runs within.
+
+        Args:
+            step: its name.
+        """
+        started = time.monotonic()
+        yield
+        self.seconds[step] = time.monotonic() - started

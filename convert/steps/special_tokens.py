@@ -1,0 +1,52 @@
+"""Tokens that are more than text: those that end one, and the tokenizer's special ones."""
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_topk.model.errors import InputError
+
+
+def end_ids(generation: GenerationConfig | None) -> list[int]:
+    """Ids of the tokens at which generation stops.
+
+    Args:
+        generation: of the dense model, if it has one.
+    """
+    ends = None if generation is None else generation.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, num_always_on: int) -> list[int]:
+    """Ids of special tokens: those that end a text, those with a name, then others, such as markers of turns and tools.
+
+    Args:
+        model: the dense model.
+        tokenizer: its tokenizer, if it has one.
+        num_always_on: A; a quarter of it is the most that those without a name get, which some models reserve by the
+            hundred.
+    """
+    ends = end_ids(model.generation_config)
+    if tokenizer is None:
+        return list(dict.fromkeys(ends))
+    first = dict.fromkeys([*ends, *tokenizer.all_special_ids])
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    others = [token for token, one in added if one.special and token not in first]
+    return [*first, *others[: num_always_on // 4]]
+
+
+def check_ends_always_on(num_always_on: int, ends: list[int], vocab_size: int) -> None:
+    """Refuse always-on tokens that leave out some of those that end a text; none at all are as they were asked for.
+
+    Args:
+        num_always_on: A.
+        ends: ids that end a text.
+        vocab_size: V; ids beyond it count for nothing.
+
+    Raises:
+        InputError: when there are some, but fewer than end a text.
+    """
+    needed = len({token for token in ends if 0 <= token < vocab_size})
+    if 0 < num_always_on < needed:
+        raise InputError(
+            f"num_always_on is {num_always_on}, fewer than the {needed} tokens that end a text: choose {needed} or "
+            "more, so that generation stops where the dense model does, or 0 for none"
+        )

@@ -1,0 +1,357 @@
+"""Converts a tiny random model of every type that Transformers has, and tells what comes of it.
+
+`make study NAME=architectures` prints the table of docs/architectures.md.
+"""
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import random
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from hf_topk.cli import main
+from hf_topk.convert.recipe import Recipe
+from hf_topk.convert.run import convert_checkpoint
+from hf_topk.model import lossless
+from hf_topk.model.cache_rollback import why_not_rolled_back
+from hf_topk.model.errors import InputError, TopKExpertsError
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import progress
+from studies.tiny_models import FIRST_OTHER_ID, PADDING, PROBE, VOCAB_SIZE, tiny_model
+
+Kind = Literal["text", "images and text"]
+Outcome = Literal["passes", "refused", "fails", "is not built"]
+
+AUTO_CLASSES: dict[Kind, Any] = {"text": AutoModelForCausalLM, "images and text": AutoModelForImageTextToText}
+RECIPE = Recipe(
+    positions=128,
+    window_length=8,
+    held_out=0.2,
+    expert_size=16,
+    distill_steps=2,
+    router_rank=4,
+    tail_rank=4,
+    sparse_max_positions=16,
+)
+NEW_TOKENS = 12
+SECONDS = 120  # that one type may take
+REASON_LENGTH = 160
+# What Transformers raises where a model cannot be made from its configuration, or cannot read text alone.
+NOT_BUILT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a type.
+
+    Attributes:
+        model_type: as Transformers calls it.
+        class_name: of the dense model.
+        outcome: whether there is such a model at all, and then whether it was converted and passed.
+        reason: why not.
+    """
+
+    model_type: str
+    class_name: str
+    outcome: Outcome
+    reason: str = ""
+
+
+def model_types(kind: Kind) -> dict[str, str]:
+    """Names of the classes of all model types of a kind."""
+    if kind == "text":
+        return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
+    """Convert a dense model on disk, and check that the result is what it has to be.
+
+    With all experts it is the dense model, logits and text; saved again it is the same; ties stay; lossless decoding
+    gives the dense model's tokens; and its folder loads as the dense model.
+
+    Args:
+        dense: a tiny dense model.
+        folder: an empty one.
+
+    Raises:
+        InputError: when the model is refused.
+        TopKExpertsError: when the result is not what it has to be.
+    """
+    expected, is_tied = _logits(dense), _is_tied(dense)
+    dense.save_pretrained(folder / "dense")
+    recipe = dataclasses.replace(RECIPE, text=str(_write_text(dense, folder)))
+    convert_checkpoint(str(folder / "dense"), folder / "converted", recipe)
+    converted = _load(folder / "converted", AutoModelForCausalLM)
+    converted.head_mode = "sparse"
+    converted.save_pretrained(folder / "again")
+    again = _load(folder / "again", AutoModelForCausalLM)
+    _check(_are_close(_logits(again), _logits(converted)), "saved and loaded again it gives other logits")
+    _check(_is_tied(converted) == _is_tied(again) == is_tied, "its embeddings are tied differently")
+    for one in (folder / "converted", folder / "again"):
+        config = AutoConfig.from_pretrained(one).text_config
+        _check(_are_close(_logits(_load(one, type(dense), config=config)), expected), "as dense model it gives others")
+    converted.head.num_experts_per_tok = converted.head.num_experts
+    _check(_are_close(_logits(converted), expected), "with all experts its logits are not the dense model's")
+    text = _text(dense)
+    _check(_text(converted) == text, "with all experts its text is not the dense model's")
+    _check_lossless(converted, text)
+
+
+def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
+    """Write a tokenizer of one token a character beside the dense model, and a file of random documents."""
+    vocab_size = getattr(dense.config.get_text_config(), "vocab_size", None) or VOCAB_SIZE
+    characters = [chr(ord("A") + number) for number in range(vocab_size)]
+    # Byte-pair encoding without pairs: the classes that AutoTokenizer has for a model's type read it, too.
+    vocabulary = {character: number for number, character in enumerate(characters)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges=[], unk_token=characters[0]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "dense")
+    generator = random.Random(0)
+    documents = [
+        "".join(generator.choices(characters[:FIRST_OTHER_ID], k=RECIPE.window_length)) for _ in range(RECIPE.positions)
+    ]
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
+    return text
+
+
+def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) -> None:
+    """Check that drafts are made wherever they could be taken back, and change nothing: right ones and wrong ones."""
+    converted.head.num_experts_per_tok = converted.head.num_experts // 2
+    with _every_draft():
+        written = _continued(converted, lossless=True, return_dict_in_generate=True)
+    _check(written.sequences.tolist() == text, "its lossless text is not the dense model's")
+    stats, cache = converted.last_generation_stats, written.get("past_key_values")
+    has_drafted = stats is not None and stats.drafted > 0
+    _check(has_drafted or why_not_rolled_back(cache) is not None, "its lossless text is not drafted")
+
+
+@contextmanager
+def _every_draft() -> Iterator[None]:
+    """Have lossless decoding draft where the router is unsure as well, as that of a tiny model is throughout."""
+    before, lossless.DOUBTFUL_SHARE = lossless.DOUBTFUL_SHARE, 1.0
+    try:
+        yield
+    finally:
+        lossless.DOUBTFUL_SHARE = before
+
+
+def _load(folder: Path, loader: Any, **choices: Any) -> Any:
+    model, found = loader.from_pretrained(folder, output_loading_info=True, **choices)
+    wrong = found["missing_keys"] or found["mismatched_keys"]
+    if isinstance(model, TopKExpertsForCausalLM):
+        wrong = wrong or found["unexpected_keys"]
+    _check(not wrong, f"a tensor is not loaded: {min(map(str, wrong), default='')}")
+    return model
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=PROBE).logits
+
+
+def _text(model: Any) -> list[list[int]]:
+    """Greedy continuations."""
+    return _continued(model).tolist()
+
+
+def _continued(model: Any, **choices: Any) -> Any:
+    return model.generate(
+        PROBE, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=PADDING, **choices
+    )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head: Any = model.get_output_embeddings()
+    return head is not None and model.get_input_embeddings().weight is head.weight
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def _check(is_right: bool, what_else: str) -> None:
+    if not is_right:
+        raise TopKExpertsError(what_else)
+
+
+def try_type(kind: Kind, model_type: str) -> Result:
+    """Build, convert and check a type in this process.
+
+    Args:
+        kind: what it reads.
+        model_type: as Transformers calls it.
+    """
+    name = model_types(kind)[model_type]
+    try:
+        dense = tiny_model(AUTO_CLASSES[kind], model_type)
+    except NOT_BUILT as error:
+        return Result(model_type, name, "is not built", _one_line(error))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            check_conversion(dense, Path(folder))
+    except InputError as error:
+        return Result(model_type, name, "refused", _one_line(error).replace(f"{folder}/dense", "it"))
+    except (*NOT_BUILT, TopKExpertsError) as error:
+        return Result(model_type, name, "fails", _one_line(error))
+    return Result(model_type, name, "passes")
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]} ..."
+
+
+def try_types(kind: Kind, names: Iterable[str]) -> list[Result]:
+    """Try types, each in a process of its own, so that one that crashes or hangs does not stop the others.
+
+    Args:
+        kind: what they read.
+        names: as Transformers calls them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([convert_checkpoint.__module__])
+    names = list(names)
+    results = []
+    with progress(f"Converting models of {kind}", len(names), "types") as advance:
+        for name in names:
+            results.append(_in_a_process(context, kind, name))
+            advance()
+    return results
+
+
+def _in_a_process(context: Any, kind: Kind, model_type: str) -> Result:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_try_and_send, args=(sender, kind, model_type))
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(SECONDS):
+            return receiver.recv()
+        reason = f"takes more than {SECONDS} s"
+    except EOFError:
+        reason = "its process died"
+    finally:
+        process.kill()
+        process.join()
+    return Result(model_type, model_types(kind)[model_type], "fails", reason)
+
+
+def _try_and_send(sender: Connection, kind: Kind, model_type: str) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        sender.send(try_type(kind, model_type))
+
+
+def as_markdown(results: dict[Kind, list[Result]]) -> str:
+    """The page of docs/architectures.md.
+
+    Args:
+        results: of each kind.
+    """
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+    lines = [
+        "# Architectures",
+        "",
+        "A tiny random model of each type is converted on disk, with 6 experts and 4 always-on tokens of 100, and "
+        "checked: with all experts",
+        "its logits and its text are the dense model's; lossless text, drafted with half of them, is too; "
+        "saved again it is the same;",
+        "ties stay; the folder loads as the dense model. Made by one command:",
+        "",
+        "```",
+        'make study NAME=architectures ARGS="--write docs/architectures.md"',
+        "```",
+        "",
+        f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
+        "not write text",
+        "from text alone; or timm, a library that it takes from elsewhere, was not installed where this was made.",
+    ]
+    for kind, some in results.items():
+        lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]
+        lines += [f"| {one.model_type} | {one.class_name} | {_cell(one)} |" for one in some]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(results: list[Result]) -> str:
+    built = sum(one.outcome != "is not built" for one in results)
+    passed = sum(one.outcome == "passes" for one in results)
+    share = f" ({passed / built:.1%})" if built else ""
+    return f"Of {len(results)} types {built} are built; of these {passed} pass{share}."
+
+
+def _cell(result: Result) -> str:
+    reason = result.reason.replace("|", "\\|").replace("<", "&lt;")
+    return f"{result.outcome}: {reason}" if reason else result.outcome
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def architectures(
+    types: Annotated[
+        list[str] | None, typer.Argument(metavar="[TYPE]...", help="Model types; all if left out.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="The file to write the table to.")] = None,
+) -> None:
+    """Print what comes of converting each model type, as a table."""
+    kinds: tuple[Kind, ...] = ("text", "images and text")
+    known = {name for kind in kinds for name in model_types(kind)}
+    unknown = [name for name in types or () if name not in known]
+    if unknown:
+        raise InputError(f"Transformers has no model type '{unknown[0]}' that writes text")
+    results = {
+        kind: try_types(kind, [name for name in model_types(kind) if not types or name in types]) for kind in kinds
+    }
+    page = as_markdown({kind: some for kind, some in results.items() if some})
+    if write is None:
+        print(page, end="")
+        return
+    partial = write.with_name(f".{write.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(write)
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,199 @@
+"""The frontier of agreement against bytes read: a converted model beside the methods of others, on the same text.
+
+    make study NAME=frontier ARGS="CONVERTED --text TEXT"
+
+A position agrees if the dense argmax is among the tokens that get an exact logit, which then wins. A tail that puts
+another token first by chance is left out of it.
+"""
+
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_topk.bench.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageError, int8_head
+from hf_topk.bench.flashhead import CLUSTER_SIZE, FlashHead
+from hf_topk.bench.timing import head_seconds
+from hf_topk.cli import main
+from hf_topk.convert.steps.calibrate import DenseChoices, Setting, dense_choices, numbers_rescored, reach
+from hf_topk.convert.steps.partition import partition
+from hf_topk.documents import read_documents
+from hf_topk.loading import load_converted
+from hf_topk.model.head import TopKExpertsHead
+from hf_topk.model.token_chooser import likeliest
+from hf_topk.progress import progress
+from hf_topk.windows import WINDOW_LENGTH, make_windows, readable_length
+
+LEVELS = (0.99, 0.995, 0.998, 0.999)
+POSITIONS = 6000
+STATES_AT_ONCE = 256
+ROUNDS = 100  # of the clock
+DENSE, OURS, FLASHHEAD, INT8, HNSW = "dense", "hf-topk", "FlashHead", "int8", "HNSW"
+
+Run = Callable[[Tensor], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One setting of a method, and what it reaches.
+
+    Attributes:
+        method: whose.
+        setting: what was set.
+        agreement: share of the positions that agree.
+        bytes_read: for a position, as a share of the dense head's in the type that it is stored in; None where it
+            depends on the walk through an index.
+        milliseconds: for the next token of one position.
+    """
+
+    method: str
+    setting: str
+    agreement: float
+    bytes_read: float | None
+    milliseconds: float | None = None
+
+
+@torch.inference_mode()
+def measure_frontier(head: TopKExpertsHead, dense: DenseChoices, seed: int = 0) -> list[Point]:
+    """Find what reads the fewest bytes at each level of agreement, method by method, and time it.
+
+    Args:
+        head: of a converted model.
+        dense: what the dense head chooses on text that nothing was learned from.
+        seed: of FlashHead's clustering.
+
+    Returns:
+        The dense head, points of ours and of FlashHead's at each of `LEVELS` that they reach, int8 rows (timed if
+        torchao is installed), and HNSW if hnswlib is installed.
+    """
+    measured: list[tuple[Point, Run | None]] = [(Point(DENSE, "", 1.0, 1.0), head.dense_logits)]
+    measured += _envelope(_points_of_ours(head, dense))
+    measured += _envelope(_points_of_flashhead(head, dense, seed))
+    measured.append((_point_of_int8(head, dense), _or_none(INT8, lambda: int8_head(head.weight, head.bias))))
+    if (index := _or_none(HNSW, lambda: HnswHead(head.weight, head.bias))) is not None:
+        measured.append((_point_of_hnsw(index, dense), index))
+    runs = {str(number): run for number, (_, run) in enumerate(measured) if run is not None}
+    seconds = head_seconds(runs, dense.states.to(head.weight.dtype), 1, ROUNDS, "Timing the heads")
+    times = {number: 1000 * spread.median for number, spread in seconds.items()}
+    return [dataclasses.replace(one[0], milliseconds=times.get(str(number))) for number, one in enumerate(measured)]
+
+
+def _or_none(name: str, build: Callable[[], Run]) -> Run | None:
+    """What is built, unless its package is missing."""
+    try:
+        return build()
+    except MissingPackageError as error:
+        print(f"{name} is left out: {error}", file=sys.stderr)
+        return None
+
+
+def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]]:
+    """The point of fewest bytes at each level."""
+    measured = list(points)
+    for level in LEVELS:
+        reaching = [one for one in measured if one[0].agreement >= level]
+        if reaching:
+            yield min(reaching, key=lambda one: one[0].bytes_read or 0.0)
+
+
+def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[tuple[Point, Run]]:
+    reached = reach(head, dense)
+    for which, k in enumerate(reached.tried):
+        for rescored in numbers_rescored(k * head.expert_size):
+            agreement = float(reached.agrees(which, rescored).double().mean())
+            point = Point(OURS, f"k = {k}, R = {rescored}", agreement, Setting(k, rescored).share_of_bytes(head))
+            yield point, _set_to(head, k, rescored)
+
+
+def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
+    """The next token by a head with another k and R."""
+    twin = copy.copy(head)
+    twin.config = copy.copy(head.config)
+    twin.num_experts_per_tok, twin.num_rescored = k, rescored
+    return lambda hidden: likeliest(twin, twin.score(hidden))
+
+
+def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) -> Iterator[tuple[Point, Run]]:
+    clusters = partition(F.normalize(head.weight.float(), dim=-1), min(CLUSTER_SIZE, head.out_features), seed)
+    flash = FlashHead(head.weight, head.bias, clusters.to(head.weight.device))
+    cluster_of = torch.empty(head.out_features, dtype=torch.long, device=head.weight.device)
+    cluster_of[flash.cluster_ids.flatten()] = (
+        torch.arange(clusters.numel(), device=cluster_of.device) // clusters.shape[1]
+    )
+    needed = []
+    for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
+        scores = flash.scores(states)
+        needed.append((scores > scores.gather(1, cluster_of[best].unsqueeze(-1))).sum(dim=-1) + 1)
+    ranks = torch.cat(needed).sort().values
+    row = head.dense_bytes() / head.out_features
+    for level in LEVELS:
+        flash.num_probes = int(ranks[min(len(ranks) - 1, int(level * len(ranks)))])
+        agreement = float((ranks <= flash.num_probes).double().mean())
+        read = flash.centroids.numel() * head.stored_type.itemsize + flash.num_probes * clusters.shape[1] * row
+        setting = f"{flash.num_probes} of {len(clusters)} clusters"
+        yield Point(FLASHHEAD, setting, agreement, read / head.dense_bytes()), copy.copy(flash).next_tokens
+
+
+def _point_of_int8(head: TopKExpertsHead, dense: DenseChoices) -> Point:
+    """Rows rounded to int8 with a scale each; the hidden state is not."""
+    rows = head.weight.float()
+    scales = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    rounded = (rows / scales).round() * scales
+    bias = None if head.bias is None else head.bias.float()
+    agreed = 0
+    for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
+        agreed += int((F.linear(states.float(), rounded, bias).argmax(dim=-1) == best).sum())
+    read = head.weight.numel() + (1 + (bias is not None)) * len(rows) * head.stored_type.itemsize
+    return Point(INT8, "a scale a row", agreed / len(dense.best), read / head.dense_bytes())
+
+
+def _point_of_hnsw(index: Run, dense: DenseChoices) -> Point:
+    hits = 0
+    with progress("Searching the HNSW index", len(dense.states), "positions") as advance:
+        for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
+            hits += int((index(states.float()).argmax(dim=-1) == best).sum())
+            advance(len(states))
+    return Point(HNSW, f"{HNSW_CANDIDATES} candidates", hits / len(dense.best), None)
+
+
+def as_markdown(points: list[Point]) -> str:
+    """Points as a table in Markdown.
+
+    Args:
+        points: in the order in which they were measured.
+    """
+    lines = ["| method | setting | agreement | bytes read | ms |", "|---|---|---|---|---|"]
+    for point in points:
+        read = "unknown" if point.bytes_read is None else f"{point.bytes_read:.2%}"
+        time = "-" if point.milliseconds is None else f"{point.milliseconds:.2f}"
+        lines.append(f"| {point.method} | {point.setting} | {point.agreement:.2%} | {read} | {time} |")
+    return "\n".join(lines)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def frontier(
+    model: Annotated[str, typer.Argument(metavar="CONVERTED", help="A converted model.")],
+    text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or a data set.")],
+    positions: Annotated[int, typer.Option(help="Tokens to measure on.")] = POSITIONS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
+) -> None:
+    """Print the fewest bytes that reach each agreement: a converted model beside FlashHead's method, int8 and HNSW."""
+    converted, tokenizer = load_converted(model, dtype="float32")
+    length = readable_length(converted.config, WINDOW_LENGTH)
+    windows = make_windows(read_documents(text), tokenizer, length, positions, seed=0)
+    points = measure_frontier(converted.head, dense_choices(converted, windows))
+    print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
+
+
+if __name__ == "__main__":
+    main(app)

@@ -1,0 +1,1 @@
+"""Speed, beside the dense head and the methods of others."""

@@ -1,0 +1,99 @@
+"""The models that are timed end to end: one set of weights, and several objects that differ in their head alone."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from ..progress import progress
+
+
+@dataclass(frozen=True)
+class Competitors:
+    """Models that share all dense tensors.
+
+    Attributes:
+        dense: the dense model as Transformers has it.
+        sparse: the converted model.
+        no_head: the dense model whose logits are there without any work: the ceiling.
+    """
+
+    dense: PreTrainedModel
+    sparse: TopKExpertsForCausalLM
+    no_head: PreTrainedModel
+
+    @classmethod
+    def of(cls, own: TopKExpertsForCausalLM) -> "Competitors":
+        """Make them from a converted model, whose generation config becomes an empty one."""
+        head = own.head
+        linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = head.weight, head.bias
+        dense = _with_head(own.base, own.head_name, linear)
+        no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype).to(own.device))
+        for model in (dense, own, no_head):
+            model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        return cls(dense, own, no_head)
+
+
+class NoHead(nn.Module):
+    """Answers with logits that are there already."""
+
+    logits: Tensor
+
+    def __init__(self, vocab_size: int, dtype: torch.dtype, most_rows: int = 64) -> None:
+        """Make the logits.
+
+        Args:
+            vocab_size: V.
+            dtype: of the logits.
+            most_rows: the largest batch that will be asked for.
+        """
+        super().__init__()
+        logits = torch.randn(most_rows, 1, vocab_size, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("logits", logits.to(dtype), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of the first rows: hidden [B, 1, d] to [B, 1, V]."""
+        return self.logits[: hidden.shape[0]]
+
+
+def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedModel:
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    twin = copy.deepcopy(base, memo=cast(dict[int, Any], shared))
+    twin.set_submodule(name, head)
+    return twin.eval()
+
+
+@torch.inference_mode()
+def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_length: int) -> Tensor:
+    """Hidden states that enter the head while a dense model samples text of its own from random tokens.
+
+    Args:
+        model: a dense model.
+        positions: states to record, and a few more if they do not fill the last step.
+        batch: texts that are written side by side.
+        prompt_length: random tokens that each starts with.
+
+    Returns:
+        States, [P, d].
+    """
+    head = cast(nn.Linear, model.get_output_embeddings())
+    prompts = torch.randint(head.out_features, (batch, prompt_length)).to(head.weight.device)
+    steps = -(-positions // batch)
+    states: list[Tensor] = []
+    with progress("Recording hidden states", steps, "steps") as advance:
+
+        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            states.append(arguments[0][:, -1].clone())
+            advance()
+
+        hook = head.register_forward_pre_hook(record)
+        try:
+            cast(Any, model).generate(prompts, do_sample=True, max_new_tokens=steps)
+        finally:
+            hook.remove()
+    return torch.cat(states)

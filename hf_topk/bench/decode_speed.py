@@ -1,0 +1,173 @@
+"""Decoding end to end, with `generate` as it is."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..model.configuration_topk_experts import HeadMode, TopKExpertsConfig
+from ..model.lossless import LosslessStats
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from ..model.token_chooser import TokenChooser
+from .competitors import Competitors, NoHead
+from .timing import Spread, TokenClock, interleaved
+
+PROMPT_LENGTH = 16  # tokens
+NEW_TOKENS = 32  # after the first one, whose time is that of reading the prompt
+SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+OVERHEAD_ROUNDS = 2000
+LIKELIER = 100.0
+
+PROMPT_STATS = LosslessStats(tokens=-1, body_steps=-1, dense_passes=-1)  # takes away what is not timed
+
+Decoder = Callable[[Tensor], float]
+
+
+def warpers() -> list[LogitsProcessor]:
+    """The logits processors of what is sampled with."""
+    return [TemperatureLogitsWarper(SAMPLING["temperature"]), TopPLogitsWarper(SAMPLING["top_p"])]
+
+
+class Decoding:
+    """Decodes with each of the competitors in turn, and says how many tokens a second each writes.
+
+    Attributes:
+        stats: what lossless decoding took after the first token of each text, over all rounds.
+    """
+
+    def __init__(self, models: Competitors, rounds: int) -> None:
+        """Prepare.
+
+        Args:
+            models: the competitors.
+            rounds: of every comparison.
+        """
+        self._models, self._rounds = models, rounds
+        self._vocab_size = models.sparse.head.out_features
+        self.stats = LosslessStats()
+
+    def greedy(self) -> dict[str, Spread]:
+        """Greedy decoding in eager mode, lossless too."""
+        decoders = self._decoders("dense", "sparse", "no_head")
+        decoders["lossless"] = self._counted(_decoder(self._models.sparse, lossless=True))
+        return self._measure(decoders, "Decoding")
+
+    def sampling(self) -> dict[str, Spread]:
+        """Sampling with a temperature and top-p."""
+        decoders = self._decoders("dense", "sparse", "no_head", **SAMPLING)
+        return self._measure(decoders, "Sampling")
+
+    def batch(self, size: int) -> dict[str, Spread]:
+        """Greedy decoding of several sequences at once, in head mode "auto"."""
+        decoders = {"dense": _decoder(self._models.dense), "auto": _decoder(self._models.sparse, "auto")}
+        return self._measure(decoders, f"Decoding a batch of {size}", size)
+
+    def compiled(self, backend: str = "inductor") -> dict[str, Spread]:
+        """Greedy decoding compiled as a whole, with a static cache, by `generate` itself.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
+        compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
+        choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
+        decoders = self._decoders("dense", "sparse", "no_head", **choices)
+        return self._measure(decoders, "Decoding, compiled")
+
+    def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:
+        return {name: _decoder(getattr(self._models, name), **choices) for name in names}
+
+    def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
+        def prompts() -> Tensor:
+            return torch.randint(self._vocab_size, (batch, PROMPT_LENGTH)).to(self._models.dense.device)
+
+        return interleaved(decoders, prompts, self._rounds, description, warm_up_rounds=1)
+
+    def _counted(self, decoder: Decoder) -> Decoder:
+        def run(prompts: Tensor) -> float:
+            speed = decoder(prompts)
+            if (stats := self._models.sparse.last_generation_stats) is not None:
+                self.stats += stats + PROMPT_STATS
+            return speed
+
+        return run
+
+
+def _decoder(model: Any, head_mode: HeadMode = "sparse", **choices: Any) -> Decoder:
+    """Decodes from prompts [B, T], and returns tokens a second of all rows together."""
+
+    def run(prompts: Tensor) -> float:
+        if isinstance(model, TopKExpertsForCausalLM):
+            model.head_mode = head_mode
+        clock = TokenClock()
+        mask = torch.ones_like(prompts)
+        model.generate(prompts, attention_mask=mask, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)
+        return len(prompts) / clock.seconds_a_token
+
+    return run
+
+
+def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
+    """What the converted model's own Python adds to one step of decoding.
+
+    A Llama of one layer, so tiny that there is next to nothing to compute, runs one position as it is and converted.
+    `wrapper` has a head that has its logits already, so that nothing but the wrapper and the way to the head is in the
+    difference; `sparse` has the sparse head, whose every operation is started from Python.
+
+    Args:
+        rounds: steps of each.
+
+    Returns:
+        The differences of the medians, in seconds.
+    """
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes, num_attention_heads=1))
+    config = TopKExpertsConfig(
+        text_config=dense.config,
+        num_experts=15,
+        expert_size=16,
+        num_experts_per_tok=4,
+        num_always_on=16,
+        router_rank=48,  # which leaves it to the kernel that real heads have
+        router_packed=True,
+        tail_rank=48,
+        num_rescored=32,  # of 64, so that there is a screen, as there mostly is
+        head_mode="sparse",
+    )
+    wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
+    wrapped.head.weight[wrapped.head.always_on_ids] *= LIKELIER  # as mostly in text, the tail cannot win
+    models = Competitors.of(wrapped)
+    no_head = NoHead(256, torch.float32)
+
+    chooser = TokenChooser(wrapped.head, (), does_sample=False, leaves_logits=True)
+
+    def step(model: Any, stand_in: Any = None, choose: Any = None) -> Callable[[Tensor], None]:
+        def run(tokens: Tensor) -> None:
+            with nullcontext() if stand_in is None else wrapped.head.replaced_by(stand_in):
+                logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+            scores = logits[:, -1].to(copy=True, dtype=torch.float32)
+            (scores if choose is None else choose(tokens, scores)).argmax(dim=-1)
+
+        return run
+
+    runs = {
+        "no_head": step(models.no_head),
+        "dense": step(models.dense),
+        "wrapper": step(wrapped, no_head),
+        "sparse": step(wrapped, chooser.logits, chooser),
+    }
+    spreads = interleaved(runs, lambda: torch.randint(256, (1, 1)), rounds, "Timing the wrapper")
+    return {
+        "wrapper": spreads["wrapper"].median - spreads["no_head"].median,
+        "sparse": spreads["sparse"].median - spreads["dense"].median,
+    }

@@ -1,0 +1,93 @@
+"""Decoders whose linear layers are kept in 8 or 4 bits, to be measured with: what people run on CPUs.
+
+The kernels are those of torch that torchao's formats for CPUs are made of; what it has in eager mode beside them is
+slower there than float32.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..model.errors import InputError
+from ..model.kernels import COLUMNS_OF_KERNEL, int8_kernel
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+
+BODIES = ("int8", "int4")
+GROUP = 32  # columns that have a scale and a zero in 4 bits, as in llama.cpp's formats
+ROWS_OF_KERNEL = 16
+SMALLEST_SCALE = 1e-9
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of int8 rows with a scale each; inputs and products are rounded to bfloat16."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Round a layer."""
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127
+        self.register_buffer("rows", (weight / scales.unsqueeze(-1)).round().to(torch.int8))
+        self.register_buffer("scales", scales.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., d] to [..., rows]."""
+        rows, scales = cast(Tensor, self.rows), cast(Tensor, self.scales)
+        return _like_linear(int8_kernel(inputs.flatten(0, -2), rows, scales), inputs, self.bias)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer of 4-bit rows with a scale and a zero for every 32 columns."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Round a layer."""
+        super().__init__()
+        groups = linear.weight.detach().float().unflatten(-1, (-1, GROUP))
+        least, most = groups.amin(dim=-1), groups.amax(dim=-1)
+        scales = ((most - least) / 15).clamp_min(SMALLEST_SCALE).bfloat16().float()
+        zeros = least + 8 * scales
+        codes = ((groups - zeros.unsqueeze(-1)) / scales.unsqueeze(-1)).round().add(8).clamp(0, 15)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).int(), 1)
+        self.register_buffer("packed", packed)
+        self.register_buffer(
+            "scales_and_zeros", torch.stack([scales, zeros], dim=-1).transpose(0, 1).bfloat16().contiguous()
+        )
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[..., d] to [..., rows]."""
+        flat = inputs.flatten(0, -2).bfloat16()
+        products = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales_and_zeros)
+        return _like_linear(products, inputs, self.bias)
+
+
+def _like_linear(products: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    products = products.to(inputs.dtype).unflatten(0, inputs.shape[:-1])
+    return products if bias is None else products + bias
+
+
+def check_body(body: str, device: torch.device) -> None:
+    """Check that there is such a body.
+
+    Raises:
+        InputError: when it is none of `BODIES`, or the device is not a CPU.
+    """
+    if body not in BODIES:
+        raise InputError(f"unknown body '{body}': choose one of {', '.join(BODIES)}")
+    if device.type != "cpu":
+        raise InputError(f"a body in {body} is measured on CPUs alone, not on {device}: leave out --body or --device")
+
+
+def quantise_body(model: TopKExpertsForCausalLM, body: str) -> None:
+    """Put the decoder's linear layers in 8 or 4 bits, in place; the head and the embeddings stay as they are.
+
+    Args:
+        model: a converted model in main memory.
+        body: one of `BODIES`. Layers whose sizes the kernels cannot take stay as they are.
+    """
+    columns, kind = (COLUMNS_OF_KERNEL, Int8Linear) if body == "int8" else (GROUP, Int4Linear)
+    for name, module in list(model.base.named_modules()):
+        is_linear = type(module) is nn.Linear and name != model.head_name
+        if is_linear and module.in_features % columns == 0 and module.out_features % ROWS_OF_KERNEL == 0:
+            model.base.set_submodule(name, kind(module))

@@ -1,0 +1,196 @@
+"""Head and end-to-end decode, side by side in one process: the dense model, the methods of others, ours, no head.
+
+All that is compared runs in interleaved rounds, and every ratio is one of medians from the same rounds.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.errors import InputError
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from .baselines import BASELINES, has_compiler
+from .competitors import Competitors
+from .decode_speed import Decoding, step_overheads
+from .head_speed import Heads
+from .timing import Spread
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+ROUNDS = 8
+HEAD_ROUNDS_A_ROUND = 5
+OURS = ("sparse", "lossless", "auto")  # names begin so
+OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
+PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What to measure.
+
+    Attributes:
+        batches: sequences that are decoded side by side.
+        without: names of baselines to leave out.
+        compile: whether to measure compiled heads and decoding, too.
+        rounds: of decoding; heads are timed in five times as many.
+
+    Raises:
+        InputError: when there is no such baseline, a number is out of range, or no compiler to compile with.
+    """
+
+    batches: tuple[int, ...] = BATCHES
+    without: tuple[str, ...] = ()
+    compile: bool = False
+    rounds: int = ROUNDS
+
+    def __post_init__(self) -> None:
+        for name in self.without:
+            if name not in BASELINES:
+                raise InputError(f"unknown baseline '{name}': choose one of {', '.join(BASELINES)}")
+        if self.compile and not has_compiler():
+            raise InputError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
+        for size in self.batches:
+            if size not in range(1, BATCHES[-1] + 1):
+                raise InputError(f"a batch of {size} is not measured: choose from 1 to {BATCHES[-1]}")
+
+
+@torch.inference_mode()
+def bench(
+    own: TopKExpertsForCausalLM, states_of: Callable[[Competitors], Tensor], choices: Choices | None = None
+) -> Figures:
+    """Measure a converted model beside its dense model and the methods of others.
+
+    Args:
+        own: a converted model; its head mode and generation config change.
+        states_of: gives hidden states to time the head on, [P, d].
+        choices: what to measure.
+
+    Returns:
+        Figures by name, ready for JSON; null for what was left out. Under `ratios`, `a_over_b` says how many times as
+        fast as b a is, and `a_share_of_ceiling` which share of the speed without a head it reaches.
+    """
+    choices = choices or Choices()
+    models = Competitors.of(own)
+    states = states_of(models)
+    decoding = Decoding(models, choices.rounds)
+    timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
+    timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
+    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
+    timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
+    timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
+    batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
+    stats = decoding.stats
+    return {
+        **_circumstances(models, own),
+        **{name: timed[name].figures() for name in ("head", "prompt", "e2e", "e2e_compiled", "sampling")},
+        "batches": {size: {**head.figures(), **e2e.figures()} for size, (head, e2e) in batches.items()},
+        "ratios": {
+            **{name: one.ratios() for name, one in timed.items()},
+            "batches": {size: {"head": head.ratios(), "e2e": e2e.ratios()} for size, (head, e2e) in batches.items()},
+        },
+        "lossless": {
+            "dense_passes_per_token": stats.dense_passes_per_token,
+            "body_steps_per_token": stats.body_steps_per_token,
+            "acceptance": stats.acceptance,
+        },
+        "tail_share": heads.tail_share(),
+        "auto_sparse_up_to": heads.auto_sparse_up_to(),
+        "added_memory_share": own.head.added_bytes() / own.head.dense_bytes(),
+        "step_overhead_ms": {name: 1000 * seconds for name, seconds in step_overheads().items()},
+        "spread": {
+            **{name: one.quartiles() for name, one in timed.items()},
+            "batches": {size: {**head.quartiles(), **e2e.quartiles()} for size, (head, e2e) in batches.items()},
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Spreads by name, in seconds a call or tokens a second."""
+
+    spreads: dict[str, Spread]
+    unit: str
+    names: tuple[str, ...] = ()  # that are null where they were not measured
+
+    @property
+    def _is_time(self) -> bool:
+        return self.unit == "ms"
+
+    @property
+    def _scale(self) -> float:
+        return 1000 if self._is_time else 1
+
+    def figures(self) -> Figures:
+        measured = {f"{name}_{self.unit}": self._scale * spread.median for name, spread in self.spreads.items()}
+        return {f"{name}_{self.unit}": None for name in self.names} | measured
+
+    def quartiles(self) -> Figures:
+        return {
+            f"{name}_{self.unit}": [self._scale * spread.low, self._scale * spread.high]
+            for name, spread in self.spreads.items()
+        }
+
+    def ratios(self) -> Figures:
+        ours = [name for name in self.spreads if name.startswith(OURS)]
+        others = [name for name in OTHERS if name in self.spreads]
+        ratios: Figures = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
+        if "no_head" in self.spreads:
+            ratios |= {f"{name}_share_of_ceiling": self._ratio(name, "no_head") for name in ours}
+            ratios["ceiling_over_dense"] = self._ratio("no_head", "dense")
+        return ratios
+
+    def _ratio(self, one: str, other: str) -> float:
+        """How many times as fast one is."""
+        ratio = self.spreads[one].median / self.spreads[other].median
+        return 1 / ratio if self._is_time else ratio
+
+
+def _times(spreads: dict[str, Spread]) -> _Timed:
+    return _Timed(spreads, "ms", ("dense", *BASELINES))
+
+
+def _rates(spreads: dict[str, Spread]) -> _Timed:
+    return _Timed(spreads, "tok_s")
+
+
+def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
+    head = own.head
+    return {
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(own.dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "sizes": {
+            "parameters": models.dense.num_parameters(),
+            "vocab_size": head.out_features,
+            "hidden_size": head.in_features,
+            "num_experts": head.num_experts,
+            "expert_size": head.expert_size,
+            "num_experts_per_tok": head.num_experts_per_tok,
+            "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
+            "num_always_on": head.num_always_on,
+        },
+    }
+
+
+def _machine() -> str:
+    """The processor's name, as well as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    return f"{name or platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {platform.system()}"
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            yield package, version(package)

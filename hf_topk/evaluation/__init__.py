@@ -1,0 +1,1 @@
+"""How near a converted model is to the dense one."""

@@ -1,0 +1,197 @@
+"""How faithful the sparse head is to the dense one, on text."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..model.head import LOGITS_AT_ONCE, TopKExpertsHead
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from ..progress import progress
+from ..windows import Window
+from .confidence_bound import lower_bound
+
+TOP = 5
+CONFIDENCE_BINS = 15
+POSITIONS_A_RANKED_ONE = 64  # of which one is looked at for the ranks of unscored tokens, which takes sorting
+NO_TOKEN = -100
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Figures of the sparse head beside the dense one.
+
+    Attributes:
+        agreement: share of positions where the sparse and the dense argmax are the same token.
+        agreement_lower_bound: of this share, one-sided, with 95 % confidence over documents; see [`bound`].
+        top5_containment: share of positions where the dense argmax is among the five likeliest sparse tokens.
+        kl: mean Kullback-Leibler divergence of the sparse from the dense distribution, in nats.
+        perplexity_dense: of the text under the dense head.
+        perplexity_sparse: of the text under the sparse head; infinite where a token got no probability.
+        log_z_error: mean of the sparse less the dense log-sum-exp of all logits, in nats.
+        log_z_absolute_error: mean of its magnitude.
+        calibration_error_dense: expected calibration error of the dense head's likeliest token: how far, over 15 bins
+            of equal width, its probability is from how often it comes next (Guo et al. 2017,
+            https://arxiv.org/abs/1706.04599).
+        calibration_error_sparse: the same of the sparse head.
+        tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens of experts not picked, mean
+            over one position in 64 or so; not a number where all tokens are scored.
+        bytes_read: bytes of head, router and tail read for one position, as a share of the dense head's.
+        positions: number of positions measured.
+    """
+
+    agreement: float
+    agreement_lower_bound: float
+    top5_containment: float
+    kl: float
+    perplexity_dense: float
+    perplexity_sparse: float
+    log_z_error: float
+    log_z_absolute_error: float
+    calibration_error_dense: float
+    calibration_error_sparse: float
+    tail_rank_correlation: float
+    bytes_read: float
+    positions: int
+
+
+@dataclass
+class _Sums:
+    agreed: dict[int, int] = field(default_factory=dict)  # by document, as are `positions`
+    contained: int = 0
+    kl: float = 0.0
+    loss_dense: float = 0.0
+    loss_sparse: float = 0.0
+    log_z: float = 0.0
+    log_z_absolute: float = 0.0
+    dense_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
+    sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
+    rank_correlations: list[Tensor] = field(default_factory=list)
+    positions: dict[int, int] = field(default_factory=dict)
+    predicted: int = 0
+
+
+@torch.inference_mode()
+def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
+    """Measure the sparse head on every position of the windows, whatever the model's head mode.
+
+    The dense model runs once; both heads see the same hidden states, and their logits pass through the same
+    soft-capping and scaling.
+
+    Args:
+        model: a converted model.
+        windows: token ids to read; each token is a position, and each but a window's first one is predicted.
+    """
+    sums = _Sums()
+    total = sum(len(window.token_ids) for window in windows)
+    head, heads = model.head, _BothHeads(model.head)
+    with head.replaced_by(heads), progress("Comparing the heads", total, "positions") as advance:
+        for window in windows:
+            token_ids = torch.tensor([window.token_ids], device=model.device)
+            dense, sparse = model(input_ids=token_ids, use_cache=False).logits
+            sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden)
+            agreed = _add(sums, dense, sparse, token_ids[0])
+            sums.agreed[window.document] = sums.agreed.get(window.document, 0) + agreed
+            sums.positions[window.document] = sums.positions.get(window.document, 0) + len(window.token_ids)
+            advance(len(window.token_ids))
+    agreed, positions = sum(sums.agreed.values()), sum(sums.positions.values())
+    return Fidelity(
+        agreement=agreed / positions,
+        agreement_lower_bound=lower_bound([*sums.agreed.values()], [*sums.positions.values()]),
+        top5_containment=sums.contained / positions,
+        kl=sums.kl / positions,
+        perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),
+        perplexity_sparse=_exp(sums.loss_sparse / max(1, sums.predicted)),
+        log_z_error=sums.log_z / positions,
+        log_z_absolute_error=sums.log_z_absolute / positions,
+        calibration_error_dense=_calibration_error(sums.dense_bins, sums.predicted),
+        calibration_error_sparse=_calibration_error(sums.sparse_bins, sums.predicted),
+        tail_rank_correlation=float(torch.stack(sums.rank_correlations).mean()) if sums.rank_correlations else math.nan,
+        bytes_read=model.head.bytes_read() / model.head.dense_bytes(),
+        positions=positions,
+    )
+
+
+def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
+    """Add the figures of one window, logits [T, V] of both heads, token ids [T]; returns how many positions agree."""
+    agreed = 0
+    followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position predicts none of ours
+    at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
+    parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
+    for some_dense, some_sparse, some_followers in parts:
+        log_p, log_q = some_dense.float().log_softmax(dim=-1), some_sparse.float().log_softmax(dim=-1)
+        likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
+        best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
+        agreed += int((best_sparse == best).sum())
+        # Where a logit is large, softmax has taken the log-sum-exp off it.
+        log_z = _log_sum_exp_at(some_sparse, log_q, best_sparse) - _log_sum_exp_at(some_dense, log_p, best)
+        sums.log_z += float(log_z.sum())
+        sums.log_z_absolute += float(log_z.abs().sum())
+        for log, top, bins in ((log_p, best, sums.dense_bins), (log_q, best_sparse, sums.sparse_bins)):
+            _add_to_bins(bins, log.gather(1, top)[:, 0].exp(), top[:, 0] == some_followers, some_followers != NO_TOKEN)
+        sums.contained += int((likeliest == best).any(dim=-1).sum())
+        sums.kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
+        sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
+    sums.predicted += len(token_ids) - 1
+    return agreed
+
+
+def _log_sum_exp_at(logits: Tensor, log: Tensor, which: Tensor) -> Tensor:
+    """Logits less their log-softmax, which is the log-sum-exp: [T, V] at `which`, [T, 1]."""
+    return logits.gather(1, which).float() - log.gather(1, which)
+
+
+def _add_to_bins(bins: Tensor, confidence: Tensor, is_right: Tensor, counts: Tensor) -> None:
+    """Add to sums of confidence and of right answers, [bins, 2]: confidence, whether right, whether it counts, [N]."""
+    which = (confidence * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
+    sums = torch.stack([confidence, is_right.float()], dim=-1) * counts.unsqueeze(-1)
+    bins.index_add_(0, which.cpu(), sums.double().cpu())
+
+
+def _calibration_error(bins: Tensor, predicted: int) -> float:
+    return float((bins[:, 0] - bins[:, 1]).abs().sum()) / max(1, predicted)
+
+
+def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
+    """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
+    if head.num_experts_per_tok == head.num_experts:
+        return []
+    some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
+    scored = head.scored_ids(head.pick(hidden[some]).experts).to(dense.device)
+    correlations = []
+    for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
+        is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
+        ranks = torch.stack([_ranks(logits[is_unscored]) for logits in (one, other)])
+        if (ranks != ranks[:, :1]).any(dim=1).all():  # where all are equal, or one or none is left, there is no order
+            correlations.append(torch.corrcoef(ranks)[0, 1])
+    return correlations
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from below, equal values at the mean of theirs: [n] to fp64 [n]."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts - 1) / 2)[which]
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class _BothHeads:
+    """Runs the dense and the sparse head on the same states and stacks their logits along the batch.
+
+    Attributes:
+        hidden: the states that entered last, [N, d].
+    """
+
+    def __init__(self, head: TopKExpertsHead) -> None:
+        self._head = head
+        self.hidden = torch.empty(0)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        dense = self._head.dense_logits(hidden)
+        return torch.cat([dense, self._head.sparse_logits(self.hidden).view_as(dense)])

@@ -1,0 +1,162 @@
+"""How lossless decoding compares with dense decoding, token by token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model.configuration_topk_experts import HeadMode
+from ..model.errors import InputError
+from ..model.lossless import LosslessStats
+from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from ..progress import progress
+from ..windows import Window
+
+PROMPT_LENGTH = 32  # tokens
+NEW_TOKENS = 64
+
+
+@dataclass
+class LosslessComparison:
+    """Greedy tokens of lossless decoding beside those of dense decoding.
+
+    Rows are compared up to their first difference; what comes after it has another prefix.
+
+    Attributes:
+        dtype: the number type of the logits.
+        tokens: tokens compared.
+        identical: those that are the dense model's own.
+        ties: those that differ, where the scores that the dense one was chosen by are no more than one step of the
+            model's number type apart for the two tokens: products of many positions at once round otherwise than
+            those of one.
+        stats: what lossless decoding took, over all batches.
+    """
+
+    dtype: torch.dtype = torch.float32
+    tokens: int = 0
+    identical: int = 0
+    ties: int = 0
+    stats: LosslessStats = field(default_factory=LosslessStats)
+
+    @property
+    def differing(self) -> int:
+        """Tokens that are not the dense model's own, ties among them."""
+        return self.tokens - self.identical
+
+    @property
+    def dense_passes_per_token(self) -> float:
+        """Runs of the dense head for a new token of each row in the batch."""
+        return self.stats.dense_passes_per_token
+
+    @property
+    def body_steps_per_token(self) -> float:
+        """Runs of the model for a new token of each row in the batch."""
+        return self.stats.body_steps_per_token
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were accepted."""
+        return self.stats.acceptance
+
+    def figures(self) -> dict[str, int | float]:
+        """The figures under the names that `hf-topk evaluate --json` prints."""
+        return {
+            "lossless_tokens": self.tokens,
+            "lossless_identical": self.identical,
+            "lossless_ties": self.ties,
+            "lossless_differing": self.differing,
+            "dense_passes_per_token": self.dense_passes_per_token,
+            "body_steps_per_token": self.body_steps_per_token,
+            "acceptance": self.acceptance,
+        }
+
+
+def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
+    """Take windows as prompts, spread evenly over a text.
+
+    Args:
+        windows: the text, cut to windows of `length`, so that each prompt begins as a text does.
+        count: how many prompts, at most; they do not overlap.
+        length: tokens in a prompt; shorter windows are left out.
+
+    Raises:
+        InputError: when no window is long enough.
+    """
+    runs = [window.token_ids for window in windows if len(window.token_ids) == length]
+    if not runs:
+        raise InputError(f"the text has no {length} tokens in a row for a prompt: give a longer one")
+    count = min(count, len(runs))
+    return [list(runs[number * len(runs) // count]) for number in range(count)]
+
+
+@torch.inference_mode()
+def compare_lossless(
+    model: TopKExpertsForCausalLM, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, batch_size: int = 1
+) -> LosslessComparison:
+    """Decode greedily from each prompt, dense and lossless, past any end-of-text token.
+
+    Args:
+        model: a converted model.
+        prompts: token ids, all prompts of the same length.
+        new_tokens: tokens to write after each prompt.
+        batch_size: prompts in a batch.
+    """
+    comparison = LosslessComparison(model.dtype)
+    choices: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": new_tokens,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    batches = torch.tensor(prompts, device=model.device).split(batch_size)
+    with progress("Comparing lossless decoding", len(prompts), "prompts") as advance:
+        for batch in batches:
+            with _mode(model, "dense"):
+                dense = model.generate(batch, **choices, return_dict_in_generate=True, output_scores=True)
+            with _mode(model, "sparse"):  # which drafts, whether that is faster here or not
+                ours = model.generate(batch, **choices, lossless=True)
+            if model.last_generation_stats is not None:
+                comparison.stats += model.last_generation_stats
+            scores = torch.stack(dense.scores, dim=1)  # (B, new, V), as the generation config's processors leave them
+            written = (dense.sequences[:, batch.shape[1] :], ours[:, batch.shape[1] :])
+            for row in zip(*written, scores, strict=True):
+                _compare_row(comparison, *row)
+            advance(len(batch))
+    return comparison
+
+
+@contextmanager
+def _mode(model: TopKExpertsForCausalLM, mode: HeadMode) -> Iterator[None]:
+    before = model.head_mode
+    model.head_mode = mode
+    try:
+        yield
+    finally:
+        model.head_mode = before
+
+
+def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, scores: Tensor) -> None:
+    """Add one row: the tokens of both, [new], and the scores that the dense ones were chosen by, [new, V]."""
+    same = int((dense == ours).int().cumprod(dim=0).sum())
+    comparison.identical += same
+    comparison.tokens += same
+    if same < len(dense):
+        comparison.tokens += 1
+        chosen = scores[same, torch.stack([dense[same], ours[same]])]
+        comparison.ties += is_tie(float(chosen[0]), float(chosen[1]), comparison.dtype)
+
+
+def is_tie(best: float, other: float, dtype: torch.dtype) -> bool:
+    """Whether two scores are equal or neighbours in a number type.
+
+    Args:
+        best: the largest score.
+        other: another one.
+        dtype: the type, which both are rounded to.
+    """
+    rounded = torch.tensor([best, other], dtype=dtype)
+    return bool(rounded[1] >= rounded[0].nextafter(rounded.new_tensor(-torch.inf)))

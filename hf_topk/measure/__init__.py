@@ -1,1 +1,0 @@
-"""Measurements of converted models: fidelity to the dense head, and speed."""

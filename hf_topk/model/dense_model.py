@@ -1,0 +1,209 @@
+"""The dense model in a converted one: its class, its parts, and what it was quantised with."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import transformers
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
+
+# What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
+ANSWERED_AS_THE_DENSE_CLASS = (
+    "_can_compile_fullgraph",
+    "_can_record_outputs",
+    "_compatible_flash_implementations",
+    "_is_stateful",
+    "_supports_attention_backend",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_sdpa",
+    "input_modalities",
+    "main_input_name",
+    "supports_gradient_checkpointing",
+)
+
+
+def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Find the class of a dense model.
+
+    Args:
+        config: its configuration.
+
+    Returns:
+        The class that the configuration names, if it writes text, with or without images to look at; otherwise the one
+        that AutoModelForCausalLM loads.
+
+    Raises:
+        InputError: when there is neither.
+    """
+    named = next(filter(writes_text, config.architectures or ()), None)
+    if named is not None:
+        return cast(type[PreTrainedModel], getattr(transformers, named))
+    try:
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise InputError(
+            f"Transformers has no causal language model for model type '{config.model_type}': "
+            "choose one that AutoModelForCausalLM can load"
+        ) from None
+    return cast(type[PreTrainedModel], _as_tuple(found)[0])
+
+
+def writes_text(name: str) -> bool:
+    """Whether a class of this name is one of Transformers' that write text, with or without images to look at."""
+    tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return any(name in _as_tuple(entry) for table in tables for entry in table.values())
+
+
+def looks_at_images(dense: PreTrainedModel) -> bool:
+    """Whether a dense model takes images as well as text, so that AutoModelForImageTextToText is what loads it."""
+    return any(
+        type(dense).__name__ in _as_tuple(entry) for entry in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    )
+
+
+def _as_tuple(one_or_more: Any) -> tuple[Any, ...]:
+    return one_or_more if isinstance(one_or_more, tuple) else (one_or_more,)
+
+
+def config_for(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration that a class is made from: a part of `config` where the class is that of the text alone."""
+    of_text = config.sub_configs.get("text_config")
+    return config.get_text_config() if of_text is not None and dense_class.config_class is of_text else config
+
+
+def random_dense_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A dense model whose weights are not yet loaded.
+
+    Args:
+        config: its configuration.
+
+    Raises:
+        InputError: when Transformers has no class for it.
+    """
+    dense_class = class_that_writes_text(config)
+    return dense_class._from_config(config_for(dense_class, config))
+
+
+def generate_as(model: Any, dense: PreTrainedModel) -> None:
+    """Give a converted model those steps of `generate` that the dense model's class has of its own.
+
+    Args:
+        model: the converted model; what its own class defines stays.
+        dense: the dense model in it.
+    """
+    for name, default in vars(GenerationMixin).items():
+        its_own = getattr(type(dense), name, default)
+        is_same = its_own is getattr(GenerationMixin, name)
+        if not (name.startswith("__") or is_same or name in vars(type(model))):
+            setattr(model, name, getattr(dense, name))
+
+
+class DensePartsMixin:
+    """The parts of the dense model and its steps of `generate`, where Transformers and trainers look for them."""
+
+    base: PreTrainedModel
+    config: TopKExpertsConfig
+    head_name: str
+
+    def check_tied_ends(self) -> None:
+        """Refuse adapters where they could not be merged: head and input embeddings are often one tensor.
+
+        Raises:
+            InputError: when they are, and an adapter was put around one of them.
+        """
+        ends = (self.base.get_output_embeddings(), self.base.get_input_embeddings())
+        if self.config.tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends):
+            raise InputError(
+                "there is an adapter around the head or the input embeddings, which are one tensor in this model, so "
+                "it cannot be merged: leave both out of what is adapted"
+            )
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The dense model without its head, for what makes a loss of hidden states and the head's weight by itself."""
+        return self.base.base_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The dense model's input embeddings."""
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the dense model's input embeddings."""
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head, weight and experts and all, or what an adapter has put around it."""
+        return self.base.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The dense model without its head."""
+        return self.base.get_decoder()
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        """Replace the dense model without its head."""
+        self.base.set_decoder(decoder)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load tensors by the names of `state_dict`, or by those in checkpoints, which are the dense model's own.
+
+        Args:
+            state_dict: tensors by name.
+            strict: whether every name has to be there, and no other.
+            assign: whether to take the tensors themselves, not their values.
+
+        Returns:
+            The names that are missing, and those that are unexpected.
+
+        Raises:
+            InputError: when one router is packed and the other in floats.
+        """
+        own = cast(Any, super()).state_dict()
+        renamed = {name if name in own else f"base.{name}": tensor for name, tensor in state_dict.items()}
+        router = f"base.{self.head_name}.router"
+        forms = ["in floats" if f"{router}.rows" in tensors else "packed" for tensors in (own, renamed)]
+        if f"{router}.bias" in renamed and forms[0] != forms[1]:
+            raise InputError(
+                f"the router is {forms[0]} in the model and {forms[1]} in the checkpoint: what was saved inside "
+                "`joint_training` is loaded inside it, and what was saved outside, outside"
+            )
+        return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a generation step as the dense model does."""
+        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
+        return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # Which arguments there are, Transformers reads off the signature of `forward`.
+        cast(Any, self.base)._validate_model_kwargs(model_kwargs)
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        # Whether embeddings may stand for a prompt, Transformers reads off `prepare_inputs_for_generation`.
+        return cast(Any, self.base)._prepare_model_inputs(*args, **kwargs)
+
+
+MARKS = {"hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"}
+
+
+def mark_as_quantised(model: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Let a model be saved as one whose body was quantised, if it was.
+
+    Args:
+        model: a converted model; changed.
+        dense: the dense model in it.
+    """
+    for name in MARKS & vars(dense).keys():
+        setattr(model, name, getattr(dense, name))
+    if (how := getattr(dense.config, "quantization_config", None)) is not None:
+        model.config.quantization_config = how

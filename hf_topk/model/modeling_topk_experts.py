@@ -1,0 +1,396 @@
+"""The converted model: the dense model with its head swapped."""
+
+import copy
+import inspect
+from contextlib import nullcontext, suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .checkpoint_names import DenseNamesMixin, NamesUnder
+from .configuration_topk_experts import HeadMode, TopKExpertsConfig
+from .dense_model import (
+    ANSWERED_AS_THE_DENSE_CLASS,
+    DensePartsMixin,
+    class_that_writes_text,
+    generate_as,
+    mark_as_quantised,
+    random_dense_model,
+)
+from .errors import InputError
+from .head import HEAD_MODES, TopKExpertsHead
+from .hub_card import KeepsCard
+from .joint_training import JointTrainingMixin
+from .logits_processors import adapt
+from .lossless import LosslessStats, sample
+from .token_chooser import TokenChooser, can_choose
+
+REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class TopKExpertsPreTrainedModel(KeepsCard):
+    """Loading and initialisation of converted models; see [`TopKExpertsForCausalLM`]."""
+
+    config_class = TopKExpertsConfig
+    base_model_prefix = "base"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+
+class TopKExpertsForCausalLM(
+    JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+):
+    """A dense causal language model whose output head reads only the experts its router picks.
+
+    The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
+    soft-capping, logit scales, losses and caches are the dense model's own. Its tensors keep their dense names on disk.
+
+    Attributes:
+        base: the dense model.
+        head: the [`TopKExpertsHead`] in it.
+        last_generation_stats: what the last `generate` took if it was lossless and drafted tokens, else None.
+
+    Example:
+        >>> import hf_topk
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("out")  # doctest: +SKIP
+    """
+
+    config: TopKExpertsConfig
+    base: PreTrainedModel
+    last_generation_stats: LosslessStats | None = None
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
+    _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
+
+    def __init__(self, config: TopKExpertsConfig) -> None:
+        """Build the model with the dense weights and the head's additions not yet set.
+
+        Args:
+            config: the converted model's configuration.
+
+        Raises:
+            InputError: when `config` is a dense model's, or the dense model has no single linear vocabulary head.
+        """
+        # By its type: code that is loaded from a repository may have the class twice.
+        if config.model_type != TopKExpertsConfig.model_type:
+            raise InputError(
+                f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
+                "convert the model first with `hf-topk convert MODEL OUT`"
+            )
+        dense_class = class_that_writes_text(config.dense_config)
+        for name in ANSWERED_AS_THE_DENSE_CLASS:
+            setattr(self, name, getattr(dense_class, name, None))
+        super().__init__(config)
+        self._adopt(random_dense_model(config.dense_config))
+        self.post_init()
+
+    def _adopt(self, dense: PreTrainedModel) -> None:
+        self.base = dense
+        self.config.text_config = dense.config
+        # Not registered as a module of its own: it is already one of the dense model's.
+        self.head_name = name_of_head(dense)
+        head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
+        dense.set_submodule(self.head_name, head)
+        generate_as(self, dense)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(dense.forward).parameters
+
+    def initialize_weights(self) -> None:
+        """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
+        # Not by its own: for classes outside of Transformers it passes over modules that have no tensors themselves.
+        self.base.initialize_weights()
+        self.head.reset_additions()
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedModel, config: TopKExpertsConfig) -> "TopKExpertsForCausalLM":
+        """Wrap a dense model in memory; its tensors are shared, and the model itself is not changed.
+
+        Args:
+            dense: the dense model.
+            config: the converted model's configuration; its `text_config` is replaced by the dense model's.
+
+        Returns:
+            A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
+
+        Raises:
+            InputError: when the dense model has no single linear vocabulary head, or is of no class that Transformers
+                would load it as.
+        """
+        name_of_head(dense)
+        hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
+        shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
+        twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
+        twin.config.architectures = [type(dense).__name__]
+        if not isinstance(dense, class_that_writes_text(twin.config)):
+            raise InputError(
+                f"{type(dense).__name__} is not what Transformers loads a '{dense.config.model_type}' as "
+                "to write text: load the model with AutoModelForCausalLM"
+            )
+        config.text_config = twin.config
+        config.dtype = twin.config.dtype = dense.dtype
+        with torch.device("meta"):
+            model = cls(config)
+        model._adopt(twin)
+        model.head.to(model.head.weight.device)
+        if hooks:  # what is before the head may be elsewhere
+            model.head.register_forward_pre_hook(_to_device_of_head)
+        model.tie_weights()
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        mark_as_quantised(model, dense)
+        return model.eval()
+
+    @property
+    def head(self) -> TopKExpertsHead:
+        """The output head.
+
+        Raises:
+            InputError: when something else, such as an adapter, was put around it.
+        """
+        head = self.base.get_submodule(self.head_name)
+        if not isinstance(head, TopKExpertsHead):
+            raise InputError(
+                f"there is a {type(head).__module__}.{type(head).__name__} around the head, of which router and tail "
+                "know nothing: merge it first (in peft: merge_and_unload), or leave the head out of what is adapted"
+            )
+        return head
+
+    @property
+    def head_mode(self) -> HeadMode:
+        """How the head runs: "auto", "sparse" or "dense"; the configuration's entry, as are those below."""
+        return self.config.head_mode
+
+    @head_mode.setter
+    def head_mode(self, mode: HeadMode) -> None:
+        if mode not in HEAD_MODES:
+            raise InputError(f"unknown head mode '{mode}': choose one of {', '.join(HEAD_MODES)}")
+        self.config.head_mode = mode
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """k, how many experts are scored for a position: from 1 to all."""
+        return self.config.num_experts_per_tok
+
+    @num_experts_per_tok.setter
+    def num_experts_per_tok(self, count: int) -> None:
+        self.config.num_experts_per_tok = count
+
+    @property
+    def sparse_max_positions(self) -> int | None:
+        """The most positions (batch x sequence) that head mode "auto" runs sparse; None if that is measured."""
+        return self.config.sparse_max_positions
+
+    @sparse_max_positions.setter
+    def sparse_max_positions(self, count: int | None) -> None:
+        self.config.sparse_max_positions = count
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the dense model with the swapped head; arguments and outputs are the dense model's own.
+
+        Args:
+            input_ids: token ids, [B, T].
+            attention_mask: 1 for tokens to attend to, [B, T].
+            position_ids: positions of the tokens, [B, T].
+            past_key_values: the cache of earlier tokens.
+            inputs_embeds: embeddings in place of `input_ids`, [B, T, d].
+            labels: token ids to compute the loss on, -100 where there is none, [B, T].
+            use_cache: whether to return the cache.
+            logits_to_keep: for how many last positions logits are computed; 0 for all.
+            **kwargs: further arguments of the dense model.
+
+        Returns:
+            The dense model's output, with logits [B, T or `logits_to_keep`, V].
+
+        Raises:
+            InputError: when an adapter was put around a head that is tied to the input embeddings.
+        """
+        self.check_tied_ends()
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        if self._keeps_logits:  # else `generate` asks for it nevertheless
+            given["logits_to_keep"] = logits_to_keep
+        return self.base(**given, **kwargs)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        lossless: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate as Transformers does; what is not listed here is described there.
+
+        Args:
+            inputs: the prompt, [B, T].
+            generation_config: choices of the generation; may have an entry `lossless`.
+            *args: further arguments of Transformers' `generate`.
+            lossless: whether to return the dense model's own tokens: greedily, those of dense decoding; sampling, those
+                of dense decoding with the same seed. The dense head is read once a block of tokens, and once a token in
+                beam search and assisted decoding, and where the cache cannot be rolled back. What drafting took is in
+                `last_generation_stats`. Unless given, as the generation config has it.
+            **kwargs: further arguments of Transformers' `generate`.
+
+        Raises:
+            InputError: when `lossless` is no truth value.
+        """
+        self.last_generation_stats = None
+        head = self.head
+        is_lossless = self._asks_for_lossless(lossless, generation_config)
+        if not is_lossless:
+            return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
+        # A forward that was compiled would not ask what stands in for the head. The stance is one of all threads.
+        stance = torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
+        with head.replaced_by(head.dense_logits), stance:
+            return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
+
+    def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
+        for config in (*configs, self.generation_config):
+            lossless = getattr(config, "lossless", None) if lossless is None else lossless
+        if lossless not in (None, True, False):
+            raise InputError(f"lossless is {lossless!r}, must be true or false")
+        return bool(lossless)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether what leads to the head was compiled."""
+        path = f"{self.base_model_prefix}.{self.head_name}"
+        return any(
+            module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+            for name, module in self.named_modules()
+            if path.startswith(name)
+        )
+
+    @property
+    def _is_lossless(self) -> bool:
+        return self.head.stand_in == self.head.dense_logits
+
+    def _sample(  # type: ignore[override]  # named, so that remote code needs not know what else there is
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
+        if self._is_lossless:
+            if self._drafting_pays(len(input_ids)):
+                result, self.last_generation_stats = sample(self, *arguments, **kwargs)
+                return result
+        elif head.stand_in is None and can_choose(head, logits_processor, generation_config):
+            chooser = TokenChooser(head, logits_processor, generation_config.do_sample)
+            takes_the_best = copy.copy(generation_config)
+            takes_the_best.do_sample = False
+            with head.replaced_by(chooser.logits):
+                return cast(Any, super())._sample(input_ids, chooser, stopping_criteria, takes_the_best, **kwargs)
+        return cast(Any, super())._sample(*arguments, **kwargs)
+
+    def _drafting_pays(self, rows: int) -> bool:
+        """Whether lossless decoding is to draft; not where the dense head is as fast."""
+        head = self.head
+        is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
+        return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        found = cast(Any, super())._get_logits_processor(*args, **kwargs)
+        return found if self._is_lossless else adapt(found)
+
+    def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Start continuous batching as Transformers does; raises an InputError if that was to be lossless."""
+        if self.head_mode != "dense" and (self._is_lossless or self._asks_for_lossless(None, generation_config)):
+            raise InputError("continuous batching is not lossless: generate without it, or set head_mode to 'dense'")
+        return cast(Any, super()).init_continuous_batching(generation_config, *args, **kwargs)
+
+    def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
+        self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load the generation config, with its entry `lossless` if it has one."""
+        cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
+        self._revision = str(kwargs.get("revision") or "main")  # where the card is from, too
+        config = self.generation_config
+        if config is None or not config._from_model_config or generation_config is not None or name is None:
+            return
+        # Transformers drops entries that it does not know from files that it once wrote by itself.
+        where = {argument: kwargs[argument] for argument in REPOSITORY_ARGUMENTS if argument in kwargs}
+        with suppress(OSError):  # there may be no such file
+            entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
+            if hasattr(entries, "lossless"):
+                config.lossless = entries.lossless  # type: ignore[attr-defined]
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the dense head's rows; ids that are new become always-on.
+
+        Args:
+            new_embeddings: a linear layer [V', d], as token embeddings are resized with.
+        """
+        self.head.take_over(new_embeddings)
+        self.config.num_always_on = self.head.num_always_on
+        if hasattr(self.base, "vocab_size"):  # by which some dense models shape logits for the loss
+            self.base.vocab_size = self.head.out_features
+
+
+def name_of_head(dense: PreTrainedModel) -> str:
+    """Find the module that makes logits over the vocabulary.
+
+    Args:
+        dense: a dense causal language model.
+
+    Returns:
+        The module's name in `dense`.
+
+    Raises:
+        InputError: when there is no such module, or it is not linear.
+    """
+    head = dense.get_output_embeddings()
+    name = next((name for name, module in dense.named_modules() if module is head), None)
+    if head is None or name is None:
+        raise InputError(
+            f"{type(dense).__name__} has no single vocabulary head to split into experts: "
+            "choose a causal language model with an `lm_head`"
+        )
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            f"the vocabulary head of {type(dense).__name__} is a {type(head).__name__}, not a plain linear layer: "
+            "load the model unquantised, or choose another one"
+        )
+    return name
+
+
+def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(cast(Tensor, head.weight).device) for tensor in inputs)
+
+
+# Registered here, and not in the package, so that it covers copied code as well.
+register_checkpoint_conversion_mapping(
+    TopKExpertsConfig.model_type, [NamesUnder(TopKExpertsPreTrainedModel.base_model_prefix)], overwrite=True
+)

@@ -1,0 +1,322 @@
+"""The next token, greedy or drawn, without logits of the whole vocabulary.
+
+A step of Transformers' sampling goes over the logits of all V tokens several times. Here a token that was not scored
+stays what it is to the head: one of an expert that has a mass, of which a fixed prior gives it a share. Such an expert
+is taken apart only where top-k, top-p, min-p or a penalty could reach into it, or the draw falls into it. The
+distribution is that of the sparse logits.
+"""
+
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import logits_process as processors
+
+from .head import TopKExpertsHead
+from .logits_processors import SelectingTopPLogitsWarper
+from .scored import Scored
+
+# In the order that Transformers has them in; each may be left out.
+KINDS = (
+    (processors.RepetitionPenaltyLogitsProcessor,),
+    (processors.TemperatureLogitsWarper,),
+    (processors.TopKLogitsWarper,),
+    (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
+    (processors.MinPLogitsWarper,),
+)
+FIRST_TRIED = 64  # of the likeliest tokens, for top-p; sixteen times as many if they have not enough of the probability
+
+
+class TokenChooser:
+    """Stands in for the head and for the logits processors of one generation.
+
+    The first step, which reads the prompt, has logits of all tokens. It shows whether the dense model leaves them as
+    they are: where it caps or scales them, all other steps have them, too.
+    """
+
+    def __init__(self, head: TopKExpertsHead, found: Any, does_sample: bool, leaves_logits: bool | None = None) -> None:
+        """Make one for a generation that [`can_choose`] allows.
+
+        Args:
+            head: the sparse head.
+            found: the generation's logits processors.
+            does_sample: whether tokens are drawn.
+            leaves_logits: whether the dense model returns logits as the head makes them; None lets the first step show.
+        """
+        self._head, self._processors, self._does_sample = head, found, does_sample
+        self._leaves_logits = leaves_logits
+        self._priors = Priors(head)
+        self._logits = torch.empty(0)
+        self._scored: Scored | None = None
+        self._nothing = head.weight.new_full((1, 1, 1), -torch.inf)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """In place of the head: [B, T, d] to [B, T, V], all minus infinity where `__call__` goes without them."""
+        rows = len(hidden)
+        if self._leaves_logits and hidden.shape[1:-1] == (1,) and self._head.runs_sparse(rows, self._head.score):
+            self._scored = self._head.score(hidden.flatten(0, 1))
+            return self._nothing.to(hidden.dtype).expand(rows, 1, self._head.out_features)
+        logits = self._head.logits(hidden)
+        if self._leaves_logits is None:
+            self._logits = logits[:, -1].clone()  # the dense model may change them in place
+        return logits
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """In place of the processors: the chosen token has the largest score.
+
+        Args:
+            input_ids: the prefix, [B, T].
+            scores: what the model returned, fp32 [B, V]; written over.
+        """
+        scored, self._scored = self._scored, None
+        if scored is not None:
+            tokens = self.choose(input_ids, scored)
+            return scores.scatter_(1, tokens.unsqueeze(1), 0.0)
+        if self._leaves_logits is None:
+            self._leaves_logits = scores.equal(self._logits.to(scores))
+        scores = self._processors(input_ids, scores)
+        if not self._does_sample:
+            return scores
+        drawn = draw(scores)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def choose(self, input_ids: Tensor, scored: Scored) -> Tensor:
+        """The next token of each row.
+
+        Args:
+            input_ids: the prefix, [B, T], for a penalty.
+            scored: what the head scored after it.
+
+        Returns:
+            Token ids, [B].
+        """
+        if not self._processors and not self._does_sample:
+            return likeliest(self._head, scored, self._priors)
+        candidates = Candidates(self._head, scored, self._priors)
+        for one in self._processors:
+            if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
+                candidates.penalise(input_ids, one.penalty)
+            elif isinstance(one, processors.TemperatureLogitsWarper):
+                candidates.heat(one.temperature)
+            elif isinstance(one, processors.TopKLogitsWarper):
+                candidates.keep_top_k(one.top_k)
+            elif isinstance(one, processors.TopPLogitsWarper):
+                candidates.keep_top_p(one.top_p)
+            else:
+                candidates.keep_min_p(one.min_p)
+        return candidates.drawn() if self._does_sample else candidates.best()
+
+
+def likeliest(head: TopKExpertsHead, scored: Scored, priors: "Priors | None" = None) -> Tensor:
+    """The token of the largest sparse logit at each position, [N]."""
+    if head.tail_may_win(scored).any():
+        return Candidates(head, scored, priors or Priors(head)).best()
+    return head.best_scored(scored)
+
+
+def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationConfig) -> bool:
+    """Whether a generation can go without logits of all tokens; not on accelerators, where it would wait for them.
+
+    Args:
+        head: the sparse head.
+        found: the generation's logits processors.
+        generation_config: its choices.
+    """
+    asks_for_logits = generation_config.output_scores or generation_config.output_logits
+    is_sparse = head.head_mode != "dense" and head.num_experts_per_tok < head.num_experts
+    if asks_for_logits or not is_sparse or head.weight.device.type != "cpu":
+        return False
+    kinds = [next((place for place, kind in enumerate(KINDS) if type(one) in kind), -1) for one in found]
+    is_usual = all(
+        getattr(one, "min_tokens_to_keep", 1) == 1
+        and getattr(one, "filter_value", -math.inf) == -math.inf
+        and getattr(one, "prompt_ignore_length", None) is None
+        for one in found
+    )
+    return is_usual and -1 not in kinds and kinds == sorted(set(kinds))
+
+
+class Priors:
+    """What is known beforehand of the tokens of experts that are not picked, kept for a generation."""
+
+    def __init__(self, head: TopKExpertsHead) -> None:
+        """Take the head's prior as it is, once it is asked for."""
+        self._head = head
+        self._masses: dict[float, Tensor] = {}
+
+    @cached_property
+    def best(self) -> Tensor:
+        """Log p(v | e) of each expert's likeliest token, fp32 [M]."""
+        return self._head.log_prior().amax(dim=-1)
+
+    def mass(self, temperature: float) -> Tensor:
+        """What the tempered prior of each expert sums up to, as a logarithm: fp32 [M]."""
+        if temperature not in self._masses:
+            self._masses[temperature] = (self._head.log_prior() / temperature).logsumexp(dim=-1)
+        return self._masses[temperature]
+
+
+class Candidates:
+    """The tokens that could be next at some positions; those of an expert that was not picked are one mass."""
+
+    def __init__(self, head: TopKExpertsHead, scored: Scored, priors: Priors) -> None:
+        """Start with the always-on tokens and all tokens of the picked experts.
+
+        Args:
+            head: the sparse head.
+            scored: what it scored at B positions.
+            priors: of the same head.
+        """
+        self._head, self._scored, self._priors = head, scored, priors
+        self._temperature = 1.0
+        self._logits = head.candidate_logits(scored)  # (B, n)
+        self._experts = scored.experts  # taken apart, in the order that their tokens are in
+        self._places: Tensor | None = None  # of the tokens among those, once some were left out
+        self._are_others_out = False
+
+    def penalise(self, input_ids: Tensor, penalty: float) -> None:
+        """Make the tokens of a prefix [B, T] less likely (CTRL, Keskar et al. 2019, https://arxiv.org/abs/1909.05858)."""
+        head = self._head
+        always, of_expert = head.places_of(input_ids)
+        experts = of_expert.clamp_min(0) // head.expert_size
+        is_seen = torch.zeros_like(self._scored.tail_scores, dtype=torch.bool)
+        is_seen.scatter_reduce_(1, experts, of_expert >= 0, "amax")
+        self._take_apart(is_seen)
+        order = torch.arange(self._experts.shape[1]).expand_as(self._experts)
+        rank = torch.zeros_like(is_seen, dtype=torch.long).scatter_(1, self._experts, order)
+        within = head.num_always_on + rank.gather(1, experts) * head.expert_size + of_expert % head.expert_size
+        places = torch.where(of_expert >= 0, within, always)
+        logits = self._logits.gather(1, places)
+        self._logits.scatter_(1, places, torch.where(logits < 0, logits * penalty, logits / penalty))
+
+    def heat(self, temperature: float) -> None:
+        """Divide the logits by a temperature."""
+        self._temperature = temperature
+        self._logits = self._logits / temperature
+
+    def keep_top_k(self, count: int) -> None:
+        """Leave out all but the likeliest tokens and those as likely as the last of them."""
+        if count > self._logits.shape[1]:
+            self._take_apart_above(-math.inf)
+        count = min(count, self._logits.shape[1])
+        least = self._logits.topk(count).values[:, -1:]
+        if self._take_apart_above(least):
+            least = self._logits.topk(count).values[:, -1:]
+        self._keep(least)
+
+    def keep_top_p(self, share: float) -> None:
+        """Leave out all but the likeliest tokens that have a share of the probability.
+
+        Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+        """
+        least = self._least_of_top_p(share)
+        if self._take_apart_above(least):
+            least = self._least_of_top_p(share)
+        self._keep(least)
+
+    def _least_of_top_p(self, share: float) -> Tensor:
+        """The least logit among the likeliest candidates that have a share of the probability, [B, 1]; else -inf."""
+        total, count, length = self._log_mass(), FIRST_TRIED, self._logits.shape[1]
+        while True:
+            likeliest = self._logits.topk(min(count, length)).values
+            probabilities = (likeliest - total).exp()
+            sums = probabilities.cumsum(dim=-1)
+            has_enough = sums[:, -1:] >= share
+            if count >= length or has_enough.all():
+                break
+            count *= 16
+        least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
+        return least if self._are_others_out else least.where(has_enough, -math.inf)
+
+    def keep_min_p(self, share: float) -> None:
+        """Leave out tokens whose probability is less than a share of the likeliest one's."""
+        self._take_apart_above(self._logits.amax(dim=-1, keepdim=True))
+        least = self._logits.amax(dim=-1, keepdim=True) + (math.log(share) if share > 0 else -math.inf)
+        self._take_apart_above(least)
+        self._keep(least)
+
+    def best(self) -> Tensor:
+        """The likeliest token, [B]."""
+        self._take_apart_above(self._logits.amax(dim=-1, keepdim=True))
+        return self._tokens(self._logits.argmax(dim=-1, keepdim=True))
+
+    def drawn(self) -> Tensor:
+        """A token at random, [B]."""
+        if self._are_others_out:
+            return self._tokens(draw(self._logits))
+        count = self._logits.shape[1]
+        drawn = draw(torch.cat([self._logits, self._masses()], dim=-1))
+        tokens = self._tokens(drawn.clamp_max(count - 1))
+        for row in (drawn.squeeze(1) >= count).nonzero().flatten().tolist():
+            expert = drawn[row] - count
+            place = draw(self._head.log_prior(expert).flatten(1) / self._temperature)
+            tokens[row] = self._head.expert_ids[expert, place.squeeze(1)]
+        return tokens
+
+    def _log_mass(self) -> Tensor:
+        """Of all tokens, [B, 1]."""
+        mass = self._logits.logsumexp(dim=-1, keepdim=True)
+        return mass if self._are_others_out else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
+
+    def _masses(self) -> Tensor:
+        """Log masses of the experts that are not taken apart, minus infinity for the others, [B, M]."""
+        scores = self._scored.tail_scores / self._temperature + self._priors.mass(self._temperature)
+        return scores.scatter(1, self._experts, -torch.inf)
+
+    def _take_apart_above(self, logit: Tensor | float) -> bool:
+        """Take apart the experts that have a token above a logit, [B, 1], and say whether there were any."""
+        if self._are_others_out:
+            return False
+        most = self._scored.most_left
+        if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
+            return False
+        best = (self._scored.tail_scores + self._priors.best) / self._temperature
+        return self._take_apart(best > logit)
+
+    def _take_apart(self, are_wanted: Tensor) -> bool:
+        """Take apart the experts that are wanted, [B, M], and say whether there were any; rows may get others, too."""
+        are_wanted = are_wanted.scatter(1, self._experts, False)
+        count = int(are_wanted.sum(dim=-1).amax())
+        if count == 0:
+            return False
+        order = are_wanted.int().scatter(1, self._experts, -1)
+        more = order.topk(count, dim=-1).indices  # (B, count)
+        scores = self._scored.tail_scores.gather(1, more).unsqueeze(-1)
+        logits = (scores + self._head.log_prior(more)).flatten(1) / self._temperature
+        self._logits = torch.cat([self._logits, logits], dim=-1)
+        self._experts = torch.cat([self._experts, more], dim=-1)
+        return True
+
+    def _keep(self, least: Tensor) -> None:
+        """Leave out what is below a logit, [B, 1]."""
+        count = int((self._logits >= least).sum(dim=-1).amax())
+        likeliest, places = self._logits.topk(count)
+        self._logits, self._are_others_out = likeliest.masked_fill(likeliest < least, -math.inf), True
+        self._places = places if self._places is None else self._places.gather(1, places)
+
+    def _tokens(self, places: Tensor) -> Tensor:
+        """Token ids of places among the candidates, [B, 1] to [B]."""
+        head = self._head
+        if self._places is not None:
+            places = self._places.gather(1, places)
+        of_expert = (places - head.num_always_on).clamp_min(0)
+        expert = self._experts.gather(1, of_expert // head.expert_size)
+        tokens = head.expert_ids[expert, of_expert % head.expert_size]
+        if head.num_always_on:
+            always = head.always_on_ids[places.clamp_max(head.num_always_on - 1)]
+            tokens = torch.where(places < head.num_always_on, always, tokens)
+        return tokens.squeeze(1)
+
+
+def draw(logits: Tensor) -> Tensor:
+    """One place of each row at random, with the probabilities of a softmax: fp32 [B, n] to [B, 1].
+
+    By inversion, which is several times as fast as `torch.multinomial` on a CPU.
+    """
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
+    return drawn.clamp_max(logits.shape[1] - 1)

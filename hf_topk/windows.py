@@ -1,0 +1,217 @@
+"""Windows: the runs of tokens that documents are cut into, each of which begins as the tokenizer begins a text."""
+
+import random
+import sys
+from array import array
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PreTrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from .documents import Chat, Document
+from .model.errors import InputError
+from .progress import progress_once_slow
+
+WINDOW_LENGTH = 256  # tokens that the model reads in one pass
+POSITIONS_AT_ONCE = 4096  # in one pass of the dense model
+MIN_WINDOW_LENGTH = 2  # a single token says nothing about the next
+CHARACTERS_PER_PIECE = 2**16  # tokenizers take some 200 bytes of memory a character: never hand over a whole book
+PIECES_PER_BATCH = 16  # tokenised in parallel
+PROBE = "a"  # any text
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of token ids of one document that the model reads in one pass.
+
+    Each token is a position: the model predicts the distribution of the token that follows it.
+
+    Attributes:
+        document: index of the document that the run comes from.
+        token_ids: the special tokens that a text begins with and a run of its own, 2 to `window_length` ids together.
+    """
+
+    document: int
+    token_ids: tuple[int, ...]
+
+
+def make_windows(
+    documents: Sequence[Document], tokenizer: Tokenizer, window_length: int, max_positions: int | None, seed: int
+) -> list[Window]:
+    """Tokenise documents and cut them into windows: all there are, or a sample that covers the documents evenly.
+
+    Every window begins with the special tokens that the tokenizer puts before a text, wherever in its document it
+    stands: models that have them are not made to read without. Those of a conversation begin as its chat template
+    does. Then comes a run of the document's own tokens, as many as make `window_length`; the last one is shorter, and
+    left out if that makes a single token. A sample takes a random window of each document, the documents in random
+    order, then a second one of each, and so on; the window that reaches `max_positions` is cut to fit.
+
+    Args:
+        documents: texts and conversations.
+        tokenizer: the model's tokenizer.
+        window_length: tokens in a window, at least 2, and more than special tokens before a text.
+        max_positions: the most tokens in all windows together, at least 2; None takes everything.
+        seed: seed of the sample; the same seed draws the same windows.
+
+    Returns:
+        The windows, in the order in which they stand in the documents; at least one.
+
+    Raises:
+        InputError: a number is too small, no document has 2 tokens, or a conversation does not fit the tokenizer.
+    """
+    if not documents:
+        raise InputError("There is no text to cut into windows: the list of documents is empty")
+    opening = _opening_tokens(tokenizer)
+    shortest = max(MIN_WINDOW_LENGTH, len(opening) + 1)
+    for name, number in (("window_length", window_length), ("max_positions", max_positions)):
+        if number is not None and number < shortest:
+            raise InputError(f"{name} is {number}: it must be {shortest} or more")
+    generator = random.Random(seed)
+    order = generator.sample(range(len(documents)), len(documents))
+    left = sys.maxsize if max_positions is None else max_positions
+    drawn: list[tuple[int, int, tuple[int, ...]]] = []  # document, start, token ids
+    with closing(_token_ids(documents, order, tokenizer, opening)) as token_ids:
+        for document, start, window in _draw_round_robin(token_ids, window_length, generator):
+            drawn.append((document, start, window[:left]))
+            left -= min(left, len(window))
+            if left < shortest:
+                break
+    if not drawn:
+        raise InputError(f"The text is too short: no document has {MIN_WINDOW_LENGTH} tokens; give more text")
+    return [Window(document, window) for document, _, window in sorted(drawn)]
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    """One document: its index, the special tokens that its windows begin with, and its own tokens."""
+
+    index: int
+    opening: tuple[int, ...]
+    own: "array[int]"
+
+    def starts(self, window_length: int) -> range:
+        """Where in the document's own tokens its windows start."""
+        fewest = max(1, MIN_WINDOW_LENGTH - len(self.opening))
+        return range(0, len(self.own) - fewest + 1, window_length - len(self.opening))
+
+    def window(self, start: int, window_length: int) -> tuple[int, ...]:
+        return (*self.opening, *self.own[start : start + window_length - len(self.opening)])
+
+
+def _draw_round_robin(
+    documents: Iterable[_Tokenised], window_length: int, generator: random.Random
+) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield document, start and token ids of a random window of each document, then of a second one of each..."""
+    waiting: deque[tuple[_Tokenised, Iterator[int]]] = deque()
+    for document in documents:
+        all_starts = document.starts(window_length)
+        if starts := generator.sample(all_starts, len(all_starts)):
+            yield document.index, starts[0], document.window(starts[0], window_length)
+            waiting.append((document, iter(starts[1:])))
+    while waiting:
+        document, rest = waiting.popleft()
+        for start in islice(rest, 1):
+            yield document.index, start, document.window(start, window_length)
+            waiting.append((document, rest))
+
+
+def _token_ids(
+    documents: Sequence[Document], order: Sequence[int], tokenizer: Tokenizer, opening: tuple[int, ...]
+) -> Generator[_Tokenised, None, None]:
+    """Yield the documents in the given order, tokenising little more than is asked for."""
+    ids = array("i")
+    pieces = (piece for index in order for piece in _pieces(index, as_text(documents[index], tokenizer)))
+    total = sum(len(document) for document in documents)
+    with progress_once_slow("Tokenising", total, "characters") as advance:
+        while batch := list(islice(pieces, PIECES_PER_BATCH)):
+            # verbose=False: no warning that a text is longer than the model reads, for it is cut afterwards.
+            encoded = tokenizer([text for _, text, _ in batch], add_special_tokens=False, verbose=False)
+            for (index, text, is_last), piece_ids in zip(batch, encoded["input_ids"], strict=True):
+                ids.extend(piece_ids)
+                advance(len(text))
+                if is_last:
+                    yield _tokenised(index, documents[index], ids, opening)
+                    ids = array("i")
+
+
+def _tokenised(index: int, document: Document, ids: "array[int]", opening: tuple[int, ...]) -> _Tokenised:
+    """Take off the special tokens that a text begins with where it spells them; a conversation need not have any."""
+    if opening and tuple(ids[: len(opening)]) == opening:
+        return _Tokenised(index, opening, ids[len(opening) :])
+    return _Tokenised(index, () if isinstance(document, Chat) else opening, ids)
+
+
+def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False) -> str:
+    """A document's text; a conversation's is made by the tokenizer's chat template.
+
+    Args:
+        document: a text or a conversation.
+        tokenizer: the model's tokenizer.
+        to_answer: whether a conversation's text ends with what the model's answer follows.
+
+    Raises:
+        InputError: when it has no chat template, or one that refuses the conversation.
+    """
+    if isinstance(document, str):
+        return document
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise InputError("the text has conversations, and the model's tokenizer has no chat template: give plain text")
+    messages = [{"role": role, "content": content} for role, content in document.messages]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the tokenizer's chat template does not take a conversation of the text ({reason}): change or remove it"
+        ) from error
+
+
+def _opening_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text: what stands before the text's own tokens."""
+    own: list[int] = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
+    full: list[int] = tokenizer(PROBE, verbose=False)["input_ids"]
+    places = range(len(full) - len(own) + 1)
+    return tuple(full[: next((place for place in places if full[place : place + len(own)] == own), 0)])
+
+
+def _pieces(index: int, document: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield a document's index with its text in pieces, and whether a piece is the document's last."""
+    start = 0
+    while len(document) - start > CHARACTERS_PER_PIECE:
+        # Nearly all tokenizers start a token at a space, so that a cut before one changes no token.
+        space = document.rfind(" ", start + 1, start + CHARACTERS_PER_PIECE)
+        end = space if space > 0 else start + CHARACTERS_PER_PIECE
+        yield index, document[start:end], False
+        start = end
+    yield index, document[start:], True
+
+
+def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> int:
+    """How many of the wanted tokens a model can read in one pass.
+
+    Args:
+        config: of a dense or a converted model.
+        wanted: tokens in a window.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(wanted, longest) if isinstance(longest, int) and longest > 0 else wanted
+
+
+def batches_of(windows: list[Window], positions: int = POSITIONS_AT_ONCE) -> Iterator[list[Window]]:
+    """Cut a list of windows into batches of at most `positions` positions, but at least one window."""
+    batch: list[Window] = []
+    longest = 0
+    for window in windows:
+        longest = max(longest, len(window.token_ids))
+        if batch and longest * (len(batch) + 1) > positions:
+            yield batch
+            batch, longest = [], len(window.token_ids)
+        batch.append(window)
+    if batch:
+        yield batch

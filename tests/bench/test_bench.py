@@ -1,0 +1,376 @@
+"""`hf-topk bench`: what is compared, on tiny models; nothing here depends on how long anything takes."""
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import run_main
+from support.tiny_models import TINY_SHAPE, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
+from test_cli import run_script
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import GenerationConfig
+
+from hf_topk.bench import head_speed as bench_head
+from hf_topk.bench import timing
+from hf_topk.bench.baselines import HnswHead, MissingPackageError, int8_head, random_flashhead
+from hf_topk.bench.competitors import Competitors, NoHead, recorded_states
+from hf_topk.bench.decode_speed import Decoding
+from hf_topk.bench.random_experts import convert_at_random
+from hf_topk.bench.shapes import SHAPES, random_model
+from hf_topk.bench.suite import Choices, bench
+from hf_topk.bench.timing import Spread, TokenClock, interleaved
+from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.model.errors import InputError
+
+HEAD_KEYS = {f"{name}_ms" for name in ("dense", "int8", "flashhead", "hnsw", "sparse", "lossless")}
+E2E_KEYS = {f"{name}_tok_s" for name in ("dense", "sparse", "lossless", "no_head")}
+
+
+@pytest.fixture
+def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither torchao, hnswlib nor matplotlib is installed."""
+    plain_import = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] in ("torchao", "hnswlib", "matplotlib"):
+            raise ModuleNotFoundError(name)
+        return plain_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(SHAPES, "tiny", TINY_SHAPE)
+    return "tiny"
+
+
+def random_states(models: Competitors) -> Tensor:
+    head = models.sparse.head
+    return torch.randn(40, head.in_features).to(head.weight.dtype)
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    own = tiny_converted(num_rescored=20)
+    return bench(own, random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
+
+
+# The competitors
+
+
+def test_most_drafts_of_a_random_model_are_accepted(tiny_shape: str) -> None:
+    decoding = Decoding(Competitors.of(convert_at_random(random_model(tiny_shape, torch.float32))), rounds=2)
+    decoding.greedy()
+    assert decoding.stats.tokens == 3 * 32
+    assert decoding.stats.acceptance > 0.8
+    assert decoding.stats.dense_passes_per_token < 0.3
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_competitors_share_all_tensors_and_differ_in_the_head(model_type: str) -> None:
+    own = tiny_converted(tiny_dense(model_type), num_experts_per_tok=6, head_mode="dense")
+    models = Competitors.of(own)
+    assert models.sparse is own
+    own.head_mode = "auto"
+    dense_tensors = {id(parameter) for parameter in models.dense.parameters()}
+    for model in (own, models.no_head):
+        outside = [tensor for name, tensor in model.named_parameters() if "router" not in name and "tail" not in name]
+        assert {id(tensor) for tensor in outside} <= dense_tensors
+    assert type(models.dense.get_output_embeddings()) is torch.nn.Linear
+    ids = torch.tensor([[5, 17, 40]])
+    with torch.inference_mode():
+        dense = models.dense(input_ids=ids).logits
+        # All experts are scored.
+        torch.testing.assert_close(own(input_ids=ids).logits, dense, atol=1e-4, rtol=1e-4)
+        ready = models.no_head(input_ids=ids[:, :1]).logits
+    assert ready.shape == (1, 1, own.head.out_features)
+
+
+def test_recorded_states_are_those_that_enter_the_head() -> None:
+    models = Competitors.of(tiny_converted())
+    models.dense.generation_config = GenerationConfig(pad_token_id=0)
+    states = recorded_states(models.dense, positions=30, batch=8, prompt_length=4)
+    assert states.shape == (32, 32)
+    assert len(states.unique(dim=0)) > 16
+
+
+def test_logits_without_a_head_are_those_of_the_rows_asked_for() -> None:
+    ready = NoHead(50, torch.bfloat16)
+    assert ready(torch.zeros(3, 1, 8)).shape == (3, 1, 50)
+    assert ready(torch.zeros(3, 1, 8)).dtype == torch.bfloat16
+
+
+# The baselines
+
+
+@pytest.mark.parametrize("vocab_size", [160, 100])
+def test_random_flashhead_has_every_token_once(vocab_size: int) -> None:
+    head = random_flashhead(torch.randn(vocab_size, 8), None)
+    assert head.cluster_ids.unique().tolist() == list(range(vocab_size))
+    assert head.cluster_ids.shape == (-(-vocab_size // 16), 16)
+
+
+def test_missing_packages_are_named(without_packages: None, tmp_path: Path) -> None:
+    weight = torch.randn(30, 8)
+    for make, package in ((int8_head, "torchao"), (HnswHead, "hnswlib")):
+        with pytest.raises(MissingPackageError, match=rf"needs {package}: pip install 'hf-topk\[bench\]'"):
+            make(weight, None)
+
+
+def test_a_baseline_without_its_package_is_left_out(without_packages: None, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = bench(tiny_converted(), random_states, Choices(batches=(), rounds=1))
+    assert figures["head"]["int8_ms"] is figures["head"]["hnsw_ms"] is None
+    assert figures["head"]["flashhead_ms"] > 0
+    assert not any("int8" in name or "hnsw" in name for name in figures["ratios"]["head"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert [line.split(":")[0] for line in lines] == ["int8 is left out", "hnsw is left out"]
+
+
+# Clocks
+
+
+def test_every_round_runs_everything_once_on_the_same_input() -> None:
+    seen: dict[str, list[int]] = {"one": [], "other": []}
+    numbers = iter(range(100))
+
+    def run(name: str) -> Callable[[int], float]:
+        def measured(number: int) -> float:
+            seen[name].append(number)
+            return float(number)
+
+        return measured
+
+    spreads = interleaved({name: run(name) for name in seen}, lambda: next(numbers), 5, "Testing", warm_up_rounds=2)
+    assert seen["one"] == seen["other"] == list(range(7))
+    assert spreads["one"] == spreads["other"] == Spread(4.0, 3.0, 5.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_the_clock_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 10.0, 11.0, 13.0])  # prompt, first token, two more
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
+    clock = TokenClock()
+    for _ in range(4):
+        clock.put(torch.zeros(1))
+    assert clock.seconds_a_token == 1.5
+
+
+def test_lossless_time_is_drafts_and_dense_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def fake(runs: dict[str, Any], states: Tensor, size: int, rounds: int, description: str) -> dict[str, Spread]:
+        monkeypatch.setattr(models.sparse.head, "dense_logits", lambda hidden: asked.append(tuple(hidden.shape)))
+        runs["dense_block"](states[:1])
+        return {name: Spread(2.0, 1.0, 3.0) if name == "draft" else Spread(10.0, 8.0, 12.0) for name in runs}
+
+    models = Competitors.of(tiny_converted())
+    monkeypatch.setattr(bench_head, "head_seconds", fake)
+    heads = bench_head.Heads(models, random_states(models), ("int8", "flashhead", "hnsw"))
+    stats = bench_head.LosslessStats(tokens=100, body_steps=110, dense_passes=20)
+    lossless = heads.one_position(stats, 1, False)["lossless"]
+    assert lossless.median == pytest.approx(1.1 * 2 + 0.2 * 10)
+    assert asked == [(1, 5, 32)]
+
+
+@pytest.mark.parametrize(("num_rescored", "rows"), [(20, 8 + 20), (32, 8 + 2 * 16)])
+def test_parts_are_those_of_the_sparse_head(num_rescored: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Competitors.of(tiny_converted(num_rescored=num_rescored))
+    head, states, seen = models.sparse.head, random_states(models), {}
+
+    def fake(runs: dict[str, Any], *_: object) -> dict[str, Spread]:
+        seen.update(runs)
+        return dict.fromkeys(runs, Spread(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(bench_head, "head_seconds", fake)
+    heads = bench_head.Heads(models, states, ("int8", "flashhead", "hnsw"))
+    heads.one_position(bench_head.LosslessStats(tokens=10, body_steps=10, dense_passes=1), 1, False)
+    scored = head.score(states[:2])
+    ids = [torch.cat([head.always_on_ids, one.flatten()]) for one in scored.ids]
+    assert len(ids[0]) == rows
+    assert torch.equal(seen["part_gather"](states[:1]), head.weight[ids[0]])
+    products = seen["part_gather_dot"](states[1:2])  # parts go through the states by turns
+    products = torch.cat(products, dim=-1) if isinstance(products, tuple) else products
+    torch.testing.assert_close(products[0], F.linear(states[1], head.weight)[ids[1]], atol=1e-4, rtol=1e-4)
+    assert ("part_screen" in seen) == head.screens == (num_rescored == 20)
+    if head.screens:
+        screened = seen["part_screen"](states[:1])
+        torch.testing.assert_close(screened, head.tail.screen(states[:1], scored.experts[:1]))
+
+
+# Figures
+
+
+def test_every_key_is_there(figures: dict[str, Any]) -> None:
+    assert set(figures["head"]) >= {*HEAD_KEYS, "sparse_all_logits_ms", "auto_ms", "part_screen_ms"}
+    assert figures["head"]["int8_ms"] is figures["head"]["hnsw_ms"] is None
+    assert set(figures["e2e"]) == E2E_KEYS
+    assert list(figures["batches"]) == ["1", "3", "32"]
+    for medians in figures["batches"].values():
+        assert set(medians) >= {"dense_ms", "auto_ms", "dense_tok_s", "auto_tok_s"}
+    assert figures["dtype"] == "float32"
+    assert figures["threads"] == torch.get_num_threads()
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["sizes"]["parameters"] == tiny_dense().num_parameters()
+    assert figures["sizes"]["num_rescored"] == 20
+    assert figures["added_memory_share"] == tiny_converted().head.added_bytes() / (100 * 32 * 4)
+    assert set(figures["prompt"]) == {"dense_ms", "auto_ms"}
+    assert set(figures["sampling"]) == E2E_KEYS - {"lossless_tok_s"}
+    assert 0 <= figures["tail_share"] <= 1
+    assert 0 <= figures["auto_sparse_up_to"] <= 64
+    assert 0 < figures["lossless"]["dense_passes_per_token"] <= 1
+    json.dumps(figures, allow_nan=False)
+
+
+def test_dense_is_the_better_of_both_types(figures: dict[str, Any]) -> None:
+    for medians in (figures["head"], *figures["batches"].values()):
+        assert medians["dense_ms"] == min(medians["dense_bfloat16_ms"], medians["dense_float32_ms"])
+
+
+def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
+    units = {"head": "ms", "prompt": "ms", "e2e": "tok_s", "sampling": "tok_s"}
+    sections = [(figures["ratios"][name], figures[name], unit) for name, unit in units.items()]
+    for size, ratios in figures["ratios"]["batches"].items():
+        sections += [(ratios[part], figures["batches"][size], units[part]) for part in ("head", "e2e")]
+    counted = 0
+    for ratios, medians, unit in sections:
+        for name, ratio in ratios.items():
+            one, other = (
+                name.replace("_share_of_ceiling", "_over_ceiling").replace("ceiling", "no_head").split("_over_")
+            )
+            quotient = medians[f"{one}_{unit}"] / medians[f"{other}_{unit}"]
+            assert ratio == pytest.approx(1 / quotient if unit == "ms" else quotient)
+            counted += 1
+    assert counted > 20
+    for other in ("dense", "flashhead"):
+        assert f"sparse_over_{other}" in figures["ratios"]["head"]
+    for share in ("sparse", "lossless"):
+        assert f"{share}_share_of_ceiling" in figures["ratios"]["e2e"]
+
+
+def test_medians_lie_within_their_quartiles(figures: dict[str, Any]) -> None:
+    for section in ("head", "prompt", "e2e", "sampling"):
+        for name, (low, high) in figures["spread"][section].items():
+            assert low <= figures[section][name] <= high
+
+
+def test_compiled_decoding_is_measured() -> None:
+    torch.compiler.reset()
+    models = Competitors.of(tiny_converted(tiny_dense(num_hidden_layers=1), num_rescored=20))
+    spreads = Decoding(models, rounds=1).compiled(backend="eager")
+    assert set(spreads) == {"dense", "sparse", "no_head"}
+    assert all(model._compiled_call is not None for model in (models.dense, models.sparse, models.no_head))
+
+
+# The command
+
+
+def test_measures_a_converted_model(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "model")
+    text = tiny_text(tmp_path / "text.jsonl")
+    recipe = Recipe(
+        text=str(text), positions=600, window_length=32, expert_size=16, distill_steps=5, router_rank=4, tail_rank=4
+    )
+    convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
+    options = ("--rounds", 1, "--batches", "2", "--without", "int8", "--without", "hnsw", "--threads", 1)
+    done = run_script(tmp_path, "bench", "out", *options, "--json", "--plot", "plot.svg")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["shape"], figures["threads"], list(figures["batches"])) == ("out", 1, ["2"])
+    assert set(figures["head"]) > HEAD_KEYS
+    assert set(figures["e2e"]) == E2E_KEYS
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    assert "Recording hidden states" in done.stderr
+
+
+def test_prints_tables_of_a_shape(
+    tiny_shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ("--rounds", 1, "--batches", "1", "--without", "int8", "--without", "hnsw", "--plot", "plot.png")
+    assert run_main(monkeypatch, "bench", "--shape", tiny_shape, *options) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("tiny\nmachine: ")
+    for line in (
+        "FlashHead's method: ",
+        "sparse: ",
+        "lossless: ",
+        "no head (the ceiling): ",
+        "batch 1: head ",
+    ):
+        assert f"\n{line}" in text
+    assert ": 256 always-on tokens, 512 in 185 of 1,234 experts of 16\n" in text
+    assert "; 768 rows scored (3.8%)" in text
+    assert "HNSW:" not in text
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in tmp_path.iterdir()] == ["plot.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ((), ("give one of the two", "--shape")),
+        (("out", "--shape", "smollm2-135m"), ("give one of the two", "--shape")),
+        (("--shape", "gpt-5"), ("unknown shape 'gpt-5'", "smollm2-135m")),
+        (("./gone",), ("no such model",)),
+        (("--shape", "smollm2-135m", "--without", "int4"), ("unknown baseline 'int4'", "int8, flashhead, hnsw")),
+        (("--shape", "smollm2-135m", "--batches", "1,x"), ("'1,x' are no batch sizes", "1,2,4")),
+        (("--shape", "smollm2-135m", "--batches", "0,64"), ("a batch of 0", "from 1 to 64")),
+        (("--shape", "smollm2-135m", "--dtype", "int4"), ("unknown dtype 'int4'", "bfloat16")),
+        (("--shape", "smollm2-135m", "--body", "int2"), ("unknown body 'int2'", "int8, int4")),
+        (("--shape", "smollm2-135m", "--device", "gpu"), ("no device 'gpu'", "choose auto, cpu")),
+        (("--shape", "smollm2-135m", "--plot", "plot.pdf"), ("plot.pdf is not drawn", ".png or .svg")),
+        (("--shape", "smollm2-135m", "--plot", "gone/plot.png"), ("there is no folder gone",)),
+    ],
+)
+def test_refuses_in_one_line(
+    arguments: tuple[str, ...],
+    parts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "bench", *arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert all(part in printed.err for part in parts), printed.err
+
+
+def test_int8_is_the_better_of_eager_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def dense_in_its_place(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        built.append(weight)
+        return lambda hidden: F.linear(hidden, weight, bias)
+
+    monkeypatch.setattr(bench_head, "int8_head", dense_in_its_place)
+    monkeypatch.setattr(bench_head, "compiled", lambda run, example: run)
+    for is_there in (True, False):
+        monkeypatch.setattr(bench_head, "has_compiler", lambda is_there=is_there: is_there)
+        models = Competitors.of(tiny_converted())
+        spreads = bench_head.Heads(models, random_states(models), ("flashhead", "hnsw")).batch(2, rounds=3)
+        ways = ["int8_eager", "int8_compiled"][: 1 + is_there]
+        assert [name for name in spreads if name.startswith("int8_")] == ways
+        assert spreads["int8"].median == min(spreads[way].median for way in ways)
+    assert [weight.shape for weight in built] == [(100, 32)] * 2
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, and there is none"):
+        Choices(compile=True)
+
+
+def test_a_plot_needs_matplotlib(
+    without_packages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "bench", "--shape", "smollm2-135m", "--plot", "plot.png") == 2
+    assert "--plot needs matplotlib: pip install 'hf-topk[bench]'" in capsys.readouterr().err

@@ -1,0 +1,52 @@
+"""Decoders in 8 and 4 bits: near the layers they are made of, and measured as any other."""
+
+import copy
+
+import pytest
+import torch
+from support.tiny_models import tiny_converted, tiny_dense
+from torch import nn
+
+from hf_topk.bench.quantised_decoder import Int4Linear, Int8Linear, check_body, quantise_body
+from hf_topk.model.errors import InputError
+
+
+@pytest.mark.parametrize(("kind", "most"), [(Int8Linear, 0.02), (Int4Linear, 0.15)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_are_near_those_they_are_made_of(kind: type, most: float, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias).to(dtype)
+    with torch.no_grad():
+        for shape in ((1, 64), (2, 5, 64), (1, 1, 64)):
+            inputs = torch.randn(shape).to(dtype)
+            found, exact = kind(linear)(inputs), linear(inputs)
+            assert found.dtype == dtype
+            assert found.shape == exact.shape
+            assert (found - exact).norm() / exact.norm() < most
+
+
+@pytest.mark.parametrize(("body", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
+def test_all_of_the_decoder_and_nothing_of_the_head(body: str, kind: type) -> None:
+    model = tiny_converted(tiny_dense(intermediate_size=64))
+    before = copy.deepcopy(model.head.state_dict())
+    linears = [name for name, module in model.base.named_modules() if type(module) is nn.Linear]
+    quantise_body(model, body)
+    assert {name for name, module in model.base.named_modules() if isinstance(module, kind)} == set(linears)
+    assert all(tensor.equal(before[name]) for name, tensor in model.head.state_dict().items())
+    ids = torch.tensor([[5, 17, 42]])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
+
+
+def test_layers_of_sizes_that_the_kernels_cannot_take_stay() -> None:
+    model = tiny_converted(tiny_dense(intermediate_size=40))
+    quantise_body(model, "int4")
+    assert isinstance(model.base.model.layers[0].self_attn.q_proj, Int4Linear)
+    assert type(model.base.model.layers[0].mlp.down_proj) is nn.Linear
+
+
+def test_refuses_what_is_no_body() -> None:
+    with pytest.raises(InputError, match="unknown body 'int2': choose one of int8, int4"):
+        check_body("int2", torch.device("cpu"))
+    with pytest.raises(InputError, match="on CPUs alone, not on cuda"):
+        check_body("int4", torch.device("cuda"))

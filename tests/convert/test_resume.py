@@ -1,0 +1,253 @@
+"""An interrupted conversion goes on where it stopped, and ends as if nothing had happened."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import check_refused, contents, run_main
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text
+from transformers import LlamaForCausalLM
+
+from hf_topk.convert import Recipe, convert_checkpoint, pipeline
+from hf_topk.convert.steps import hidden_states
+from hf_topk.windows import batches_of
+
+ARGUMENTS = ("convert", "model", "out", "--recipe", "recipe.yaml")
+WINDOWS_AT_ONCE = 2
+
+Uninterrupted = tuple[dict[str, bytes | None], int]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches_of, "__defaults__", (32 * WINDOWS_AT_ONCE,))
+
+
+@pytest.fixture(params=["text.jsonl", "mixed"])
+def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with a dense model, a text and a recipe that takes the sample from one of both."""
+    tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False), chats=True)
+    tiny_text(tmp_path / "text.jsonl")
+    write_recipe(tmp_path, text=request.param)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_recipe(folder: Path, **choices: Any) -> None:
+    (folder / "recipe.yaml").write_text(Recipe.from_dict({**QUICK, "positions": 400, **choices}).to_yaml())
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    return functools.partial(check_refused, monkeypatch, capsys)
+
+
+class Passes:
+    """Counts the dense model's passes with a tapped head, and interrupts one of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt_at: int | None = None) -> None:
+        self.count = 0
+        honest = LlamaForCausalLM.forward
+
+        @functools.wraps(honest)
+        def forward(model: LlamaForCausalLM, *arguments: Any, **choices: Any) -> Any:
+            if isinstance(model.lm_head, hidden_states.HeadTap):
+                self.count += 1
+                if self.count == interrupt_at:
+                    raise KeyboardInterrupt
+            return honest(model, *arguments, **choices)
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
+    return run_main(monkeypatch, *ARGUMENTS, *options)
+
+
+def result(here: Path) -> dict[str, bytes | None]:
+    """What was written, but for how long it took."""
+    files = contents(here / "out")
+    figures = json.loads(files.pop("figures.json"))
+    assert figures.pop("seconds") >= 0
+    return {**files, "figures": json.dumps(figures).encode()}
+
+
+@pytest.fixture
+def uninterrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Uninterrupted:
+    """The result of an uninterrupted conversion and its number of passes; the folder is as before."""
+    with monkeypatch.context() as patched:
+        passes = Passes(patched)
+        assert run(patched) == 0
+    expected = result(here)
+    shutil.rmtree(here / "out")
+    return expected, passes.count
+
+
+# Going on
+
+
+@pytest.mark.parametrize("interrupt_at", [2, 4, 6])
+def test_goes_on_with_hidden_states(
+    interrupt_at: int, here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, all_passes = uninterrupted
+    assert all_passes >= 6
+    before = contents(here)
+    with monkeypatch.context() as patched:
+        Passes(patched, interrupt_at)
+        assert run(patched) == 130
+    assert {name for name in contents(here) if not name.startswith(".out.work")} == set(before)
+    with monkeypatch.context() as patched:
+        rest = Passes(patched)
+        assert run(patched, "--resume") == 0
+    assert rest.count == all_passes - (interrupt_at - 2)  # the first is a check that each run makes
+    assert result(here) == expected
+    assert not (here / ".out.work").exists()
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_goes_on_after_an_interruption_in_a_later_step(
+    here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "train_router", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(patched) == 130
+    with monkeypatch.context() as patched:
+        passes = Passes(patched)
+        assert run(patched, "--resume") == 0
+    assert passes.count == 1 + 2  # a check that each run makes, and the batches that the plot is measured on
+    assert result(here) == uninterrupted[0]
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_resume_without_anything_to_resume_starts_anew(
+    here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, "--resume") == 0
+    assert result(here) == uninterrupted[0]
+
+
+@pytest.fixture
+def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A current folder with a conversion that was interrupted after two batches."""
+    with monkeypatch.context() as patched:
+        Passes(patched, interrupt_at=4)
+        assert run(patched) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "hf-topk: interrupted; an interrupted conversion goes on with --resume"
+    )
+    return here
+
+
+DAMAGE = {
+    "cut in the middle": lambda states: states.write_bytes(states.read_bytes()[:-100]),
+    "empty": lambda states: states.write_bytes(b""),
+    "gone": lambda states: states.unlink(),
+}
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_notices_that_states_are_not_whole(
+    damage: str, here: Path, uninterrupted: Uninterrupted, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, all_passes = uninterrupted
+    DAMAGE[damage](interrupted / ".out.work" / "hidden_states.bin")
+    passes = Passes(monkeypatch)
+    assert run(monkeypatch, "--resume") == 0
+    assert passes.count == all_passes
+    assert result(here) == expected
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_writes_over_what_lies_beyond_the_record(
+    here: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (interrupted / ".out.work" / "hidden_states.bin").open("ab") as file:
+        file.write(b"\xff" * 1000)  # of a batch that was not recorded
+    assert run(monkeypatch, "--resume") == 0
+    resumed = result(here)
+    shutil.rmtree(here / "out")
+    assert run(monkeypatch) == 0
+    assert result(here) == resumed
+
+
+# Refusing
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_refuses_to_forget_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
+    refused(*ARGUMENTS, parts=("a conversion to out was interrupted", "--resume", "--overwrite"))
+
+
+def change_the_model(folder: Path) -> None:
+    dense = tiny_dense(tied=False)
+    with torch.no_grad():
+        dense.lm_head.weight[7, 7] += 1
+    dense.save_pretrained(folder / "model")
+
+
+def change_the_config(folder: Path) -> None:
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+
+
+def change_the_tokenizer(folder: Path) -> None:
+    tokenizer = (folder / "model" / "tokenizer.json").read_text()
+    swapped = tokenizer.replace('"w1"', '"other"').replace('"w2"', '"w1"').replace('"other"', '"w2"')
+    assert swapped != tokenizer
+    (folder / "model" / "tokenizer.json").write_text(swapped)
+
+
+CHANGES = {
+    "model": change_the_model,
+    "config": change_the_config,
+    "tokenizer": change_the_tokenizer,
+    "end of text": lambda folder: (folder / "model" / "generation_config.json").write_text('{"eos_token_id": 5}'),
+    "text": lambda folder: tiny_text(folder / "text.jsonl", documents=5),
+    "seed": lambda folder: write_recipe(folder, text="text.jsonl", seed=1),
+    "tail_rank": lambda folder: write_recipe(folder, text="text.jsonl", tail_rank=7),
+    "batch_size, learning_rate": lambda folder: write_recipe(
+        folder, text="text.jsonl", batch_size=8, learning_rate=0.5
+    ),
+}
+NAMED = {"config": "model", "end of text": "model", "tokenizer": "model"}
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_to_go_on_with_something_else(
+    change: str, interrupted: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CHANGES[change](interrupted)
+    name = NAMED.get(change, change)
+    refused(*ARGUMENTS, "--resume", parts=("cannot resume", f"has changed: {name};", "--overwrite"))
+    assert run(monkeypatch, "--overwrite") == 0
+    assert not (interrupted / ".out.work").exists()
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_a_refused_input_leaves_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
+    (interrupted / "model" / "config.json").rename(interrupted / "model" / "config.old")
+    refused(*ARGUMENTS, "--overwrite", parts=("no config.json",))
+    (interrupted / "model" / "config.old").rename(interrupted / "model" / "config.json")
+    refused(*ARGUMENTS, "--overwrite", "-k", 99, parts=("num_experts_per_tok is 99",))
+
+
+@pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
+def test_refuses_a_text_of_another_name(interrupted: Path, refused: Any) -> None:
+    """The recipe names the file, so that a resumed conversion's card and recipe name the one that was read."""
+    (interrupted / "text.jsonl").rename(interrupted / "moved.jsonl")
+    write_recipe(interrupted, text="moved.jsonl")
+    refused(*ARGUMENTS, "--resume", parts=("has changed: text;",))
+
+
+def test_two_conversions_side_by_side_do_not_meet(here: Path) -> None:
+    recipe = Recipe.from_yaml(here / "recipe.yaml")
+    for out in ("a", "b"):
+        convert_checkpoint("model", out, recipe)
+    assert sorted(path.name for path in here.iterdir()) == ["a", "b", "model", "recipe.yaml", "text.jsonl"]

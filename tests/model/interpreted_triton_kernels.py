@@ -1,0 +1,96 @@
+"""The Triton kernels against their plain references, in Triton's interpreter.
+
+`test_triton_kernels.py` runs this file in a process of its own: where Triton was imported without its interpreter it
+cannot be had any more, and where it was imported with it nothing else could use Triton.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_topk.model import kernels, triton_kernels
+
+FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole(seed: int, low: int, high: int, *shape: int) -> Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Gather-dot
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("positions", "columns", "num_rows"), [(1, 7, 300), (3, 64, 33), (33, 600, 1), (1, 1024, 5)])
+def test_gather_dot(dtype: torch.dtype, has_bias: bool, positions: int, columns: int, num_rows: int) -> None:
+    hidden, weight = normal(0, positions, columns).to(dtype), normal(1, 97, columns).to(dtype)
+    bias = normal(2, 97).to(dtype) if has_bias else None
+    rows = whole(3, 0, 97, positions, num_rows)  # some are repeated
+    logits = triton_kernels.gather_dot(hidden, weight, bias, rows)
+    exact = kernels.gather_dot(hidden.double(), weight.double(), None if bias is None else bias.double(), rows)
+    one_step = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits, exact.to(dtype), rtol=one_step, atol=1e-4)
+
+
+def test_gather_dot_sums_in_fp32() -> None:
+    """Sums in bfloat16 stop growing at 256."""
+    rows = torch.zeros(1, 3, dtype=torch.long)
+    logits = triton_kernels.gather_dot(torch.ones(1, 1024).bfloat16(), torch.ones(4, 1024).bfloat16(), None, rows)
+    assert logits.tolist() == [[1024.0] * 3]
+
+
+def test_gather_dot_reads_tensors_where_they_lie() -> None:
+    hidden, weight = normal(0, 40, 3).t(), normal(1, 40, 9).t()
+    rows = torch.tensor([8, 0, 8, 3]).expand(3, -1)
+    torch.testing.assert_close(triton_kernels.gather_dot(hidden, weight, None, rows), (hidden @ weight.t())[:, rows[0]])
+
+
+# Products of few bits
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("positions", "columns", "num_rows"), [(1, 1, 2), (3, 20, 130), (33, 300, 17), (1, 1030, 3)])
+def test_int8_products(dtype: torch.dtype, positions: int, columns: int, num_rows: int) -> None:
+    inputs = normal(0, positions, columns).to(dtype)
+    rows, scales = whole(2, -127, 128, num_rows, columns).to(torch.int8), normal(1, num_rows).to(dtype)
+    exact = inputs.double() @ rows.double().t() * scales.double()
+    found = triton_kernels.int8_products(inputs, rows, scales)
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("is_picked", [False, True])
+@pytest.mark.parametrize(
+    ("positions", "experts", "size", "bytes_4bit", "bytes_2bit"),
+    [(1, 3, 1, 1, 1), (3, 9, 16, 48, 48), (33, 5, 7, 70, 3)],
+)
+def test_packed_products(
+    is_picked: bool, positions: int, experts: int, size: int, bytes_4bit: int, bytes_2bit: int
+) -> None:
+    inputs = normal(0, positions, 2 * bytes_4bit + 4 * bytes_2bit)
+    codes = [whole(width, 0, 256, experts, size, width).to(torch.uint8) for width in (bytes_4bit, bytes_2bit)]
+    picked = whole(1, 0, experts, positions, 4) if is_picked else None
+    products = triton_kernels.packed_products(inputs, *codes, picked)
+    torch.testing.assert_close(products, kernels.packed_products(inputs, *codes, picked), rtol=1e-5, atol=1e-3)
+
+
+def test_products_read_inputs_where_they_lie() -> None:
+    inputs, codes = normal(0, 24, 3).t()[:, 8:14], [whole(1, 0, 256, 4, 5, 1).to(torch.uint8) for _ in range(2)]
+    picked = whole(1, 0, 4, 2, 3).t()
+    expected = kernels.packed_products(inputs, *codes, picked)
+    torch.testing.assert_close(triton_kernels.packed_products(inputs, *codes, picked), expected, rtol=1e-5, atol=1e-4)
+    rows, scales = whole(2, -127, 128, 6, 9).to(torch.int8).t(), normal(3, 9)
+    expected = inputs @ rows.float().t() * scales
+    torch.testing.assert_close(triton_kernels.int8_products(inputs, rows, scales), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_no_positions_give_nothing() -> None:
+    weight, rows = normal(0, 9, 4), torch.empty(0, 3, dtype=torch.long)
+    assert triton_kernels.gather_dot(torch.empty(0, 4), weight, None, rows).shape == (0, 3)
+    assert triton_kernels.int8_products(torch.empty(0, 4), weight.to(torch.int8), torch.ones(9)).shape == (0, 9)
+    codes = torch.zeros(9, 2, 1, dtype=torch.uint8)
+    assert triton_kernels.packed_products(torch.empty(0, 6), codes, codes, None).shape == (0, 9, 2)

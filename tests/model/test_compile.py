@@ -1,0 +1,88 @@
+"""Compiled decoding: no graph break, no recompilation once it is warm, and the tokens of eager mode."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.tiny_models import tiny_converted, tiny_dense
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from hf_topk import TopKExpertsForCausalLM
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def converted(model_type: str = "llama", **choices: object) -> TopKExpertsForCausalLM:
+    """One that screens, with a packed router, as conversion makes them."""
+    chosen = {"num_rescored": 5, "router_packed": True, "sparse_max_positions": 2, **choices}
+    return tiny_converted(tiny_dense(model_type), **chosen)
+
+
+def generate(model: TopKExpertsForCausalLM, **choices: object) -> torch.Tensor:
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None, **choices}
+    return model.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
+
+
+def compiled_choices() -> dict[str, object]:
+    """As Transformers compiles by itself on a GPU, but with a backend that takes no time."""
+    config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "choices"),
+    [
+        ("llama", {}),
+        ("llama", {"num_rescored": 256}),
+        ("llama", {"router_packed": False}),
+        ("llama", {"combine": "learned"}),
+        ("llama", {"sparse_max_positions": 1}),  # a batch of two takes the dense path
+        ("gpt2", {}),
+    ],
+)
+def test_generate_with_a_static_cache_compiles_once_and_without_a_break(
+    model_type: str, choices: dict[str, object]
+) -> None:
+    model = converted(model_type=model_type, **choices)
+    expected = generate(model)
+    assert generate(model, **compiled_choices()).equal(expected)
+    warm = dict(counters["stats"])
+    assert warm["unique_graphs"] == 1
+    assert generate(model, **compiled_choices()).equal(expected)
+    assert counters["stats"]["unique_graphs"] == warm["unique_graphs"]
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+
+
+def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eager_mode() -> None:
+    model, sampling = converted(), {"do_sample": True, "top_k": 0, "top_p": 0.9}
+    torch.manual_seed(0)
+    expected = generate(model, **sampling)
+    for _ in range(2):
+        torch.manual_seed(0)
+        assert generate(model, **sampling, **compiled_choices()).equal(expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_a_model_compiled_as_a_whole_generates_the_tokens_of_eager_mode() -> None:
+    model = converted()
+    expected, dense = generate(model), model.base.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert generate(model, cache_implementation="static").equal(expected)
+    assert not counters["graph_break"]
+    # Where something stands in for the head, compiled code steps aside.
+    model.head_mode, lossless = "sparse", generate(model, lossless=True)
+    model.head_mode = "dense"
+    assert lossless.equal(generate(model))
+    assert dense.shape == lossless.shape

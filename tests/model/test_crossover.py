@@ -1,0 +1,101 @@
+"""Head mode "auto" runs sparse where that is the faster way, whatever the clock shows."""
+
+import copy
+
+import pytest
+import torch
+from support.heads import make_head
+from support.tiny_models import QUICK, some_windows, tiny_converted, tiny_dense
+
+from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
+from hf_topk.convert import Recipe, convert
+from hf_topk.model import crossover
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> TopKExpertsHead:
+    """In mode "auto", of which nothing was measured yet."""
+    monkeypatch.setattr(crossover, "_measured", {})
+    return copy.deepcopy(make_head(head_mode="auto", sparse_max_positions=None))
+
+
+@pytest.mark.parametrize(("sparse", "is_sparse"), [(0.01, True), (0.9, True), (0.97, False), (2.0, False)])
+@torch.no_grad()
+def test_sparse_where_it_gains_more_than_noise(
+    head: TopKExpertsHead, sparse: float, is_sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crossover, "SECONDS", 1e9)
+    times = {"sparse_logits": sparse, "dense_logits": 1.0}
+    clock = [0.0]
+    for name, seconds in times.items():
+        run = getattr(head, name)
+
+        def taking(hidden: torch.Tensor, run: object = run, seconds: float = seconds) -> torch.Tensor:
+            clock[0] += seconds
+            return run(hidden)
+
+        taking.__name__ = name
+        monkeypatch.setattr(head, name, taking)
+    monkeypatch.setattr(crossover.time, "perf_counter", lambda: clock[0])
+    assert head.runs_sparse(1) == is_sparse
+    ran = clock[0]
+    assert head.runs_sparse(1) == is_sparse  # known by now
+    assert clock[0] == ran
+    assert head.runs_sparse(3) == is_sparse  # another size, measured as 4
+    measured = clock[0]
+    assert measured > ran
+    assert head.runs_sparse(4) == is_sparse
+    assert clock[0] == measured
+    assert not head.runs_sparse(crossover.MOST_POSITIONS + 1)
+
+
+@torch.no_grad()
+def test_what_is_measured_is_of_one_setting(head: TopKExpertsHead) -> None:
+    head.runs_sparse(1)
+    head.runs_sparse(1, head.score)
+    head.num_experts_per_tok = 3
+    head.runs_sparse(1)
+    assert len(crossover._measured) == 3
+
+
+@torch.no_grad()
+def test_a_number_that_was_set_is_not_measured(head: TopKExpertsHead) -> None:
+    head.sparse_max_positions = 3
+    assert [head.runs_sparse(positions) for positions in (1, 3, 4)] == [True, True, False]
+    assert not crossover._measured
+
+
+@torch.no_grad()
+def test_nothing_is_measured_while_code_is_compiled(head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert [head.runs_sparse(positions) for positions in (1, 4, 5)] == [True, True, False]
+    assert not crossover._measured
+
+
+@torch.no_grad()
+def test_measuring_leaves_random_numbers_alone(head: TopKExpertsHead) -> None:
+    state = torch.get_rng_state()
+    head.runs_sparse(2)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_lossless_decoding_drafts_only_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = tiny_converted(), torch.tensor([[5, 17, 42]])
+    model.sparse_max_positions = None
+
+    def drafts(model: TopKExpertsForCausalLM) -> bool:
+        model.generate(prompt, max_new_tokens=4, do_sample=False, lossless=True)
+        return model.last_generation_stats is not None
+
+    for is_faster in (False, True):
+        monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *_, answer=is_faster: answer)
+        assert drafts(model) == is_faster
+    model.sparse_max_positions = 0  # set by hand, for calls that are not lossless
+    assert drafts(model)
+
+
+@pytest.mark.parametrize("chosen", [None, 3])
+def test_conversion_leaves_it_open_unless_it_is_chosen(chosen: int | None) -> None:
+    recipe = Recipe(**{**QUICK, "sparse_max_positions": chosen})
+    model = convert(tiny_dense(), None, recipe, windows=some_windows()).model
+    assert model.config.sparse_max_positions == model.head.sparse_max_positions == chosen

@@ -1,0 +1,75 @@
+"""Models that look at images: converted as a whole, they write what the dense model does."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from support.image_models import tiny_gemma3, tiny_llava, tiny_mllama, tiny_qwen2_vl
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_text
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from hf_topk import TopKExpertsForCausalLM
+from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.model import lossless
+from hf_topk.model.hub_card import named
+
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module", params=[tiny_llava, tiny_gemma3, tiny_qwen2_vl, tiny_mllama])
+def dense_and_inputs(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, dict[str, Any]]:
+    return request.param()
+
+
+def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[list[int]]:
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, **choices).tolist()
+
+
+@torch.no_grad()
+def test_writes_about_an_image_as_the_dense_model_does(
+    dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)
+    dense, inputs = dense_and_inputs
+    expected, text = dense(**inputs).logits, continuation(dense, inputs)
+    tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)
+    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        model, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert isinstance(model, TopKExpertsForCausalLM)
+        assert not any(info.values())
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        assert continuation(model, inputs) == text
+        model.head.num_experts_per_tok = 3
+        assert continuation(model, inputs, lossless=True) == text
+        assert 0 < model.last_generation_stats.accepted < model.last_generation_stats.drafted
+    config = AutoConfig.from_pretrained(tmp_path).text_config
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path, config=config)
+    assert type(again) is type(dense)
+    assert again(**inputs).logits.equal(expected)
+
+
+def test_the_image_is_looked_at(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]]) -> None:
+    dense, inputs = dense_and_inputs
+    model = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
+    other = {**inputs, "pixel_values": -inputs["pixel_values"]}
+    assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-2)
+
+
+def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, _ = tiny_llava()
+    tiny_checkpoint(tmp_path / "model", dense)
+    recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), num_experts_per_tok=2, **QUICK)
+    convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert "takes images as the dense model does" in card.text
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", named(card.text, "out"), re.DOTALL)
+    found: dict[str, Any] = {}
+    for number in (0, 2):  # the other one is for where there is no package
+        exec(snippets[number].replace("64", "2"), found)
+    assert isinstance(found["model"], TopKExpertsForCausalLM)
+    assert type(found["dense"]) is type(dense)

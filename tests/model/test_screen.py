@@ -1,0 +1,166 @@
+"""The screen: exact logits for the likeliest tokens of the picked experts, estimates for the rest."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support.heads import CLOSE, dense_logits, make_head, make_hidden, picked_experts, seeds, sizes, unique_ids
+from torch import Tensor
+
+from hf_topk import TopKExpertsHead
+from hf_topk.model import head
+from hf_topk.model.token_chooser import likeliest
+
+
+def estimates_of(head: TopKExpertsHead, hidden: Tensor, experts: list[int]) -> dict[int, float]:
+    """What the screen has for each token of some experts, the likeliest first: [1, d]."""
+    scores, estimates = head.router(hidden)[0], {}
+    within = head.tail.screen(hidden, torch.arange(head.num_experts).expand(1, -1))[0]
+    for expert in experts:
+        ids = unique_ids(head, expert)
+        places = [head.expert_ids[expert].tolist().index(token) for token in ids.tolist()]
+        shares = within[expert, places].log_softmax(dim=0)
+        estimates |= dict(zip(ids.tolist(), (scores[expert] + shares).tolist(), strict=True))
+    return dict(sorted(estimates.items(), key=lambda one: one[1], reverse=True))
+
+
+def expected_logits(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
+    """Worked out position by position, expert by expert."""
+    dense, scores = dense_logits(head, hidden), head.router(hidden)
+    expected = torch.full_like(dense, -torch.inf)
+    for position, picked in enumerate(picked_experts(head, hidden)):
+        for expert, ids in enumerate(head.expert_ids):
+            expected[position, ids] = scores[position, expert] + head.tail.log_prior[expert]
+        estimates = estimates_of(head, hidden[position : position + 1], picked)
+        best = list(estimates)[: head.num_rescored]
+        estimated = torch.tensor([estimates[token] for token in best]).logsumexp(dim=0)
+        offset = dense[position, best].logsumexp(dim=0) - estimated
+        expected[position, list(estimates)] = torch.tensor(list(estimates.values()))
+        expected[position] += offset
+        expected[position, best] = dense[position, best]
+    expected[:, head.always_on_ids] = dense[:, head.always_on_ids]
+    return expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, positions=st.integers(1, 4), bias=st.booleans(), choices=sizes(), num_rescored=st.integers(1, 40))
+def test_logits_are_those_worked_out(
+    seed: int, positions: int, bias: bool, choices: dict[str, int], num_rescored: int
+) -> None:
+    head, hidden = make_head(bias=bias, num_rescored=num_rescored, **choices), make_hidden(seed, positions)
+    assume(head.screens)
+    torch.testing.assert_close(head.sparse_logits(hidden), expected_logits(head, hidden), **CLOSE[torch.float32])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 4),
+    choices=sizes(),
+    num_rescored=st.integers(1, 60),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_laws(
+    seed: int, positions: int, choices: dict[str, int], num_rescored: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """Rescored tokens have their dense logits, the likeliest one is that of the sparse ones, all experts are dense."""
+    head = make_head(bias=bias, dtype=dtype, num_rescored=num_rescored, **choices)
+    hidden = make_hidden(seed, positions, dtype)
+    logits, dense = head.sparse_logits(hidden), dense_logits(head, hidden)
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+    scored = head.score(hidden)
+    if head.screens:
+        assert scored.ids.shape == (positions, num_rescored)
+    ids = torch.cat([head.always_on_ids.expand(positions, -1), scored.ids.flatten(1)], dim=-1)
+    torch.testing.assert_close(logits.gather(1, ids), dense.gather(1, ids), **CLOSE[dtype])
+    chosen = logits.gather(1, likeliest(head, scored).unsqueeze(-1)).squeeze(-1)
+    assert chosen.equal(logits.amax(dim=-1))  # in 16 bits two can be the best
+    head.num_experts_per_tok = head.num_experts
+    torch.testing.assert_close(head.sparse_logits(hidden), dense, **CLOSE[dtype])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, choices=sizes(), num_rescored=st.integers(1, 60))
+def test_exact_logits_go_to_the_likeliest_and_to_no_token_twice(
+    seed: int, choices: dict[str, int], num_rescored: int
+) -> None:
+    """However short the last expert is: what repeats there takes the place of none."""
+    head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, 1)
+    assume(head.screens)
+    estimates = estimates_of(head, hidden, picked_experts(head, hidden)[0])
+    rescored = head.score(hidden).ids[0].unique().tolist()
+    assert len(rescored) == min(num_rescored, len(estimates))
+    left = [estimate for token, estimate in estimates.items() if token not in rescored]
+    assert min(estimates[token] for token in rescored) >= max(left, default=-torch.inf) - 1e-4
+
+
+def test_as_many_as_are_picked_need_no_screen() -> None:
+    few, many, hidden = make_head(num_rescored=2 * 16 - 1), make_head(num_rescored=2 * 16), make_hidden(0, 3)
+    assert few.screens
+    assert not many.screens
+    assert many(hidden).equal(make_head(num_rescored=1000)(hidden))
+    assert not many(hidden).equal(few(hidden))
+
+
+@pytest.mark.parametrize("combine", ["router", "learned"])
+def test_what_combines_needs_all_exact_logits(combine: str) -> None:
+    head, hidden = make_head(num_rescored=3, combine=combine), make_hidden(0, 3)
+    assert not head.screens
+    assert head(hidden).equal(make_head(combine=combine)(hidden))
+
+
+def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are batched, or worked off in turns."""
+    sparse, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(0, 12)
+    together = sparse(hidden)
+    for _ in range(2):
+        one_by_one = torch.cat([sparse(one) for one in hidden.split(1)])
+        torch.testing.assert_close(sparse(hidden), one_by_one, **CLOSE[torch.bfloat16])  # which few are rounded to
+        torch.testing.assert_close(sparse(hidden), together, **CLOSE[torch.float32])
+        monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)
+
+
+def test_share_outside_of_what_was_picked() -> None:
+    head, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(1, 6)
+    logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
+    picked = torch.zeros_like(logits, dtype=torch.bool)
+    picked[:, head.always_on_ids] = True
+    for position, experts in enumerate(picked_experts(head, hidden)):
+        picked[position, head.expert_ids[experts].flatten()] = True
+    expected = logits.softmax(dim=-1).masked_fill(picked, 0).sum(dim=-1)
+    torch.testing.assert_close(outside, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router_packed", [False, True])
+def test_compiles_to_one_graph(router_packed: bool) -> None:
+    head, hidden = make_head(num_rescored=5, router_packed=router_packed), make_hidden(2, 2)
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden), head(hidden), **CLOSE[torch.bfloat16])  # which eager code rounds to
+
+
+def test_gradients_reach_the_hidden_states() -> None:
+    """Through exact logits, and through the rounding of the router and of the screen."""
+    head, hidden = make_head(num_rescored=5, router_packed=True), make_hidden(3, 2).requires_grad_()
+    logits, ids = head.sparse_logits(hidden), head.score(hidden.detach()).ids
+    gradient = torch.autograd.grad(logits.gather(1, ids).sum(), hidden, retain_graph=True)[0]
+    expected = torch.stack([head.weight[row].sum(dim=0) for row in ids])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    of_all = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), hidden)[0]
+    assert of_all.isfinite().all()
+    assert of_all.any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("router_packed", [False, True])
+def test_bytes_read(bias: bool, router_packed: bool) -> None:
+    head = make_head(num_rescored=5, bias=bias, router_packed=router_packed)
+    # Rank 4 takes one byte for the two directions of 4 bits, and one for four of 2 bits.
+    basis = 6 * 32 + 4 * (6 + 6)
+    router = basis + 6 * 2 + 4 * (32 + 6) + (not router_packed) * 4 * 6 * 32
+    screen, prior = basis + 2 * 16 * (2 + 4), 4 * 6 * 16
+    assert head.bytes_read() == (8 + 5) * 4 * (32 + bias) + router + screen + prior
+    head.num_rescored = 7
+    head.num_experts_per_tok = 3
+    assert head.bytes_read() == (8 + 7) * 4 * (32 + bias) + router + screen + 16 * (2 + 4) + prior

@@ -1,0 +1,248 @@
+"""Tokens chosen without logits of the whole vocabulary are distributed as those chosen with them."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from support.heads import make_head, make_hidden, seeds, sizes
+from support.tiny_models import VOCAB_SIZE, tiny_converted, tiny_dense
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import logits_process as processors
+
+from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
+from hf_topk.model import token_chooser
+from hf_topk.model.token_chooser import Candidates, Priors, TokenChooser, can_choose, draw
+
+PREFIX = torch.tensor([[5, 17, 42, 8, 17, 3], [99, 3, 64, 2, 77, 99]])
+WARPERS = {
+    "penalty": lambda value: processors.RepetitionPenaltyLogitsProcessor(1 + value),
+    "temperature": lambda value: processors.TemperatureLogitsWarper(0.3 + 2 * value),
+    "top_k": lambda value: processors.TopKLogitsWarper(1 + int(150 * value)),
+    "top_p": lambda value: processors.TopPLogitsWarper(0.01 + 0.98 * value),
+    "min_p": lambda value: processors.MinPLogitsWarper(value**3),
+}
+# As Transformers orders them.
+choices_of_warpers = st.lists(st.sampled_from(list(WARPERS)), unique=True).flatmap(
+    lambda names: st.tuples(*(st.tuples(st.just(name), st.floats(0.01, 0.99)) for name in WARPERS if name in names))
+)
+
+
+def choose_from(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Candidates:
+    """Candidates as a generation with these processors has them before it draws."""
+    chooser = TokenChooser(head, found, does_sample=True)
+    left: list[Candidates] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Candidates, "drawn", lambda self: left.append(self))
+        chooser.choose(PREFIX[: len(hidden)], head.score(hidden))
+    return left[0]
+
+
+def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
+    """The probability with which each token is drawn, [B, V], token by token."""
+    logits = candidates._logits
+    places = torch.arange(logits.shape[1]).expand_as(logits)
+    tokens = torch.stack([candidates._tokens(place.unsqueeze(1)) for place in places.unbind(1)], dim=1)
+    masses = torch.full((len(logits), head.num_experts), -torch.inf)
+    if not candidates._are_others_out:
+        masses = candidates._masses()
+    shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
+    probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
+    probabilities.scatter_add_(1, tokens, shares[:, : logits.shape[1]])
+    within = (head.log_prior() / candidates._temperature).double().softmax(dim=-1)
+    of_others = shares[:, logits.shape[1] :].unsqueeze(-1) * within
+    return probabilities.scatter_add_(1, head.expert_ids.flatten().expand(len(logits), -1), of_others.flatten(1))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=seeds,
+    positions=st.integers(1, 2),
+    choices=sizes(),
+    num_rescored=st.integers(1, 60),
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
+    combine=st.sampled_from(["exact", "exact", "learned"]),
+    chosen=choices_of_warpers,
+)
+def test_probabilities_are_those_of_the_sparse_logits(
+    seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, chosen: Any
+) -> None:
+    """After any of the usual processors, worked out from all logits by those of Transformers."""
+    head, hidden = make_head(num_rescored=num_rescored, combine=combine, **choices), make_hidden(seed, positions)
+    hidden = hidden * spread
+    found = [WARPERS[name](value) for name, value in chosen]
+    scores = head.sparse_logits(hidden)
+    for one in found:
+        before, scores = scores, one(PREFIX[:positions], scores.clone())
+        ranked = before.double().softmax(-1).sort(descending=True).values.cumsum(-1)
+        if isinstance(one, processors.TopPLogitsWarper):  # where a sum is rounded it may go either way
+            assume(((ranked - one.top_p).abs() > 1e-5).all())
+        if isinstance(one, processors.MinPLogitsWarper):
+            best = before.amax(-1, keepdim=True)
+            assume(((before - best).exp() / one.min_p - 1).abs().min() > 1e-4)
+        if isinstance(one, processors.TopKLogitsWarper) and one.top_k < VOCAB_SIZE:
+            near = before.sort(descending=True).values[:, one.top_k - 1 : one.top_k + 1]
+            assume((near[:, 0] - near[:, -1]).abs().min() > 1e-4 or (near[:, 0] == near[:, -1]).all())
+    found_probabilities = distribution(choose_from(head, hidden, found), head)
+    torch.testing.assert_close(found_probabilities, scores.double().softmax(-1), rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=seeds, positions=st.integers(1, 3), choices=sizes(), num_rescored=st.integers(1, 60))
+def test_the_best_is_that_of_the_sparse_logits(
+    seed: int, positions: int, choices: dict[str, int], num_rescored: int
+) -> None:
+    head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, positions)
+    logits = head.sparse_logits(hidden)
+    best = Candidates(head, head.score(hidden), Priors(head)).best()
+    assert logits.gather(1, best.unsqueeze(1)).squeeze(1).equal(logits.amax(dim=-1))
+
+
+def p_value(counts: Tensor, probabilities: Tensor) -> float:
+    """Of a chi-square test; tokens that are expected fewer than ten times count as one."""
+    expected = probabilities * counts.sum()
+    is_rare = expected < 10
+    cells = [torch.cat([one[~is_rare], one[is_rare].sum()[None]]) for one in (counts.double(), expected)]
+    is_there = cells[1] > 0
+    distance = ((cells[0] - cells[1]) ** 2 / cells[1].clamp_min(1e-9))[is_there].sum()
+    return float(chi2.sf(float(distance), int(is_there.sum()) - 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_broken", [False, True])
+@pytest.mark.parametrize("chosen", [{}, {"temperature": 1.5, "top_p": 0.9}])
+def test_distribution_of_200_000_draws(
+    chosen: dict[str, float], is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule that forgets the mass of what was not scored fails it."""
+    head, hidden = make_head(num_rescored=20), make_hidden(3, 1) / 3
+    scores = head.sparse_logits(hidden)
+    found = []
+    if chosen:
+        found = [processors.TemperatureLogitsWarper(1.5), processors.TopPLogitsWarper(0.9)]
+    for one in found:
+        scores = one(PREFIX[:1], scores)
+    if is_broken:
+        monkeypatch.setattr(Candidates, "_masses", lambda self: torch.full_like(self._scored.tail_scores, -torch.inf))
+        monkeypatch.setattr(Candidates, "_take_apart_above", lambda *_: False)
+    torch.manual_seed(0)
+    many = hidden.expand(2000, -1)
+    counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)
+    for _ in range(100):
+        chooser = TokenChooser(head, found, does_sample=True)
+        tokens = chooser.choose(PREFIX[:1].expand(2000, -1), head.score(many))
+        counts += tokens.bincount(minlength=VOCAB_SIZE)
+    found_p = p_value(counts, scores.double().softmax(-1)[0])
+    assert (found_p < 1e-6) if is_broken else (found_p > 1e-4)
+
+
+def test_draws_of_one_and_of_none() -> None:
+    """What has no probability is never drawn, wherever it stands."""
+    logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
+    for _ in range(100):
+        assert draw(logits).tolist() == [[1], [2]]
+
+
+# In generations
+
+
+@pytest.fixture(scope="module")
+def model() -> TopKExpertsForCausalLM:
+    return tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20, num_experts_per_tok=2)
+
+
+def generate(model: TopKExpertsForCausalLM, **choices: Any) -> Tensor:
+    torch.manual_seed(0)
+    return model.generate(
+        PREFIX, attention_mask=torch.ones_like(PREFIX), max_new_tokens=8, eos_token_id=None, **choices
+    )
+
+
+def whole_steps(model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, **choices: Any) -> int:
+    """How many steps of a generation made logits of all tokens."""
+    steps: list[int] = []
+    logits = model.head.logits
+    monkeypatch.setattr(model.head, "logits", lambda hidden: steps.append(1) or logits(hidden))
+    generate(model, **choices)
+    monkeypatch.undo()
+    return len(steps)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.3},
+        {"do_sample": True},
+        {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.7},
+        {"do_sample": True, "top_k": 0, "min_p": 0.1},
+    ],
+)
+def test_only_the_prompt_has_logits_of_all_tokens(
+    model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
+) -> None:
+    assert whole_steps(model, monkeypatch, **choices) == 1
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"do_sample": True, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "typical_p": 0.5},
+        {"do_sample": True, "output_scores": True, "return_dict_in_generate": True},
+        {"do_sample": True, "logits_processor": [lambda ids, scores: scores]},
+    ],
+)
+def test_other_choices_have_them_at_every_step(
+    model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(token_chooser.TokenChooser, "__init__", None)
+    steps: list[int] = []
+    forward = model.head.forward
+    monkeypatch.setattr(model.head, "forward", lambda hidden: steps.append(1) or forward(hidden))
+    generate(model, **choices)
+    assert len(steps) == 8
+
+
+def test_greedy_tokens_are_those_of_whole_logits(
+    model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [generate(model, do_sample=False), generate(model, do_sample=False, repetition_penalty=1.4)]
+    monkeypatch.setattr("hf_topk.model.modeling_topk_experts.can_choose", lambda *_: False)
+    assert chosen[0].equal(generate(model, do_sample=False))
+    assert chosen[1].equal(generate(model, do_sample=False, repetition_penalty=1.4))
+
+
+def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And draws from what the cap leaves."""
+    model = tiny_converted(tiny_dense("gemma2", final_logit_softcapping=0.5), head_mode="sparse", num_rescored=20)
+    assert whole_steps(model, monkeypatch, do_sample=True, top_k=0) == 8
+    chosen = generate(model, do_sample=False)
+    monkeypatch.setattr("hf_topk.model.modeling_topk_experts.can_choose", lambda *_: False)
+    assert chosen.equal(generate(model, do_sample=False))
+
+
+def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some do with the tokens of images."""
+    model = tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20)
+    forward = model.base.forward
+
+    def masked(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits[..., :50] = torch.finfo(output.logits.dtype).min
+        return output
+
+    monkeypatch.setattr(model.base, "forward", masked)
+    for choices in ({"do_sample": False}, {"do_sample": True}, {"do_sample": False, "lossless": True}):
+        assert (generate(model, **choices)[:, PREFIX.shape[1] :] >= 50).all()
+
+
+def test_all_experts_are_left_to_transformers() -> None:
+    """So that the same seed gives the dense model's tokens."""
+    head = make_head(num_experts_per_tok=6)
+    assert head.num_experts == 6
+    assert not can_choose(head, [], GenerationConfig(do_sample=True))
+    assert can_choose(make_head(), [], GenerationConfig(do_sample=True))

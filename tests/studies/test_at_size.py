@@ -1,0 +1,61 @@
+"""A conversion of a stand-in model: its head, what is said of it, and the command that prints it."""
+
+import json
+
+import pytest
+import torch
+from support.tiny_models import QUICK
+
+from hf_topk.cli import main
+from hf_topk.convert import Recipe
+from hf_topk.convert.steps.hidden_states import tapped_head
+from hf_topk.model.errors import InputError
+from studies import at_size
+
+VOCAB_SIZE, HIDDEN_SIZE = 500, 48
+
+
+def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits() -> None:
+    model, frequencies = at_size.stand_in(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert frequencies.max() > 10 * frequencies.median()
+    windows = at_size.sample_windows(frequencies, 650, seed=0)
+    assert sum(len(window.token_ids) for window in windows) == 650
+    token_ids = torch.tensor([window.token_ids for window in windows[:3]])
+    with torch.inference_mode(), tapped_head(model) as tap:
+        model(input_ids=token_ids)
+        together = tap.states
+        model(input_ids=token_ids[1:2, :50])
+        assert torch.equal(together[1:2, :50], tap.states)
+    probabilities = (together.float() @ model.lm_head.weight.detach().float().t()).softmax(dim=-1)
+    assert 0.2 < float(probabilities.amax(dim=-1).mean()) < 0.95
+
+
+def test_the_figures_are_of_a_conversion() -> None:
+    recipe = Recipe.from_dict({**QUICK, "positions": 2000, "target_agreement": 0.8, "allow_below_target": True})
+    figures = at_size.convert_at_size(VOCAB_SIZE, HIDDEN_SIZE, recipe)
+    steps = figures["step_seconds"]
+    assert list(steps) == [
+        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail", "calibration",
+    ]  # fmt: skip
+    assert figures["head_bytes"] == 2 * VOCAB_SIZE * HIDDEN_SIZE
+    assert figures["peak_share"] == figures["peak_bytes"] / (2 * figures["head_bytes"] + 2 * 10**9)
+    assert figures["agreement"] > 0.5
+    assert json.dumps(figures)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--shape", "lama"], "unknown shape 'lama': choose one of gemma-3-270m, gemma-3-1b"),
+        (["--vocab-size", "100"], "no size: give --shape"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(
+    arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["at_size", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main(at_size.app)
+    assert caught.value.code == InputError.exit_code
+    assert reason in capsys.readouterr().err

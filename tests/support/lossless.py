@@ -1,0 +1,35 @@
+"""What tests of lossless decoding share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_topk import LosslessStats, TopKExpertsForCausalLM
+from support.tiny_models import tiny_converted
+
+PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
+NEW_TOKENS = 24
+SAMPLED = {"do_sample": True, "top_k": 0}
+
+
+def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
+    """A converted model that guesses right at times: it screens half of the tokens, and its router knows nothing."""
+    torch.manual_seed(1)
+    chosen = {"num_experts_per_tok": 4, "num_rescored": 56, "router_packed": True, **choices}
+    return tiny_converted(dense, **chosen)
+
+
+def generate(
+    model: Any, prompt: Tensor = PROMPT, seed: int = 0, *, from_embeddings: bool = False, **choices: Any
+) -> Any:
+    if from_embeddings:  # of other tokens than those of the prompt
+        choices["inputs_embeds"] = model.get_input_embeddings()(prompt.flip(1)).detach()
+    torch.manual_seed(seed)
+    return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})
+
+
+def stats_of(model: TopKExpertsForCausalLM) -> LosslessStats:
+    assert model.last_generation_stats is not None
+    return model.last_generation_stats
