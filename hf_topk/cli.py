@@ -207,8 +207,8 @@ def evaluate(
         rows = {
             "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "
             f"{compared.ties:,} ties, {compared.differing - compared.ties:,} others",
-            "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.body_steps_per_token:.3f} steps "
-            f"of the body, {compared.acceptance:.1%} of the drafts accepted",
+            "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.forward_passes_per_token:.3f} "
+            f"forward passes of the decoder, {compared.acceptance:.1%} of the drafts accepted",
         }
     if as_json:
         print_json(figures)

@@ -209,7 +209,7 @@ def test_evaluate_compares_lossless_decoding(printed: Callable[..., tuple[str, s
     figures = json.loads(printed(*options, "--dtype", "float32", "--json")[0])
     assert figures["lossless_tokens"] == figures["lossless_identical"] == 3 * 64
     assert figures["lossless_ties"] == figures["lossless_differing"] == 0
-    assert 0 < figures["dense_passes_per_token"] <= 1 <= figures["body_steps_per_token"]
+    assert 0 < figures["dense_passes_per_token"] <= 1 <= figures["forward_passes_per_token"]
     assert 0 <= figures["acceptance"] <= 1
     text, _ = printed(*options)
     assert "lossless: 192 of 192 tokens the dense model's own, 0 ties, 0 others" in text

@@ -39,7 +39,7 @@ from transformers.utils import logging
 from hf_topk.cli import main
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.run import convert_checkpoint
-from hf_topk.model import lossless
+from hf_topk.model import drafting
 from hf_topk.model.cache_rollback import why_not_rolled_back
 from hf_topk.model.errors import InputError, TopKExpertsError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
@@ -167,11 +167,11 @@ def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) ->
 @contextmanager
 def _every_draft() -> Iterator[None]:
     """Have lossless decoding draft where the router is unsure as well, as that of a tiny model is throughout."""
-    before, lossless.DOUBTFUL_SHARE = lossless.DOUBTFUL_SHARE, 1.0
+    before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
     try:
         yield
     finally:
-        lossless.DOUBTFUL_SHARE = before
+        drafting.DOUBTFUL_SHARE = before
 
 
 def _load(folder: Path, loader: Any, **choices: Any) -> Any:

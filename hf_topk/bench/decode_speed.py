@@ -28,7 +28,7 @@ SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "
 OVERHEAD_ROUNDS = 2000
 LIKELIER = 100.0
 
-PROMPT_STATS = LosslessStats(tokens=-1, body_steps=-1, dense_passes=-1)  # takes away what is not timed
+PROMPT_STATS = LosslessStats(tokens=-1, forward_passes=-1, dense_passes=-1)  # takes away what is not timed
 
 Decoder = Callable[[Tensor], float]
 

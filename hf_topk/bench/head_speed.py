@@ -146,7 +146,7 @@ class Heads:
     def one_position(self, stats: LosslessStats, rounds: int, is_compiled: bool) -> dict[str, Spread]:
         """Time all heads on one position, lossless decoding's among them.
 
-        A lossless token takes `body_steps_per_token` runs of the drafting head on one position and
+        A lossless token takes `forward_passes_per_token` runs of the drafting head on one position and
         `dense_passes_per_token` runs of the dense head on a block. Both are timed, the latter on as many positions as
         the blocks had on average, and added up.
 
@@ -167,7 +167,7 @@ class Heads:
             extra |= {f"{name}_compiled": compiled(run, self.states[:1]) for name, run in runs.items()}
         spreads = self._time(1, rounds, extra)
         draft, dense = spreads["draft"], spreads["dense_block"]
-        steps = stats.body_steps_per_token
+        steps = stats.forward_passes_per_token
         spreads["lossless"] = Spread(
             steps * draft.median + passes * dense.median,
             steps * draft.low + passes * dense.low,

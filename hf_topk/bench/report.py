@@ -73,8 +73,8 @@ def _circumstances(figures: dict[str, Any]) -> Rows:
         "auto": f"sparse up to {figures['auto_sparse_up_to']:,} positions",
         "added memory": f"{figures['added_memory_share']:.1%} of the head",
         "lossless": f"{lossless['dense_passes_per_token']:.3f} dense passes and "
-        f"{lossless['body_steps_per_token']:.3f} steps of the body a token, {lossless['acceptance']:.1%} of the drafts "
-        "accepted",
+        f"{lossless['forward_passes_per_token']:.3f} forward passes of the decoder a token, "
+        f"{lossless['acceptance']:.1%} of the drafts accepted",
         "a step's own Python": f"{overhead['wrapper']:.3f} ms the wrapper, {overhead['sparse']:.3f} ms with the head",
     }
 

@@ -99,7 +99,7 @@ def bench(
         },
         "lossless": {
             "dense_passes_per_token": stats.dense_passes_per_token,
-            "body_steps_per_token": stats.body_steps_per_token,
+            "forward_passes_per_token": stats.forward_passes_per_token,
             "acceptance": stats.acceptance,
         },
         "tail_share": heads.tail_share(),

@@ -52,9 +52,9 @@ class LosslessComparison:
         return self.stats.dense_passes_per_token
 
     @property
-    def body_steps_per_token(self) -> float:
+    def forward_passes_per_token(self) -> float:
         """Runs of the model for a new token of each row in the batch."""
-        return self.stats.body_steps_per_token
+        return self.stats.forward_passes_per_token
 
     @property
     def acceptance(self) -> float:
@@ -69,7 +69,7 @@ class LosslessComparison:
             "lossless_ties": self.ties,
             "lossless_differing": self.differing,
             "dense_passes_per_token": self.dense_passes_per_token,
-            "body_steps_per_token": self.body_steps_per_token,
+            "forward_passes_per_token": self.forward_passes_per_token,
             "acceptance": self.acceptance,
         }
 

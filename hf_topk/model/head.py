@@ -7,13 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .crossover import is_faster
-from .head_layout import check_sizes, places_left
-from .head_sizes import SizedHead
+from .head_layout import LaidOutHead, check_sizes
 from .kernels import always_and_gather_dot, expert_dot
 from .router import Router
 from .scored import Picked, Scored
@@ -27,7 +25,7 @@ LOGITS_AT_ONCE = 1 << 20
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
 
 
-class TopKExpertsHead(SizedHead):
+class TopKExpertsHead(LaidOutHead):
     """A dense head that reads only the rows of the experts its router picks.
 
     It *is* the dense linear layer, weight and bias as they were, so that ties, dense decoding and training work on
@@ -67,14 +65,6 @@ class TopKExpertsHead(SizedHead):
             self.combiner = LearnedCombiner(num_experts).requires_grad_(False)
         self._stand_ins: dict[int, Callable[[Tensor], Tensor]] = {}
         self._reset_ids()
-
-    def _reset_ids(self) -> None:
-        ids = torch.arange(self.out_features, device=self.expert_ids.device)
-        init.copy_(self.always_on_ids, ids[: self.num_always_on])
-        slots = ids[self.num_always_on :][: self.expert_ids.numel()]
-        first_of_last = slots[(len(slots) - 1) // self.expert_size * self.expert_size]
-        padding = first_of_last.expand(self.expert_ids.numel() - len(slots))
-        init.copy_(self.expert_ids, torch.cat([slots, padding]).view_as(self.expert_ids))
 
     def reset_additions(self) -> None:
         """Freeze what conversion adds, and set what was not loaded to experts of neighbouring ids, all scored alike."""
@@ -260,31 +250,11 @@ class TopKExpertsHead(SizedHead):
             prior, ids = prior[experts], ids[experts]
         return self.mask_padding(prior.float(), ids)
 
-    def places_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens stand.
-
-        Args:
-            tokens: ids, of any shape.
-
-        Returns:
-            Places among the always-on tokens, and among those of all experts one after the other; else -1.
-        """
-        always, routed = torch.full((2, self.out_features), -1, device=tokens.device)
-        always[self.always_on_ids] = torch.arange(self.num_always_on, device=tokens.device)
-        places = torch.arange(self.expert_ids.numel(), device=tokens.device)
-        routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)  # of repeats the first
-        return always[tokens], routed[tokens]
-
     def pick(self, hidden: Tensor, with_level: bool = True) -> Picked:
         """Pick the experts to score for hidden states [N, d]; scores are as [`Router.forward`] has them."""
         scores = self.router(hidden, with_level)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         return Picked(scores, top, top_scores)
-
-    def scored_ids(self, experts: Tensor) -> Tensor:
-        """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
-        always = self.always_on_ids.expand(experts.shape[0], -1)
-        return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
 
     def _combine(
         self, scores: Tensor, top: Tensor, disagreement: Tensor, offset: Tensor
@@ -303,36 +273,3 @@ class TopKExpertsHead(SizedHead):
             return prior
         places = scored.experts.unsqueeze(-1).expand(-1, -1, self.expert_size)
         return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
-
-    @property
-    def has_short_experts(self) -> bool:
-        """Whether some expert has fewer than S tokens, and repeats its first id."""
-        return self.num_experts * self.expert_size != self.out_features - self.num_always_on
-
-    def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Give the repeated ids of short experts no mass: values and ids [..., S]."""
-        if not self.has_short_experts:
-            return values
-        repeats = ids == ids[..., :1]
-        repeats = torch.cat([torch.zeros_like(repeats[..., :1]), repeats[..., 1:]], dim=-1)
-        return values.masked_fill(repeats, -torch.inf)
-
-    @torch.no_grad()
-    def take_over(self, resized: nn.Linear) -> None:
-        """Take the weight and bias of a head with more or fewer rows.
-
-        Tokens that are new become always-on; the places of tokens that are gone repeat an id that is still there.
-
-        Args:
-            resized: a linear layer of the same hidden size.
-        """
-        vocab_size = resized.weight.shape[0]
-        # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
-        known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
-        added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
-        kept = self.always_on_ids[self.always_on_ids < vocab_size]
-        self.always_on_ids = torch.cat([kept, added])
-        places = places_left(self.expert_ids, vocab_size)
-        self.expert_ids = self.expert_ids.flatten()[places]
-        self.tail.take_places(places)
-        self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size

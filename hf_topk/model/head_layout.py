@@ -1,10 +1,12 @@
 """How token ids are laid out in experts, and what becomes of them when the vocabulary changes."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
+from .head_sizes import SizedHead
 
 
 def check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
@@ -38,3 +40,73 @@ def places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:
     gone = gone.gather(1, order)
     first = torch.where(gone[:, :1], places[~gone][0], places[:, :1])
     return torch.where(gone, first, places)
+
+
+class LaidOutHead(SizedHead):
+    """A dense head whose token ids are laid out in experts and always-on tokens.
+
+    Attributes:
+        always_on_ids: token ids scored at every position, [A] int64.
+        expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
+    """
+
+    def _reset_ids(self) -> None:
+        ids = torch.arange(self.out_features, device=self.expert_ids.device)
+        init.copy_(self.always_on_ids, ids[: self.num_always_on])
+        slots = ids[self.num_always_on :][: self.expert_ids.numel()]
+        first_of_last = slots[(len(slots) - 1) // self.expert_size * self.expert_size]
+        padding = first_of_last.expand(self.expert_ids.numel() - len(slots))
+        init.copy_(self.expert_ids, torch.cat([slots, padding]).view_as(self.expert_ids))
+
+    def places_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Where tokens stand.
+
+        Args:
+            tokens: ids, of any shape.
+
+        Returns:
+            Places among the always-on tokens, and among those of all experts one after the other; else -1.
+        """
+        always, routed = torch.full((2, self.out_features), -1, device=tokens.device)
+        always[self.always_on_ids] = torch.arange(self.num_always_on, device=tokens.device)
+        places = torch.arange(self.expert_ids.numel(), device=tokens.device)
+        routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)  # of repeats the first
+        return always[tokens], routed[tokens]
+
+    def scored_ids(self, experts: Tensor) -> Tensor:
+        """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
+        always = self.always_on_ids.expand(experts.shape[0], -1)
+        return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
+
+    @property
+    def has_short_experts(self) -> bool:
+        """Whether some expert has fewer than S tokens, and repeats its first id."""
+        return self.num_experts * self.expert_size != self.out_features - self.num_always_on
+
+    def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
+        """Give the repeated ids of short experts no mass: values and ids [..., S]."""
+        if not self.has_short_experts:
+            return values
+        repeats = ids == ids[..., :1]
+        repeats = torch.cat([torch.zeros_like(repeats[..., :1]), repeats[..., 1:]], dim=-1)
+        return values.masked_fill(repeats, -torch.inf)
+
+    @torch.no_grad()
+    def take_over(self, resized: nn.Linear) -> None:
+        """Take the weight and bias of a head with more or fewer rows.
+
+        Tokens that are new become always-on; the places of tokens that are gone repeat an id that is still there.
+
+        Args:
+            resized: a linear layer of the same hidden size.
+        """
+        vocab_size = resized.weight.shape[0]
+        # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
+        known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
+        added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
+        kept = self.always_on_ids[self.always_on_ids < vocab_size]
+        self.always_on_ids = torch.cat([kept, added])
+        places = places_left(self.expert_ids, vocab_size)
+        self.expert_ids = self.expert_ids.flatten()[places]
+        self.tail.take_places(places)
+        self.weight, self.bias, self.out_features = resized.weight, resized.bias, vocab_size

@@ -1,11 +1,12 @@
 """Lossless decoding: the sparse head drafts, the dense head verifies a block at once, the tokens are the dense ones.
 
 Transformers' own sampling loop runs unchanged and is given dense logits at every step; that these were computed a block
-at a time is hidden inside the forward call. A block of n positions takes n steps of the body. The head keeps the hidden
-states that enter it and answers the first n - 1 with sparse logits, from which the next token is guessed as the loop
-would choose it; the last step computes the dense logits of all n states in one product. The loop then draws its own
-tokens from them. While they are those that were guessed, no model runs; at the first other one the cache is rolled back
-and the next block starts. So processors, criteria, streamers and scores are as in dense decoding, whatever was guessed.
+at a time is hidden inside the forward call. A block of n positions takes n forward passes of the decoder. The head
+keeps the hidden states that enter it and answers the first n - 1 with sparse logits, from which the next token is
+guessed as the loop would choose it; the last step computes the dense logits of all n states in one product. The loop
+then draws its own tokens from them. While they are those that were guessed, no model runs; at the first other one the cache is
+rolled back and the next block starts. So processors, criteria, streamers and scores are as in dense decoding, whatever
+was guessed.
 
 Sampling is no exception. Speculative decoding usually accepts a draft with probability min(1, p / q); here the guess is
 made with the very noise that the loop is going to draw with, and is right where both choose the same token. Both take
@@ -13,26 +14,26 @@ the largest p(v) / noise(v), so that they mostly do; and the outcome does not de
 gives the tokens of dense decoding. ("Drafter-invariant speculative decoding", Daliri et al., arXiv 2408.07978.)
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import astuple, dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from .cache_rollback import RollBack, why_not_rolled_back
-from .head import TopKExpertsHead
-from .logits_processors import SHARED_PROCESSORS
+from .drafting import MOST_POSITIONS, Block, Drafter
 
 logger = logging.get_logger(__name__)
 
+# Whether the generation that is going on, in this thread, is to be lossless.
+is_lossless_generation: ContextVar[bool] = ContextVar("is_lossless_generation", default=False)
+
 FIRST_SIZE = 8  # positions in a block, at first
 LARGEST_SIZE = 16
-MOST_POSITIONS = 128  # of all rows, in a block: with more the dense product is no longer bound by the bytes it reads
-# A draft is doubtful if more of the probability lies outside of what was scored: such drafts are wrong more often than
-# others, and what is drafted after a wrong one is lost.
-DOUBTFUL_SHARE = 0.6
 
 
 @dataclass
@@ -41,14 +42,14 @@ class LosslessStats:
 
     Attributes:
         tokens: new tokens of a row, of the longest one.
-        body_steps: runs of the model, the one over the prompt included, which counts as one in chunks, too.
+        forward_passes: runs of the model, the one over the prompt included, which counts as one in chunks, too.
         dense_passes: runs of the dense head, the one on the prompt included.
         drafted: tokens drafted.
         accepted: drafts that were the dense model's own tokens, in every row, as were all those before it.
     """
 
     tokens: int = 0
-    body_steps: int = 0
+    forward_passes: int = 0
     dense_passes: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -67,9 +68,23 @@ class LosslessStats:
         return self.dense_passes / max(1, self.tokens)
 
     @property
-    def body_steps_per_token(self) -> float:
+    def forward_passes_per_token(self) -> float:
         """Runs of the model for a new token: 1 in dense decoding."""
-        return self.body_steps / max(1, self.tokens)
+        return self.forward_passes / max(1, self.tokens)
+
+
+@contextmanager
+def generating(*, is_lossless: bool) -> Iterator[None]:
+    """For a while, and in this thread alone, say whether what is generated is to be lossless.
+
+    Args:
+        is_lossless: whether it is.
+    """
+    before = is_lossless_generation.set(is_lossless)
+    try:
+        yield
+    finally:
+        is_lossless_generation.reset(before)
 
 
 def sample(
@@ -122,7 +137,7 @@ class VerifiedModel:
         stats: what it took so far.
     """
 
-    def __init__(self, model: Any, drafter: "Drafter", synced_gpus: bool) -> None:
+    def __init__(self, model: Any, drafter: Drafter, synced_gpus: bool) -> None:
         """Wrap a model for one generation.
 
         Args:
@@ -135,9 +150,9 @@ class VerifiedModel:
         self._synced_gpus = synced_gpus
         self._cache: RollBack | None = None
         self._has_started = False
-        self._block: Block | None = None
+        self._block: BlockReader | None = None
         self._size = FIRST_SIZE
-        self.stats = LosslessStats(tokens=1, body_steps=1, dense_passes=1)
+        self.stats = LosslessStats(tokens=1, forward_passes=1, dense_passes=1)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -162,10 +177,11 @@ class VerifiedModel:
         if self._block is None or not self._block.goes_on_with(input_ids[:, -1]):
             self._end_block()
             size = self._drafter.longest_block(input_ids, self._size, self._cache)
-            self._block = self._drafter.draft(input_ids, kwargs, size, self._cache)
-            self.stats.body_steps += len(self._block.outputs)
+            block = self._drafter.draft(input_ids, kwargs, size, self._cache)
+            self._block = BlockReader(block)
+            self.stats.forward_passes += len(block.outputs)
             self.stats.dense_passes += 1
-            self.stats.drafted += len(self._block.guesses)
+            self.stats.drafted += len(block.guesses)
         return {"output": self._block.serve()}
 
     def __call__(self, output: Any, **_: Any) -> Any:
@@ -195,7 +211,7 @@ class VerifiedModel:
         )
 
     def _dense_step(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
-        self.stats.body_steps += 1
+        self.stats.forward_passes += 1
         self.stats.dense_passes += 1
         return self._model(**self._model.prepare_inputs_for_generation(input_ids, **kwargs), return_dict=True)
 
@@ -203,9 +219,10 @@ class VerifiedModel:
         """Take from the cache what was drafted in vain, and learn from it how far to draft."""
         if self._block is None or self._cache is None:
             return
-        block, self._block = self._block, None
-        self._cache.back(len(block.outputs) - block.served)
-        accepted = block.served - 1
+        block, served = self._block.block, self._block.served
+        self._block = None
+        self._cache.back(len(block.outputs) - served)
+        accepted = served - 1
         self.stats.accepted += accepted
         if accepted < len(block.guesses):
             self._size = accepted + 1
@@ -213,172 +230,31 @@ class VerifiedModel:
             self._size = min(LARGEST_SIZE, 2 * self._size)
 
 
-class Block:
-    """Positions that are verified together; stands in for the head while they are drafted.
+class BlockReader:
+    """Serves the positions of a verified block, one after the other.
 
     Attributes:
-        outputs: what the model returned at each position, with dense logits [B, 1, V] once the block is served.
-        guess: the next token if no processor is asked, [B]; the logits say nothing of it then.
-        guesses: the tokens drafted after each position but the last, [B] each.
-        ended: rows that have ended, [B] bool: nothing that is drafted for them is doubtful.
-        is_verified: whether the dense logits were computed.
-        dense: the dense logits as they left the model, [B, n, V].
+        block: what was drafted and verified.
         served: the number of positions that were made use of.
     """
 
-    def __init__(self, head: TopKExpertsHead, size: int, is_greedy: bool) -> None:
-        """Start a block.
+    def __init__(self, block: Block) -> None:
+        """Begin before the first position.
 
         Args:
-            head: the head to stand in for.
-            size: positions in the block, at most.
-            is_greedy: whether a guess is the argmax of the logits and nothing else is looked at.
+            block: a verified block.
         """
-        self._head = head
-        self._is_greedy = is_greedy
-        self._states: list[Tensor] = []
-        self.size = size
-        self.outputs: list[Any] = []
-        self.guess: Tensor | None = None
-        self.guesses: list[Tensor] = []
-        self.ended: Tensor | None = None
-        self.is_verified = False
-        self.dense = torch.empty(0)
+        self.block = block
         self.served = 0
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits for the next guess, [B, 1, V]; at the last position the dense logits of the whole block, [B, n, V].
-
-        Args:
-            hidden: the state that enters the head, [B, 1, d].
-        """
-        self._states.append(hidden)
-        if len(self._states) < self.size:
-            scored = self._head.score(hidden.flatten(0, 1))
-            outside = self._head.share_outside(scored)
-            if self.ended is not None:
-                outside = outside.masked_fill(self.ended.to(outside.device), 0)
-            if outside.amax() <= DOUBTFUL_SHARE:
-                if self._is_greedy:
-                    self.guess = self._head.best_scored(scored)
-                    return hidden.new_empty(len(hidden), 1, self._head.out_features)
-                return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
-        self.is_verified = True
-        return self._head.dense_logits(torch.cat(self._states, dim=1))
 
     def goes_on_with(self, tokens: Tensor) -> bool:
         """Whether the next position is in the block and was drafted from these tokens, [B]."""
-        return self.served < len(self.outputs) and bool(tokens.equal(self.guesses[self.served - 1]))
+        block, served = self.block, self.served
+        return served < len(block.outputs) and bool(tokens.equal(block.guesses[served - 1]))
 
     def serve(self) -> Any:
         """The output of the next position, with dense logits."""
-        output = self.outputs[self.served]
-        output.logits = self.dense[:, self.served : self.served + 1]
+        output = self.block.outputs[self.served]
+        output.logits = self.block.dense[:, self.served : self.served + 1]
         self.served += 1
         return output
-
-
-class Drafter:
-    """Drafts blocks: guesses tokens as the sampling loop would choose them, with the same noise."""
-
-    def __init__(
-        self,
-        model: Any,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-    ) -> None:
-        """Prepare for one generation.
-
-        Args:
-            model: a converted model.
-            logits_processor: of the sampling loop.
-            stopping_criteria: of the sampling loop.
-            generation_config: of the sampling loop.
-        """
-        self._model = model
-        self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
-        self._does_sample = bool(generation_config.do_sample)
-        self._max_length = stopping_criteria.max_length
-        config = model.config.get_text_config()
-        self._max_positions = getattr(config, "max_position_embeddings", None)
-        self._short_positions = getattr(config, "original_max_position_embeddings", None)
-        self._pad: Tensor | None = getattr(generation_config, "_pad_token_tensor", None)
-        self._ends: Tensor | None = None
-        ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
-        if ends and self._pad is not None:
-            # The loop feeds padding to rows that have ended, for whatever reason.
-            every_end = [torch.as_tensor(one, device=self._pad.device).flatten() for one in (*ends, self._pad)]
-            self._ends = torch.cat(every_end)
-
-    def longest_block(self, input_ids: Tensor, size: int, cache: RollBack) -> int:
-        """How many of `size` positions can be drafted without going where dense decoding would not.
-
-        Args:
-            input_ids: the prefix, [B, T].
-            size: positions that are wanted.
-            cache: what the positions go to.
-        """
-        limits = [size, cache.room(), MOST_POSITIONS // input_ids.shape[0]]
-        if self._max_length is not None:
-            limits.append(self._max_length - input_ids.shape[1])
-        if isinstance(self._max_positions, int):
-            limits.append(self._max_positions - cache.length())
-        if isinstance(self._short_positions, int) and cache.length() <= self._short_positions:
-            # The step that goes beyond them may make a new cache, from which nothing could be taken back.
-            limits.append(self._short_positions - cache.length())
-        return max(1, min(limits))
-
-    def draft(self, input_ids: Tensor, kwargs: dict[str, Any], size: int, cache: RollBack) -> Block:
-        """Draft a block and verify it.
-
-        Args:
-            input_ids: the prefix, [B, T].
-            kwargs: further arguments of the step after it; not changed.
-            size: positions in the block, at most.
-            cache: the cache among them.
-        """
-        block = Block(self._model.head, size, is_greedy=not self._does_sample and not self._processor)
-        kwargs = dict(kwargs)
-        next_length = kwargs.pop("next_sequence_length", None)
-        cache.start_block()
-        # What is drawn in here is drawn once more by the loop.
-        devices = [] if input_ids.device.type == "cpu" else [input_ids.device]
-        with self._model.head.replaced_by(block), torch.random.fork_rng(devices, device_type=input_ids.device.type):
-            while True:
-                block.ended = None if self._ends is None else torch.isin(input_ids[:, -1], self._ends)
-                cache.before_step()
-                inputs = self._model.prepare_inputs_for_generation(
-                    input_ids, next_sequence_length=next_length, **kwargs
-                )
-                output = self._model(**inputs, return_dict=True)
-                block.outputs.append(output)
-                if block.is_verified:
-                    block.dense = output.logits
-                    return block
-                guess = self._guess(input_ids, output.logits[:, -1], block)
-                output.logits = block.dense  # sparse logits of many positions would take much memory
-                block.guesses.append(guess)
-                input_ids = torch.cat([input_ids, guess[:, None]], dim=-1)
-                kwargs = self._model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=False)
-
-    def _guess(self, input_ids: Tensor, logits: Tensor, block: Block) -> Tensor:
-        """The token that the loop would choose, [B], for a prefix [B, T] and logits [B, V]."""
-        tokens = self._guess_from(input_ids, logits) if block.guess is None else block.guess.to(input_ids.device)
-        if self._ends is None or self._pad is None or block.ended is None:
-            return tokens
-        tokens = torch.where(block.ended, self._pad, tokens)
-        if torch.isin(tokens, self._ends).all():
-            block.size = len(block.outputs) + 1  # all rows end here
-        return tokens
-
-    def _guess_from(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """The same before it is known which rows have ended."""
-        scores = self._processor(
-            cast(Any, input_ids), logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        )
-        if self._does_sample:
-            # As `torch.multinomial` draws one, but that it refuses rows in which nothing is left.
-            probabilities = scores.softmax(dim=-1)
-            scores = probabilities / torch.empty_like(probabilities).exponential_()
-        return scores.argmax(dim=-1)

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,7 @@ from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .logits_processors import adapt
-from .lossless import LosslessStats, sample
+from .lossless import LosslessStats, generating, is_lossless_generation, sample
 from .token_chooser import TokenChooser, can_choose
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -266,11 +266,12 @@ class TopKExpertsForCausalLM(
         self.last_generation_stats = None
         head = self.head
         is_lossless = self._asks_for_lossless(lossless, generation_config)
-        if not is_lossless:
-            return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
-        # A forward that was compiled would not ask what stands in for the head. The stance is one of all threads.
-        stance = torch.compiler.set_stance("force_eager") if self._is_compiled else nullcontext()
-        with head.replaced_by(head.dense_logits), stance:
+        with ExitStack() as stack:
+            stack.enter_context(generating(is_lossless=is_lossless))
+            if is_lossless:
+                stack.enter_context(head.replaced_by(head.dense_logits))
+                if self._is_compiled:  # it would not ask what stands in for the head; the stance is one of all threads
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
@@ -290,10 +291,6 @@ class TopKExpertsForCausalLM(
             if path.startswith(name)
         )
 
-    @property
-    def _is_lossless(self) -> bool:
-        return self.head.stand_in == self.head.dense_logits
-
     def _sample(  # type: ignore[override]  # named, so that remote code needs not know what else there is
         self,
         input_ids: Tensor,
@@ -303,7 +300,7 @@ class TopKExpertsForCausalLM(
         **kwargs: Any,
     ) -> Any:
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
-        if self._is_lossless:
+        if is_lossless_generation.get():
             if self._drafting_pays(len(input_ids)):
                 result, self.last_generation_stats = sample(self, *arguments, **kwargs)
                 return result
@@ -323,11 +320,13 @@ class TopKExpertsForCausalLM(
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)
-        return found if self._is_lossless else adapt(found)
+        return found if is_lossless_generation.get() else adapt(found)
 
     def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Start continuous batching as Transformers does; raises an InputError if that was to be lossless."""
-        if self.head_mode != "dense" and (self._is_lossless or self._asks_for_lossless(None, generation_config)):
+        if self.head_mode != "dense" and (
+            is_lossless_generation.get() or self._asks_for_lossless(None, generation_config)
+        ):
             raise InputError("continuous batching is not lossless: generate without it, or set head_mode to 'dense'")
         return cast(Any, super()).init_continuous_batching(generation_config, *args, **kwargs)
 

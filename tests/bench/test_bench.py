@@ -172,7 +172,7 @@ def test_lossless_time_is_drafts_and_dense_passes(monkeypatch: pytest.MonkeyPatc
     models = Competitors.of(tiny_converted())
     monkeypatch.setattr(bench_head, "head_seconds", fake)
     heads = bench_head.Heads(models, random_states(models), ("int8", "flashhead", "hnsw"))
-    stats = bench_head.LosslessStats(tokens=100, body_steps=110, dense_passes=20)
+    stats = bench_head.LosslessStats(tokens=100, forward_passes=110, dense_passes=20)
     lossless = heads.one_position(stats, 1, False)["lossless"]
     assert lossless.median == pytest.approx(1.1 * 2 + 0.2 * 10)
     assert asked == [(1, 5, 32)]
@@ -189,7 +189,7 @@ def test_parts_are_those_of_the_sparse_head(num_rescored: int, rows: int, monkey
 
     monkeypatch.setattr(bench_head, "head_seconds", fake)
     heads = bench_head.Heads(models, states, ("int8", "flashhead", "hnsw"))
-    heads.one_position(bench_head.LosslessStats(tokens=10, body_steps=10, dense_passes=1), 1, False)
+    heads.one_position(bench_head.LosslessStats(tokens=10, forward_passes=10, dense_passes=1), 1, False)
     scored = head.score(states[:2])
     ids = [torch.cat([head.always_on_ids, one.flatten()]) for one in scored.ids]
     assert len(ids[0]) == rows

@@ -10,14 +10,14 @@ from transformers import GenerationConfig
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.evaluation import lossless_comparison as measured
 from hf_topk.evaluation.lossless_comparison import compare_lossless, is_tie, prompts_of
-from hf_topk.model import lossless
+from hf_topk.model import drafting
 from hf_topk.windows import Window
 
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' routers are unsure throughout: let them draft nevertheless."""
-    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
 @pytest.fixture
@@ -30,11 +30,12 @@ def windows_of(first: int, end: int) -> list[Window]:
     return [Window(0, tuple(range(start, min(start + 16, end)))) for start in range(first, end, 16)]
 
 
-def accept_unseen(block: lossless.Block, hidden: Tensor) -> Tensor:
-    """What a block must not do: give sparse logits for the dense ones."""
-    block._states.append(block._head.sparse_logits(hidden.flatten(0, 1))[:, None])
-    block.is_verified = len(block._states) == block.size
-    return torch.cat(block._states, dim=1) if block.is_verified else block._states[-1]
+def accept_unseen(drafting_head: drafting.DraftingHead, hidden: Tensor) -> Tensor:
+    """What it must not do: give sparse logits for the dense ones."""
+    states = drafting_head._states
+    states.append(drafting_head._head.sparse_logits(hidden.flatten(0, 1))[:, None])
+    drafting_head.has_verified = len(states) == drafting_head.size
+    return torch.cat(states, dim=1) if drafting_head.has_verified else states[-1]
 
 
 def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +44,7 @@ def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypat
     same = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
     assert same.tokens == same.identical == 5 * NEW_TOKENS
     assert same.stats.tokens == 3 * NEW_TOKENS
-    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
+    monkeypatch.setattr(drafting.DraftingHead, "__call__", accept_unseen)
     other = compare_lossless(small, prompts, NEW_TOKENS, batch_size=2)
     assert 0 < other.differing <= 5
     assert other.ties == 0
@@ -61,7 +62,7 @@ def test_comparison_judges_by_what_tokens_are_chosen_by(
         return is_tie(best, other, dtype)
 
     monkeypatch.setattr(measured, "is_tie", note)
-    monkeypatch.setattr(lossless.Block, "__call__", accept_unseen)
+    monkeypatch.setattr(drafting.DraftingHead, "__call__", accept_unseen)
     monkeypatch.setattr(small, "generation_config", GenerationConfig(repetition_penalty=3.0))
     prompts = prompts_of(windows_of(2, 90), 5, length=16)
     compared = compare_lossless(small, prompts, NEW_TOKENS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
-from hf_topk.model import lossless
+from hf_topk.model import drafting, lossless
 from hf_topk.model.errors import TopKExpertsError
 from studies.architectures import check_conversion
 from studies.tiny_models import tiny_model
@@ -157,7 +157,7 @@ def test_the_check_of_each_type_sees_whether_drafts_are_made(
 ) -> None:
     dense = tiny_model(AutoModelForCausalLM, model_type)
     check_conversion(dense, tmp_path / "right")
-    assert lossless.DOUBTFUL_SHARE < 1  # as it was before
+    assert drafting.DOUBTFUL_SHARE < 1  # as it was before
     monkeypatch.setattr(lossless, "FIRST_SIZE", 1)
     monkeypatch.setattr(lossless, "LARGEST_SIZE", 1)
     with pytest.raises(TopKExpertsError, match="is not drafted") if is_drafted else nullcontext():

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.model import lossless
+from hf_topk.model import drafting
 from hf_topk.model.hub_card import named
 
 NEW_TOKENS = 24
@@ -32,7 +32,7 @@ def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[lis
 def test_writes_about_an_image_as_the_dense_model_does(
     dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
     dense, inputs = dense_and_inputs
     expected, text = dense(**inputs).logits, continuation(dense, inputs)
     tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)

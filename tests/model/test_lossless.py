@@ -19,7 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM
-from hf_topk.model import lossless
+from hf_topk.model import drafting, lossless
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -63,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' routers are unsure throughout: let them draft nevertheless."""
-    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -108,11 +108,11 @@ def test_tokens_do_not_depend_on_the_drafts(way: str, experts: int, llama: PreTr
     if experts == 6:  # drafts are the dense model's own, with the loop's own noise
         assert stats.acceptance == 1
         assert stats.dense_passes <= 4
-        assert stats.body_steps == NEW_TOKENS
+        assert stats.forward_passes == NEW_TOKENS
 
 
 def test_unsure_router_ends_a_block(monkeypatch: pytest.MonkeyPatch, small: TopKExpertsForCausalLM) -> None:
-    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 0.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 0.0)
     generate(small, lossless=True)
     assert stats_of(small) == LosslessStats(NEW_TOKENS, NEW_TOKENS, NEW_TOKENS, 0, 0)
 
@@ -230,7 +230,7 @@ def test_goes_no_further_than_the_model_can(llama: PreTrainedModel) -> None:
     model = convert(dense, num_experts_per_tok=6)
     for new_tokens in range(1, 12):
         assert generate(model, max_new_tokens=new_tokens, lossless=True).shape == (2, 5 + new_tokens)
-        assert stats_of(model).body_steps == new_tokens
+        assert stats_of(model).forward_passes == new_tokens
     end = int(generate(dense, PROMPT[:1], max_new_tokens=11)[0, -1])
     asked = {"max_new_tokens": 60, "eos_token_id": end}
     assert generate(model, PROMPT[:1], **asked, lossless=True).equal(generate(dense, PROMPT[:1], **asked))
@@ -335,9 +335,9 @@ def test_refuses_what_is_no_truth_value(small: TopKExpertsForCausalLM) -> None:
         small.generate(PROMPT, lossless="yes")
 
 
-def accept_all(block: lossless.Block, _: Tensor) -> bool:
+def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
     """What a block must not do: go on whatever token the loop chose."""
-    return block.served < len(block.outputs)
+    return block.served < len(block.block.outputs)
 
 
 @pytest.mark.parametrize(
@@ -348,9 +348,10 @@ def test_distribution_of_two_tokens(
 ) -> None:
     """The second and third token come from one block: the third is right only if the draft of the second was."""
     model, stats = convert(llama, num_experts_per_tok=experts), LosslessStats()
-    monkeypatch.setattr(lossless, "MOST_POSITIONS", 1 << 20)
+    for module in (lossless, drafting):
+        monkeypatch.setattr(module, "MOST_POSITIONS", 1 << 20)
     if is_broken:
-        monkeypatch.setattr(lossless.Block, "goes_on_with", accept_all)
+        monkeypatch.setattr(lossless.BlockReader, "goes_on_with", accept_all)
     prompt, choices = PROMPT[:1], {**SAMPLED, "max_new_tokens": 3, "num_return_sequences": 2000, "lossless": True}
     draws = []
     for seed in range(100):  # 200 000 draws

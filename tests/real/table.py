@@ -27,7 +27,7 @@ ROWS = (
     ("conversion, seconds", "{conversion[seconds]:,.0f}"),
     ("lossless: tokens identical", "{prose[lossless_identical]:,} of {prose[lossless_tokens]:,}"),
     ("lossless: dense passes a token", "{prose[dense_passes_per_token]:.3f}"),
-    ("lossless: body steps a token", "{prose[body_steps_per_token]:.3f}"),
+    ("lossless: body steps a token", "{prose[forward_passes_per_token]:.3f}"),
     ("head, dense, ms", "{speed[head][dense_ms]:.3f}"),
     ("head, sparse, ms", "{speed[head][sparse_ms]:.3f}"),
     ("head, sparse, with top-p sampling, ms", "{speed[head][sampling_ms]:.3f}"),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from xgrammar.contrib.hf import LogitsProcessor
 
 from hf_topk import TopKExpertsForCausalLM
-from hf_topk.model import lossless
+from hf_topk.model import drafting
 
 SCHEMA = {
     "type": "object",
@@ -91,7 +91,7 @@ def test_lossless_json_is_the_dense_one(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lossless, "DOUBTFUL_SHARE", 1.0)  # a tiny model's router is unsure throughout
+    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)  # a tiny model's router is unsure throughout
     for seed in range(3):
         expected, _ = answer(dense, tokenizer, seed, **WAYS[way])
         check_valid(expected, tokenizer)
