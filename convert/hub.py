@@ -23,7 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError
+from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError, one_line
 from hf_topk.model.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
@@ -312,7 +312,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HTTPError):
         kind = type(error).__name__  # its message may hold headers, and so the token
         return f"{constants.ENDPOINT} cannot be reached ({kind}): check the network, HF_ENDPOINT and HF_TOKEN"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def _reason_of_status(error: HfHubHTTPError) -> str:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.compute_type import faster_type
 from hf_topk.model.dense_model import class_that_writes_text, config_for
-from hf_topk.model.errors import InputError
+from hf_topk.model.errors import InputError, one_line
 
 from .source import Source
 
@@ -102,8 +102,9 @@ def load_dense(
     except torch.OutOfMemoryError as error:
         raise InputError(f"{source.name} is too large for its device: give --device-map auto") from error
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the weights of {source.name} do not load ({reason}): fetch the model again") from error
+        raise InputError(
+            f"the weights of {source.name} do not load ({one_line(error)}): fetch the model again"
+        ) from error
     _check_complete(source, dense_class.__name__, found)
     keep_ends_in_memory(dense)
     return dense

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.dense_model import random_dense_model, writes_text
-from hf_topk.model.errors import InputError
+from hf_topk.model.errors import InputError, one_line
 from hf_topk.model.modeling_topk_experts import name_of_head
 from hf_topk.windows import Window, readable_length
 
@@ -106,8 +106,7 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise InputError(
-            f"Transformers cannot read the configuration of {name} (model type '{model_type}'): "
-            f"{' '.join(str(error).split())[:200]}"
+            f"Transformers cannot read the configuration of {name} (model type '{model_type}'): {one_line(error)}"
         ) from error
     _check_class(name, config)
     return config
@@ -152,7 +151,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
-            f"the tokenizer in {folder} cannot be read ({' '.join(str(error).split())[:200]}): fetch the model again"
+            f"the tokenizer in {folder} cannot be read ({one_line(error)}): fetch the model again"
         ) from error
 
 

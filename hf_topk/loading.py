@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .compute_type import faster_type
 from .model.configuration_topk_experts import TopKExpertsConfig
-from .model.errors import InputError
+from .model.errors import InputError, one_line
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -57,7 +57,7 @@ def load_converted(
         model, found = loaded
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{name} does not load ({_one_line(error)}): convert or fetch it again") from error
+        raise InputError(f"{name} does not load ({one_line(error)}): convert or fetch it again") from error
     if found["missing_keys"]:
         first = min(found["missing_keys"])
         raise InputError(f"{name} is not complete, '{first}' is missing: convert or fetch it again")
@@ -96,16 +96,12 @@ def _config(name: str) -> TopKExpertsConfig:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         if path.is_dir():
-            reason = f"the configuration of {name} cannot be read ({_one_line(error)}): convert or fetch it again"
+            reason = f"the configuration of {name} cannot be read ({one_line(error)}): convert or fetch it again"
             raise InputError(reason) from error
-        raise InputError(f"no such model: {name} ({_one_line(error)})") from error
+        raise InputError(f"no such model: {name} ({one_line(error)})") from error
     if not isinstance(config, TopKExpertsConfig):
         raise InputError(
             f"{name} is a dense model ('{config.model_type}'), not a converted one: "
             "convert it first with `hf-topk convert MODEL OUT`"
         )
     return config
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

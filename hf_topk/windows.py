@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .documents import Chat, Document
-from .model.errors import InputError
+from .model.errors import InputError, one_line
 from .progress import progress_once_slow
 
 WINDOW_LENGTH = 256  # tokens that the model reads in one pass
@@ -166,9 +166,8 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
     except (TemplateError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the tokenizer's chat template does not take a conversation of the text ({reason}): change or remove it"
+            f"the tokenizer's chat template does not take a conversation of the text ({one_line(error)}): change or remove it"
         ) from error
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_topk.model.errors import InputError
+from hf_topk.model.errors import InputError, one_line
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
 
 from .hidden_states import tapped_head
@@ -58,11 +58,11 @@ def check_causal(model: PreTrainedModel) -> None:
         try:
             model(input_ids=token_ids, use_cache=False)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason, was_reached = " ".join(str(error).split())[:200], tap.states.numel() > 0
+            was_reached = tap.states.numel() > 0
             does = (
                 "changes its logits in a way that conversion cannot follow" if was_reached else "reads more than text"
             )
-            raise InputError(f"{name} {does} ({reason}): choose a causal language model") from error
+            raise InputError(f"{name} {does} ({one_line(error)}): choose a causal language model") from error
         if tap.states.shape[:-1] != token_ids.shape:
             raise InputError(
                 f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "

@@ -1,6 +1,7 @@
 """What goes wrong on a user's side, as exceptions whose message names the cause and the way out."""
 
 INTERRUPTED = 130  # exit code, as shells have it
+LONGEST_REASON = 200  # characters of somebody else's message
 
 
 class TopKExpertsError(Exception):
@@ -13,3 +14,12 @@ class InputError(TopKExpertsError, ValueError):
     """An input was refused before any work was done; the CLI exits with 2."""
 
     exit_code = 2
+
+
+def one_line(error: BaseException) -> str:
+    """Somebody else's message, for a line of our own: without line breaks, and not too long.
+
+    Args:
+        error: what was raised.
+    """
+    return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__

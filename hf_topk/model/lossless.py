@@ -4,9 +4,9 @@ Transformers' own sampling loop runs unchanged and is given dense logits at ever
 at a time is hidden inside the forward call. A block of n positions takes n forward passes of the decoder. The head
 keeps the hidden states that enter it and answers the first n - 1 with sparse logits, from which the next token is
 guessed as the loop would choose it; the last step computes the dense logits of all n states in one product. The loop
-then draws its own tokens from them. While they are those that were guessed, no model runs; at the first other one the cache is
-rolled back and the next block starts. So processors, criteria, streamers and scores are as in dense decoding, whatever
-was guessed.
+then draws its own tokens from them. While they are those that were guessed, no model runs; at the first other one the
+cache is rolled back and the next block starts. So processors, criteria, streamers and scores are as in dense decoding,
+whatever was guessed.
 
 Sampling is no exception. Speculative decoding usually accepts a draft with probability min(1, p / q); here the guess is
 made with the very noise that the loop is going to draw with, and is right where both choose the same token. Both take
