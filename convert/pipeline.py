@@ -16,7 +16,7 @@ from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.windows import Window, readable_length
 
 from .processes import ALONE, Processes
-from .recipe import Recipe
+from .recipe import Recipe, ResolvedRecipe
 from .report import Report, StepClock
 from .sample import check_sample, sample_from_text
 from .steps.calibrate import (
@@ -75,34 +75,48 @@ def convert(
         InputError: when model, sample and recipe do not fit one another.
         TargetNotReachedError: when no setting that is allowed reaches the target agreement of the recipe.
     """
-    started, clock = time.monotonic(), StepClock()
+    head = head_of(model)
+    resolved = recipe.resolve(head.out_features, readable_length(model.config, recipe.window_length))
+    check_ends_always_on(resolved.num_always_on, end_ids(model.generation_config), head.out_features)
+    if windows is None:
+        windows = sample_from_text(tokenizer, resolved)[0]
+    check_sample(windows, *head.weight.shape)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = folder or Path(temporary)
-        head = head_of(model)
-        check_finite(head)
-        check_causal(model)
-        recipe = recipe.resolve(head.weight.shape[0], readable_length(model.config, recipe.window_length))
-        num_always_on = recipe.num_always_on or 0
-        check_ends_always_on(num_always_on, end_ids(model.generation_config), head.weight.shape[0])
-        if windows is None:
-            windows = sample_from_text(tokenizer, recipe)[0]
-        check_sample(windows, *head.weight.shape)
-        to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
-        kept = HiddenStates.open(folder, head.weight.shape[1], model.dtype)
-        with clock("hidden states"):
-            states = collect(model, to_distil_on, kept, processes)
-        processes.release()
-        specials = special_ids(model, tokenizer, num_always_on)
-        converted, router_kl = _convert_head(model, specials, states, recipe, clock, stored_type or model.dtype)
-        with clock("calibration"):
-            choices = dense_choices(converted, held_out)
-            _calibrate(converted, choices, recipe)
-            if recipe.combine == "learned":
-                fit_combiner(converted.head, states, recipe.seed)
-                cast_additions(converted.head)
-            fidelity = measure_fidelity(converted, held_out)
-            if recipe.target_agreement is not None:
-                check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
+        return convert_checked(
+            model, tokenizer, resolved, windows, folder or Path(temporary), processes=processes, stored_type=stored_type
+        )
+
+
+def convert_checked(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: ResolvedRecipe,
+    windows: list[Window],
+    folder: Path,
+    *,
+    processes: Processes = ALONE,
+    stored_type: torch.dtype | None = None,
+) -> Report:
+    """The same with all but the weights checked: arguments are those of [`convert`], and fit one another."""
+    started, clock = time.monotonic(), StepClock()
+    check_finite(head_of(model))
+    check_causal(model)
+    to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
+    kept = HiddenStates.open(folder, head_of(model).in_features, model.dtype)
+    with clock("hidden states"):
+        states = collect(model, to_distil_on, kept, processes)
+    processes.release()
+    specials = special_ids(model, tokenizer, recipe.num_always_on)
+    converted, router_kl = _convert_head(model, specials, states, recipe, clock, stored_type or model.dtype)
+    with clock("calibration"):
+        choices = dense_choices(converted, held_out)
+        _calibrate(converted, choices, recipe)
+        if recipe.combine == "learned":
+            fit_combiner(converted.head, states, recipe.seed)
+            cast_additions(converted.head)
+        fidelity = measure_fidelity(converted, held_out)
+        if recipe.target_agreement is not None:
+            check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
@@ -121,7 +135,7 @@ def _convert_head(
     model: PreTrainedModel,
     specials: list[int],
     states: Tensor,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     clock: StepClock,
     stored_type: torch.dtype,
 ) -> tuple[TopKExpertsForCausalLM, float]:
@@ -152,7 +166,7 @@ def _convert_head(
     return converted, router_kl
 
 
-def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: Recipe) -> None:
+def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: ResolvedRecipe) -> None:
     """Choose k and R where the recipe leaves them open."""
     if recipe.num_experts_per_tok is None:
         choose(converted, choices, reach(converted.head, choices), Target.of(recipe))
@@ -163,14 +177,14 @@ def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe:
         cast(Any, added).requires_grad_(False)
 
 
-def config_of(model: PreTrainedModel, recipe: Recipe) -> TopKExpertsConfig:
+def config_of(model: PreTrainedModel, recipe: ResolvedRecipe) -> TopKExpertsConfig:
     """The configuration that a resolved recipe gives a dense model."""
     copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine", "sparse_max_positions"]
     choices = recipe.to_dict()
     copied += ["num_rescored"] if recipe.num_rescored is not None else []
     return TopKExpertsConfig(
         text_config=model.config,
-        num_experts=recipe.num_experts(head_of(model).out_features),
+        num_experts=recipe.num_experts,
         num_experts_per_tok=recipe.num_experts_per_tok or 1,
         **{name: choices[name] for name in copied},
     )

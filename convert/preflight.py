@@ -18,7 +18,7 @@ from hf_topk.model.modeling_topk_experts import name_of_head
 from hf_topk.windows import Window, readable_length
 
 from .hub import Destination, check_destination
-from .recipe import Recipe
+from .recipe import Recipe, ResolvedRecipe
 from .sample import check_sample, sample_from_text
 from .source import Source, find_folder, open_source, read_json
 from .steps.special_tokens import check_ends_always_on, end_ids
@@ -44,7 +44,7 @@ class Plan:
 
     source: Source
     out: Path
-    recipe: Recipe
+    recipe: ResolvedRecipe
     tokenizer: PreTrainedTokenizerBase | None
     windows: list[Window]
     text_fingerprint: str
@@ -80,7 +80,7 @@ def preflight(
     vocab_size, hidden_size = _head_shape(config)
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
-    check_ends_always_on(resolved.num_always_on or 0, _end_ids(config, folder), vocab_size)
+    check_ends_always_on(resolved.num_always_on, _end_ids(config, folder), vocab_size)
     tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import textwrap
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -20,59 +21,91 @@ LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held 
 TARGET_AGREEMENT = 0.995  # where neither it nor k is given
 
 
+def _choice(default: Any, what: str, *, unset: str | None = None, flags: tuple[str, ...] | None = None) -> Any:
+    """A field of the recipe, of which its documentation and the command line's option are made.
+
+    Args:
+        default: its value unless given.
+        what: what it is.
+        unset: what None stands for.
+        flags: further names of its option on the command line, which may be none; None if it is no option.
+    """
+    return dataclasses.field(default=default, metadata={"what": what, "unset": unset, "flags": flags})
+
+
+def _documented(recipe: type) -> type:
+    """Add the fields to the documentation of the class."""
+    lines = []
+    for field in dataclasses.fields(recipe):
+        unset = f" None: {field.metadata['unset']}." if field.metadata["unset"] else ""
+        about = f"{field.name}: {field.metadata['what']}.{unset}"
+        lines.append(textwrap.fill(about, 120, initial_indent=" " * 8, subsequent_indent=" " * 12))
+    recipe.__doc__ = f"{recipe.__doc__}\n    Attributes:\n" + "\n".join(lines)
+    return recipe
+
+
+@_documented
 @strict
 @dataclasses.dataclass(kw_only=True)
 class Recipe:
     """Every choice of a conversion.
-
-    Attributes:
-        text: sample text: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a `datasets` data set,
-            or "mixed": bundled texts of many kinds, with prompts for a model that has a chat template.
-        positions: positions of the sample to keep hidden states of.
-        window_length: tokens that the model reads in one pass.
-        held_out: share of the documents kept back to measure on, above 0 and below 1.
-        expert_size: S, tokens in an expert.
-        num_experts_per_tok: k, experts scored for a position; None for what the target takes.
-        target_agreement: agreement that has to be reached on documents held out, as a 95 % lower bound; None for
-            0.995, or as near to it as can be. Of all that reaches it the least bytes read are taken.
-        max_bytes_read: most bytes read for a position to reach it with, as a share of the dense head's.
-        allow_below_target: whether to convert as near to the target as can be where it is not reached.
-        num_always_on: A, tokens scored at every position; None for 256, less in small vocabularies.
-        router_rank: numbers kept of an expert's row of the router, a third of a byte each.
-        tail_rank: numbers kept of a token's row to screen it, a third of a byte each.
-        num_rescored: R, how many of the picked experts' tokens get exact logits; None for what it takes.
-        combine: how a scored token's logit is made.
-        sparse_max_positions: most positions of a call that head mode "auto" runs sparse; None for as many as it is
-            the faster one for where the model runs.
-        distill_steps: steps that the router is trained for once it is fitted.
-        batch_size: positions in one training step.
-        learning_rate: of the first training step; it falls to zero along a cosine.
-        seed: of all random choices.
 
     Raises:
         StrictDataclassError: when a value is of a wrong type or out of range; [`Recipe.from_dict`] says so in an
             `InputError`.
     """
 
-    text: str = MIXED
-    positions: int = 24_000
-    window_length: int = 256
-    held_out: float = 0.1
-    expert_size: int = 16
-    num_experts_per_tok: int | None = None
-    target_agreement: float | None = None
-    max_bytes_read: float | None = None
-    allow_below_target: bool = False
-    num_always_on: int | None = None
-    router_rank: int = 384
-    tail_rank: int = 288
-    num_rescored: int | None = None
-    combine: CombineType = "exact"
-    sparse_max_positions: int | None = None
-    distill_steps: int = 300
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    seed: int = 0
+    text: str = _choice(
+        MIXED,
+        "calibration text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
+        "`datasets` data set, or 'mixed': bundled texts of many kinds, and prompts for models with a chat template",
+        flags=(),
+    )
+    positions: int = _choice(24_000, "tokens of the calibration text to use", flags=())
+    window_length: int = _choice(256, "tokens that the model reads in one forward pass")
+    held_out: float = _choice(0.1, "share of the documents kept back to measure on, above 0 and below 1")
+    expert_size: int = _choice(16, "tokens in an expert (S)", flags=())
+    num_experts_per_tok: int | None = _choice(
+        None,
+        "experts picked for a position (k): more agree better, fewer are faster",
+        unset="what the target takes",
+        flags=("-k",),
+    )
+    target_agreement: float | None = _choice(
+        None,
+        "read the fewest bytes that agree with the dense head this often on held-out documents of the calibration "
+        "text, as a 95 % lower bound",
+        unset="0.995, or what comes nearest",
+        flags=(),
+    )
+    max_bytes_read: float | None = _choice(
+        None,
+        "reach the target with this share of the dense head's bytes, such as 0.1, or not at all",
+        unset="any",
+        flags=(),
+    )
+    allow_below_target: bool = _choice(False, "convert even if the target is not reached", flags=())
+    num_always_on: int | None = _choice(
+        None,
+        "tokens scored at every position (A); 0: none, not even those that end a text",
+        unset="about 256",
+        flags=(),
+    )
+    router_rank: int = _choice(384, "numbers kept to score an expert: three take a byte", flags=())
+    tail_rank: int = _choice(288, "numbers kept to screen a token: three take a byte", flags=())
+    num_rescored: int | None = _choice(
+        None, "how many of the picked experts' tokens get exact logits (R)", unset="what the target takes"
+    )
+    combine: CombineType = _choice("exact", "how scored logits are made: exact, router or learned", flags=())  # noqa: RUF009
+    sparse_max_positions: int | None = _choice(
+        None,
+        'most positions of a call that head mode "auto" runs sparse',
+        unset="as many as it is the faster one for where the model runs",
+    )
+    distill_steps: int = _choice(300, "steps that the router is trained for once it is fitted")
+    batch_size: int = _choice(256, "positions in one training step")
+    learning_rate: float = _choice(1e-3, "of the first training step; it falls to zero along a cosine")
+    seed: int = _choice(0, "seed of all random choices", flags=())
 
     def validate_ranges(self) -> None:
         """Check each number on its own.
@@ -142,7 +175,7 @@ class Recipe:
         """Every choice as YAML, in the order in which they are documented."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
-    def resolve(self, vocab_size: int, longest_window: int | None = None) -> "Recipe":
+    def resolve(self, vocab_size: int, longest_window: int | None = None) -> "ResolvedRecipe":
         """Fill in what depends on the dense model.
 
         Args:
@@ -166,22 +199,44 @@ class Recipe:
             raise InputError(
                 f"num_always_on is {always_on}, which leaves none of {vocab_size} tokens to route: choose fewer"
             )
-        experts = math.ceil((vocab_size - always_on) / self.expert_size)
+        choices = {
+            **self.to_dict(),
+            "window_length": min(self.window_length, longest_window or self.window_length),
+            "num_always_on": always_on,
+        }
+        resolved = ResolvedRecipe(**choices, vocab_size=vocab_size)
         chosen = self.num_experts_per_tok
-        if chosen is not None and chosen > experts:
+        if chosen is not None and chosen > resolved.num_experts:
             raise InputError(
-                f"num_experts_per_tok is {chosen}, but there are only {experts} experts of {self.expert_size}: "
-                "choose fewer, or a smaller expert_size"
+                f"num_experts_per_tok is {chosen}, but there are only {resolved.num_experts} experts of "
+                f"{self.expert_size}: choose fewer, or a smaller expert_size"
             )
-        return dataclasses.replace(
-            self,
-            window_length=min(self.window_length, longest_window or self.window_length),
-            num_always_on=always_on,
-        )
+        return resolved
 
-    def num_experts(self, vocab_size: int) -> int:
-        """M for a vocabulary of V tokens, once resolved."""
-        return math.ceil((vocab_size - (self.num_always_on or 0)) / self.expert_size)
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe that was checked against a dense model, and leaves nothing open but what calibration decides.
+
+    Attributes:
+        num_always_on: A.
+        vocab_size: V, the rows of the head.
+    """
+
+    num_always_on: int = 0
+    vocab_size: int
+
+    @property
+    def num_experts(self) -> int:
+        """M."""
+        return math.ceil((self.vocab_size - self.num_always_on) / self.expert_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every choice by name, as a recipe has them."""
+        choices = super().to_dict()
+        del choices["vocab_size"]
+        return choices
 
 
 def public_name(text: str) -> str:

@@ -11,7 +11,7 @@ from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 
 from .checkpoint.agreement_plot import Point
 from .hub import Uploaded
-from .recipe import Recipe
+from .recipe import ResolvedRecipe
 from .steps.calibrate import DenseChoices, Target, is_reached
 
 
@@ -36,7 +36,7 @@ class Report:
     """
 
     model: TopKExpertsForCausalLM
-    recipe: Recipe
+    recipe: ResolvedRecipe
     fidelity: Fidelity
     choices: DenseChoices
     num_experts: int

@@ -11,7 +11,7 @@ from .checkpoint.agreement_plot import measure_around
 from .checkpoint.write import write_checkpoint
 from .hub import Destination, upload
 from .load_dense import DeviceMap, check_device_map, stored_type, type_to_compute_in
-from .pipeline import convert
+from .pipeline import convert_checked
 from .preflight import Plan, preflight
 from .processes import Processes, launched_processes
 from .recipe import Recipe
@@ -84,12 +84,12 @@ def _convert_checkpoint(
     try:
         if not goes_on:
             _start_anew(work, fingerprint)
-        report = convert(
+        report = convert_checked(
             dense,
             plan.tokenizer,
             plan.recipe,
-            windows=plan.windows,
-            folder=work,
+            plan.windows,
+            work,
             processes=processes,
             stored_type=stored_type(plan.source),
         )

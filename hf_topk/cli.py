@@ -1,6 +1,7 @@
-"""The command line: `hf-topk`. Each command imports its code when it runs."""
+"""The command line: `hf-topk`. Each command imports its code when it runs, but for the recipe, which has options."""
 
 import dataclasses
+import inspect as signatures
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .console import print_json, print_table, quiet
+from .convert.recipe import Recipe, read_yaml, sample_name
+from .model.configuration_topk_experts import CombineType
 from .model.errors import INTERRUPTED, InputError, TopKExpertsError
 
 app = typer.Typer(
@@ -30,9 +33,31 @@ Device = Annotated[str, typer.Option(help="cpu, cuda:0 ..., or auto: the acceler
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
 
 
+def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each choice of a recipe that is one; it gets them by name, None if not given."""
+    signature = signatures.signature(command, eval_str=True)
+    options = []
+    for field in dataclasses.fields(Recipe):
+        if (flags := field.metadata["flags"]) is None:
+            continue
+        what, default = field.metadata["what"], field.metadata["unset"] or field.default
+        about = f"{what[0].upper()}{what[1:]}." + (f" [default: {default}]" if default is not False else "")
+        kind: Any = str if field.type == CombineType else field.type
+        option = typer.Option(f"--{field.name.replace('_', '-')}", *flags, help=about)
+        options.append(
+            signatures.Parameter(
+                field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+            )
+        )
+    own = [one for one in signature.parameters.values() if one.kind is not signatures.Parameter.VAR_KEYWORD]
+    own = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in own]
+    command.__signature__ = signature.replace(parameters=[*own[:1], *options, *own[1:]])  # type: ignore[attr-defined]
+    return command
+
+
 @app.command()
+@takes_choices
 def convert(
-    context: typer.Context,
     paths: Annotated[
         list[str],
         typer.Argument(
@@ -41,55 +66,6 @@ def convert(
             "to write.",
         ),
     ],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Sample text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
-            "`datasets` data set, or 'mixed': bundled texts of many kinds. [default: mixed]"
-        ),
-    ] = None,
-    positions: Annotated[
-        int | None, typer.Option(help="How many tokens of the sample to use. [default: 24000]")
-    ] = None,
-    expert_size: Annotated[int | None, typer.Option(help="Tokens in an expert. [default: 16]")] = None,
-    num_experts_per_tok: Annotated[
-        int | None,
-        typer.Option(
-            "--num-experts-per-tok",
-            "-k",
-            help="Experts picked for a position: more agree better, fewer are faster. [default: what the target takes]",
-        ),
-    ] = None,
-    target_agreement: Annotated[
-        float | None,
-        typer.Option(
-            help="Read the fewest bytes that agree with the dense head this often, on held-out documents of the sample "
-            "(as a 95 % lower bound). [default: 0.995, or what comes nearest]"
-        ),
-    ] = None,
-    max_bytes_read: Annotated[
-        float | None,
-        typer.Option(help="Reach the target with this share of the dense head's bytes, such as 0.1, or not at all."),
-    ] = None,
-    allow_below_target: Annotated[
-        bool | None, typer.Option("--allow-below-target", help="Convert even if the target is not reached.")
-    ] = None,
-    num_always_on: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens scored at every position; 0: none, not even those that end a text. [default: about 256]"
-        ),
-    ] = None,
-    router_rank: Annotated[
-        int | None, typer.Option(help="Numbers kept to score an expert: three take a byte. [default: 384]")
-    ] = None,
-    tail_rank: Annotated[
-        int | None, typer.Option(help="Numbers kept to screen a token: three take a byte. [default: 288]")
-    ] = None,
-    combine: Annotated[
-        str | None, typer.Option(help="How scored logits are made: exact, router or learned. [default: exact]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. [default: 0]")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A YAML file of choices; options on the command line win over it.")
     ] = None,
@@ -97,7 +73,7 @@ def convert(
         str | None,
         typer.Option(
             help="Where the dense model goes: a device such as cuda, or 'auto' to spread one that is larger than a "
-            "device over all, main memory and disk. [default: main memory]"
+            "device over all, RAM and disk. [default: RAM]"
         ),
     ] = None,
     push_to_hub: Annotated[
@@ -110,6 +86,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Convert a dense language model; the result loads with AutoModelForCausalLM.
 
@@ -123,12 +100,8 @@ def convert(
         return
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
-    from .convert.recipe import Recipe, read_yaml, sample_name
-
     choices = read_yaml(recipe) if recipe else {}
-    # What the recipe calls by the same name, the options above do too.
-    keys = {field.name for field in dataclasses.fields(Recipe)}
-    choices |= {name: value for name, value in context.params.items() if name in keys and value is not None}
+    choices |= {name: value for name, value in given.items() if value is not None}
     chosen = Recipe.from_dict(choices)
     if not push_to_hub and (private or revision or create_pr):
         raise InputError("--private, --revision and --create-pr say where to push to: give --push-to-hub REPO as well")

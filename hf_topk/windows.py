@@ -167,7 +167,8 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
-            f"the tokenizer's chat template does not take a conversation of the text ({one_line(error)}): change or remove it"
+            f"the tokenizer's chat template does not take a conversation of the text ({one_line(error)}): "
+            "change or remove it"
         ) from error
 
 

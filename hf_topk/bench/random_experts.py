@@ -39,14 +39,13 @@ def config_at_random(text_config: PreTrainedConfig) -> TopKExpertsConfig:
 
     vocab_size = text_config.vocab_size
     recipe = Recipe().resolve(vocab_size)
-    num_experts = recipe.num_experts(vocab_size)
-    num_experts_per_tok = max(1, round(SHARE_OF_EXPERTS * num_experts))
+    num_experts_per_tok = max(1, round(SHARE_OF_EXPERTS * recipe.num_experts))
     return TopKExpertsConfig(
         text_config=text_config,
-        num_experts=num_experts,
+        num_experts=recipe.num_experts,
         expert_size=recipe.expert_size,
         num_experts_per_tok=num_experts_per_tok,
-        num_always_on=recipe.num_always_on or 0,
+        num_always_on=recipe.num_always_on,
         router_rank=recipe.router_rank,
         router_packed=True,
         tail_rank=recipe.tail_rank,

@@ -96,7 +96,7 @@ def test_resolving_fills_in_all_but_what_is_measured() -> None:
     recipe = Recipe().resolve(32_768)
     assert {name for name, value in recipe.to_dict().items() if value is None} == LEFT_OPEN
     assert recipe.num_always_on == 256
-    assert recipe.num_experts(32_768) == 2032
+    assert recipe.num_experts == 2032
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "num_rescored", "sparse_max_positions"])
@@ -115,7 +115,7 @@ def test_resolving_leaves_a_head_that_fits(recipe: Recipe, vocab_size: int) -> N
         # The default number of always-on tokens may take away the last expert.
         assert is_too_small or (recipe.num_experts_per_tok or 0) >= experts - (recipe.num_always_on is None)
         return
-    experts = resolved.num_experts(vocab_size)
+    experts = resolved.num_experts
     routed = vocab_size - resolved.num_always_on
     assert 1 <= (resolved.num_experts_per_tok or 1) <= experts
     assert resolved.num_experts_per_tok == recipe.num_experts_per_tok
