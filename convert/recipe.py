@@ -26,8 +26,8 @@ class Recipe:
     """Every choice of a conversion.
 
     Attributes:
-        text: sample text: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a `datasets` data set,
-            or "mixed": bundled texts of many kinds, with prompts for a model that has a chat template.
+        text: sample text: a .txt, .md, .jsonl, .json, .csv or .parquet file, a folder, the name of a `datasets` data
+            set, or "mixed": bundled texts of many kinds, with prompts for a model that has a chat template.
         positions: positions of the sample to keep hidden states of.
         window_length: tokens that the model reads in one pass.
         held_out: share of the documents kept back to measure on, above 0 and below 1.

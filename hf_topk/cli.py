@@ -44,8 +44,8 @@ def convert(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Sample text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
-            "`datasets` data set, or 'mixed': bundled texts of many kinds. [default: mixed]"
+            help="Sample text to learn from: a .txt, .md, .jsonl, .json, .csv or .parquet file, a folder, the name "
+            "of a `datasets` data set, or 'mixed': bundled texts of many kinds. [default: mixed]"
         ),
     ] = None,
     positions: Annotated[

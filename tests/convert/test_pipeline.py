@@ -1,6 +1,7 @@
 """The steps of a conversion in memory, each beside the plainest way to compute the same."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_a_sample_of_ones_own_is_read_in_its_place(tmp_path: Path) -> None:
     windows, _ = sample_from_text(tiny_tokenizer(), recipe)
     assert {window.document for window in windows} == {0, 1, 2, 3}
     assert sum(len(window.token_ids) for window in windows) == 200
+
+
+def test_conversations_of_ones_own_are_read_through_the_chat_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": turns, "source": "w9"})] * 3))
+    recipe = Recipe(text=str(tmp_path / "chats.jsonl"), positions=200, window_length=32)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<pad> {{ message.content }} {% endfor %}"
+    windows, _ = sample_from_text(tokenizer, recipe)
+    assert [tokenizer.decode(window.token_ids) for window in windows] == ["<pad> w5 w6 <pad> w7"] * 3
 
 
 # Distillation
