@@ -235,7 +235,7 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6))
     probabilities[head.expert_ids[3, 5]] = 0  # what the sample never shows
     probabilities /= probabilities.sum()
-    fit_tail(head, metric_of(some_states()), probabilities)
+    fit_tail(head, metric_of(some_states()), probabilities, [])
     for expert, ids in enumerate(head.expert_ids.tolist()):
         own = {token: max(float(probabilities[token]), 1e-12) ** power for token in ids}  # repeats add nothing
         expected = torch.tensor([own[token] / sum(own.values()) for token in ids])
@@ -247,7 +247,7 @@ def test_a_learned_combiner_does_not_add_divergence() -> None:
     head = tiny_converted(combine="learned").head
     states = some_states()
     start_router(head.router, states, masses_of(head, states))
-    fit_tail(head, metric_of(states), token_statistics(states, head.weight, None).probabilities)
+    fit_tail(head, metric_of(states), token_statistics(states, head.weight, None).probabilities, [])
 
     @torch.no_grad()
     def divergence() -> float:
