@@ -243,6 +243,21 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     assert head.tail.log_prior.isfinite().all()
 
 
+def test_ids_that_no_text_has_keep_their_share_of_an_expert(head: TopKExpertsHead) -> None:
+    """And the others are tempered among themselves."""
+    probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6)).pow(3)
+    probabilities /= probabilities.sum()
+    textless = [*head.expert_ids[2, :5].tolist(), *head.expert_ids[3].tolist()]
+    fit_tail(head, metric_of(some_states()), probabilities, textless)
+    for expert, ids in enumerate(head.expert_ids):
+        own, is_textless = probabilities[ids], torch.isin(ids, torch.tensor(textless))
+        tempered = own.sqrt() * ~is_textless
+        expected = torch.where(is_textless, own, tempered / tempered.sum() * own[~is_textless].sum())
+        repeats = torch.cat([torch.tensor([False]), ids[1:] == ids[0]])
+        if not repeats.any():
+            torch.testing.assert_close(head.tail.log_prior[expert].exp(), expected / own.sum())
+
+
 def test_a_learned_combiner_does_not_add_divergence() -> None:
     head = tiny_converted(combine="learned").head
     states = some_states()
