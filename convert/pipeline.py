@@ -43,7 +43,7 @@ from .steps.fit_combiner import fit_combiner
 from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
 from .steps.hidden_states import HiddenStates, collect
 from .steps.place_tokens import place_tokens
-from .steps.special_tokens import check_ends_always_on, end_ids, special_ids
+from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, textless_ids
 
 
 def convert(
@@ -106,8 +106,8 @@ def convert_checked(
     with clock("hidden states"):
         states = collect(model, to_distil_on, kept, processes)
     processes.release()
-    specials = special_ids(model, tokenizer, recipe.num_always_on)
-    converted, router_kl = _convert_head(model, specials, states, recipe, clock, stored_type or model.dtype)
+    kinds = special_ids(model, tokenizer, recipe.num_always_on), textless_ids(tokenizer, recipe.vocab_size)
+    converted, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
     with clock("calibration"):
         choices = dense_choices(converted, held_out)
         _calibrate(converted, choices, recipe)
@@ -134,6 +134,7 @@ def convert_checked(
 def _convert_head(
     model: PreTrainedModel,
     specials: list[int],
+    textless: list[int],
     states: Tensor,
     recipe: ResolvedRecipe,
     clock: StepClock,
@@ -149,7 +150,7 @@ def _convert_head(
     head.stored_type = converted.config.dtype = stored_type
     converted.config.get_text_config().dtype = stored_type
     with clock("partition"):
-        place_tokens(head, specials, statistics, recipe.seed)
+        place_tokens(head, specials, textless, statistics, recipe.seed)
     with clock("experts' masses"):
         masses = expert_masses(states, weight, bias, groups_of(head))
     metric = metric_of(evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device))
@@ -161,7 +162,7 @@ def _convert_head(
         pack_router(head.router, metric, stored_type)
         converted.config.router_packed = True
     with clock("tail"):
-        fit_tail(head, metric, statistics.probabilities)
+        fit_tail(head, metric, statistics.probabilities, textless)
     cast_additions(head)
     return converted, router_kl
 

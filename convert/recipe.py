@@ -57,7 +57,7 @@ class Recipe:
 
     text: str = _choice(
         MIXED,
-        "calibration text to learn from: a .txt, .md, .jsonl or .parquet file, a folder of them, the name of a "
+        "calibration text to learn from: a .txt, .md, .jsonl, .json, .csv or .parquet file, a folder, the name of a "
         "`datasets` data set, or 'mixed': bundled texts of many kinds, and prompts for models with a chat template",
         flags=(),
     )

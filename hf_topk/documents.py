@@ -1,9 +1,11 @@
 """Sample text: documents read from files, folders and data sets."""
 
 import codecs
+import csv
 import difflib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -21,10 +23,12 @@ from .progress import progress_once_slow
 TEXT_LIMIT = 64 * 2**20  # bytes; far more than a conversion needs
 CUT_WARNING = f"Reading the first {TEXT_LIMIT >> 20} MiB of %s, not the rest"
 INSTALL_HINT = "pip install 'hf-topk[datasets]'"
-ENDINGS = (".txt", ".md", ".jsonl", ".parquet")
+ENDINGS_IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet")
+ENDINGS = (*ENDINGS_IN_FOLDERS, ".json", ".csv")  # those two seldom hold text
 MESSAGES = "messages"  # the key of conversations
-SUPPORTED = "supported are .txt, .md, .jsonl and .parquet"
-OTHER_FILE_ENDINGS = (".json", ".csv", ".tsv", ".text", ".gz", ".zip", ".zst", ".html", ".xml", ".pdf", ".rst")
+SUPPORTED = "supported are .txt, .md, .jsonl, .parquet, .json and .csv"
+OTHER_FILE_ENDINGS = (".tsv", ".text", ".gz", ".zip", ".zst", ".html", ".xml", ".pdf", ".rst")
+UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DATA_SET = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[^:]*))?(:(?P<split>[^:]+))?", flags=re.ASCII)
 
 logger = logging.getLogger(__name__)
@@ -51,14 +55,15 @@ Document = str | Chat
 def read_documents(source: str) -> list[Document]:
     """Read sample text, the first 64 MiB of it.
 
-    A .txt or .md file is one document. Each line of a .jsonl file and each row of a .parquet file or data set is one:
-    the text under "text", or else the conversation under "messages" (a list of {"role": ..., "content": ...}), or else
-    the text under the only key that holds strings. Blank documents are left out.
+    A .txt or .md file is one document. Each line of a .jsonl file, each entry of the list in a .json file and each row
+    of a .parquet file or data set is one: the text under "text", or else the conversation under "messages" (a list of
+    {"role": ..., "content": ...}), or else the text under the only key that holds strings. Of a .csv file it is the
+    column "text". Files are UTF-8, or UTF-16 with a byte order mark. Blank documents are left out.
 
     Args:
-        source: a .txt, .md, .jsonl or .parquet file; a folder of them, searched in depth and in sorted order, without
-            hidden files; or a data set: "name", "name:config", "name:config:split" or "name::split". The split is
-            "train" if none is named.
+        source: a .txt, .md, .jsonl, .parquet, .json or .csv file; a folder of the first four kinds, searched in depth
+            and in sorted order, without hidden files; or a data set: "name", "name:config", "name:config:split" or
+            "name::split". The split is "train" if none is named.
 
     Returns:
         The documents, in order; at least one.
@@ -134,6 +139,8 @@ def _reader_of(file: Path) -> Callable[[Path], Iterator[Document]]:
         ".md": _read_plain,
         ".jsonl": _read_jsonl,
         ".parquet": _read_parquet,
+        ".json": _read_json,
+        ".csv": _read_csv,
     }
     if file.suffix.lower() not in readers:
         raise InputError(f"{file} has an unknown ending: {SUPPORTED}; rename it if it is plain text")
@@ -147,9 +154,13 @@ def _files_below(folder: Path) -> list[Path]:
     files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".") and name.lower().endswith(ENDINGS)]
+        visible = [name for name in names if not name.startswith(".")]
+        files += [Path(parent, name) for name in visible if name.lower().endswith(ENDINGS_IN_FOLDERS)]
     if not files:
-        raise InputError(f"The folder {folder} has no readable text file: {SUPPORTED}; hidden files are skipped")
+        raise InputError(
+            f"The folder {folder} has no readable text file: {SUPPORTED}; hidden files are skipped, and .json and .csv "
+            "files, which have to be given by name"
+        )
     return sorted(files)
 
 
@@ -177,9 +188,11 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file's bytes, those of UTF-16 text as UTF-8."""
     try:
         with path.open("rb") as file:
-            yield file
+            is_utf_16 = file.peek(2)[:2] in UTF_16_MARKS
+            yield io.BytesIO(_decode(file.read(), path, encoding="UTF-16").encode()) if is_utf_16 else file
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -192,37 +205,73 @@ def _read_plain(path: Path) -> Iterator[str]:
     yield _decode(raw[:TEXT_LIMIT], path, is_cut=is_cut).removeprefix("\ufeff").replace("\r\n", "\n")
 
 
-def _decode(raw: bytes, path: Path, offset: int = 0, is_cut: bool = False) -> str:
+def _decode(raw: bytes, path: Path, offset: int = 0, is_cut: bool = False, encoding: str = "UTF-8") -> str:
     """Decode bytes that stand at an offset of a file; where they are cut, the last character may be incomplete."""
     way_out = "save it as UTF-8 text, or give another file"
-    if (nul := raw.find(b"\0")) >= 0:
+    if encoding == "UTF-8" and (nul := raw.find(b"\0")) >= 0:
         raise InputError(f"{path} is binary, not text (a NUL byte at byte offset {offset + nul}): {way_out}")
     try:
-        return codecs.getincrementaldecoder("utf-8")().decode(raw, final=not is_cut)
+        return codecs.getincrementaldecoder(encoding)().decode(raw, final=not is_cut)
     except UnicodeDecodeError as error:
         place = f"byte {raw[error.start]:#04x} at byte offset {offset + error.start}"
-        raise InputError(f"{path} is not UTF-8 text ({place}): {way_out}") from error
+        raise InputError(f"{path} is not {encoding} text ({place}): {way_out}") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """A file's lines, with what ends them."""
+    offset = 0
+    with _open(path) as file:
+        for raw in file:
+            yield _decode(raw, path, offset).removeprefix("\ufeff")
+            offset += len(raw)
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    offset = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, start=1):
-            line = _decode(raw, path, offset).removeprefix("\ufeff")
-            offset += len(raw)
-            if line.isspace():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", "") or _one_line(error)  # `msg` leaves out JSON's own "line 1"
-                raise InputError(f"{path}, line {number}: broken JSON ({reason}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise InputError(f'{path}, line {number}: no JSON object; write documents as {{"text": "..."}}')
-            yield _document_of(record, f"{path}, line {number}")
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.isspace():
+            parsed = _parsed(line, path, number, "mend or remove the line")
+            yield _document_of(parsed, f"{path}, line {number}")
 
 
-def _document_of(record: Mapping[str, object], where: str) -> Document:
+def _read_json(path: Path) -> Iterator[Document]:
+    entries = _parsed("".join(_lines(path)), path, 1, "mend it, or call it .jsonl if each line is a document")
+    if not isinstance(entries, list):
+        raise InputError(f'{path} holds no JSON list; write documents as [{{"text": "..."}}, ...]')
+    for number, entry in enumerate(entries, start=1):
+        yield entry if isinstance(entry, str) else _document_of(entry, f"{path}, entry {number}")
+
+
+def _parsed(text: str, path: Path, first_line: int, way_out: str) -> object:
+    """The JSON of a text that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line - 1 + getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", "") or _one_line(error)  # `msg` leaves out JSON's own lines
+        raise InputError(f"{path}, line {line}: broken JSON ({reason}); {way_out}") from error
+
+
+def _read_csv(path: Path) -> Iterator[str]:
+    csv.field_size_limit(TEXT_LIMIT)  # a document may be longer than Python expects a field to be
+    rows = csv.DictReader(_lines(path), strict=True)
+    try:
+        columns = rows.fieldnames or ()
+        if "text" not in columns:
+            found = ", ".join(map(_shown, columns[:20])) or "none"
+            raise InputError(f"{path} has no column 'text' among those of its first line ({found}): name one so")
+        for row in rows:
+            if None in row:  # where DictReader puts them
+                raise InputError(
+                    f"{path}, line {rows.line_num}: more values than columns; put texts that hold a comma in quotes"
+                )
+            yield row["text"] or ""
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: broken CSV ({error}); mend or remove the line") from error
+
+
+def _document_of(record: object, where: str) -> Document:
+    if not isinstance(record, Mapping):
+        raise InputError(f'{where}: no JSON object; write documents as {{"text": "..."}}')
     return _chat_of(record, where) if _holds_messages(record) else _text_of(record, where)
 
 

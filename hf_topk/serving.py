@@ -15,7 +15,13 @@ from .model.errors import InputError
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
 # For models that were not trained to chat: they go on from the texts of the messages, one to a line.
-PLAIN_TEMPLATE = "{{ messages | map(attribute='content') | join('\n') }}"
+PLAIN_TEMPLATE = """
+{%- for message in messages -%}
+    {{ message.content if message.content is string else message.content | map(attribute='text') | join(' ') }}
+    {{- '\n' if not loop.last }}
+{%- endfor -%}
+"""
+TEXT_PARTS = ("text", "input_text", "output_text")  # of messages, as the two kinds of requests call them
 
 
 def serve(
@@ -28,7 +34,7 @@ def serve(
     dtype: str = "auto",
     device: str = "auto",
 ) -> None:
-    """Answer requests until interrupted.
+    """Answer requests until interrupted; those with images, sounds or files are refused.
 
     Args:
         directory: a converted model, a folder or a repository of the Hub; clients call it by this name.
@@ -41,17 +47,12 @@ def serve(
 
     Raises:
         InputError: when the server's packages are missing, the address is taken, there is no such device, or the model
-            does not load or looks at images.
+            does not load.
     """
     if not is_serve_available():
         raise InputError("the packages of the server are missing: pip install 'hf-topk[serve]'")
     _check_address(host, port)
     model, tokenizer = load_converted(directory, dtype=dtype, device=device)
-    if looks_at_images(model.base):
-        raise InputError(
-            f"{directory} looks at images ({type(model.base).__name__}), which the server would leave out: "
-            "serve a model of text alone, or give images to `generate` in Python"
-        )
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
     if lossless and model.generation_config is not None:
         model.generation_config.lossless = True  # type: ignore[attr-defined]
@@ -83,10 +84,21 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _run_server(
     name: str, model: TopKExpertsForCausalLM, tokenizer: PreTrainedTokenizerBase, host: str, port: int
 ) -> None:
-    """Run Transformers' server; by itself it knows no classes but its own, and downloads what is asked for."""
-    from fastapi import HTTPException
+    """Run Transformers' server, changed in three places."""
     from transformers.cli.serve import Serve
+
+    _serve_one_model(name, model, tokenizer)
+    _refuse_all_but_text()
+    _give_reasons()
+    with suppress(KeyboardInterrupt):  # how a server ends
+        Serve(force_model=name, host=host, port=port, log_level="error")
+
+
+def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """By itself the server knows no classes but Transformers' own, and downloads what is asked for."""
+    from fastapi import HTTPException
     from transformers.cli.serving import model_manager
+    from transformers.cli.serving.utils import Modality
 
     class OneModel(model_manager.ModelManager):
         def process_model_name(self, model_id: str) -> str:  # type: ignore[override]  # all requests come through here
@@ -103,7 +115,58 @@ def _run_server(
         def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
             return [{"id": name, "object": "model", "created": started, "owned_by": ""}]
 
+        @staticmethod
+        def get_model_modality(*_: Any, **__: Any) -> Modality:
+            return modality
+
     started = int(time.time())
+    # Chat templates of some models that look at images take messages as lists of parts alone, which this one gives.
+    modality = Modality.VLM if looks_at_images(model.base) else Modality.LLM
     model_manager.ModelManager = OneModel  # type: ignore[misc]
-    with suppress(KeyboardInterrupt):  # how a server ends
-        Serve(force_model=name, host=host, port=port, log_level="error")
+
+
+def _refuse_all_but_text() -> None:
+    """By itself the server leaves out of a message what its model does not take."""
+    from fastapi import HTTPException
+    from transformers.cli.serving.utils import BaseHandler, Modality
+
+    parse = BaseHandler.get_processor_inputs_from_messages
+
+    def parse_text(messages: list[dict[str, Any]], modality: Modality) -> list[dict[str, Any]]:
+        if others := other_parts(messages):
+            raise HTTPException(
+                400,
+                f"This server takes text alone, and a message has a part of type '{others[0]}': leave it out, or give "
+                "it to `generate` in Python.",
+            )
+        return parse(messages, modality)
+
+    BaseHandler.get_processor_inputs_from_messages = staticmethod(parse_text)  # type: ignore[method-assign]
+
+
+def other_parts(messages: list[dict[str, Any]]) -> list[str]:
+    """Types of the parts of messages that are no text."""
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [str(part.get("type")) for part in parts if part.get("type") not in TEXT_PARTS]
+
+
+def _give_reasons() -> None:
+    """By itself the server gives the reason of a refusal where OpenAI's clients do not show it."""
+    from fastapi import HTTPException, Request
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving import server
+
+    build = server.build_server
+
+    def build_with_reasons(*arguments: Any, **choices: Any) -> Any:
+        app = build(*arguments, **choices)
+
+        @app.exception_handler(HTTPException)
+        async def refuse(_: Request, refusal: HTTPException) -> JSONResponse:
+            error = {"message": str(refusal.detail), "type": "invalid_request_error"}
+            return JSONResponse({"error": error}, refusal.status_code)
+
+        return app
+
+    server.build_server = build_with_reasons

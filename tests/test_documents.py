@@ -1,5 +1,6 @@
 """What `hf_topk.documents` reads, and what it refuses."""
 
+import codecs
 import os
 import sys
 from pathlib import Path
@@ -56,10 +57,27 @@ READABLE = {
     ),
     # Half a surrogate pair, which no tokenizer takes, then a whole one.
     "b.jsonl": ({"b.jsonl": r'{"text": "a \ud83d b \ud83d\ude00"}'}, ["a ? b 😀"]),
+    "e.json": (
+        {"e.json": '[{"text": "1", "n": 2},\n"2", {"messages": [{"role": "user", "content": "Hi"}]}, {"body": ""}]'},
+        ["1", "2", Chat((("user", "Hi"),))],
+    ),
+    # As spreadsheets write it: with a byte order mark, and what holds commas, quotes or lines in quotes.
+    "f.CSV": (
+        {"f.CSV": BYTE_ORDER_MARK + 'id,text\r\n1,plain\r\n2,"a, ""b""\nc"\r\n3,\r\n4\r\n5,' + "long " * 30_000},
+        ["plain", 'a, "b"\nc', "long " * 30_000],
+    ),
+    # UTF-16 with a byte order mark, in either order; U+2028 and U+0A0A are no ends of lines.
+    "g.txt": ({"g.txt": (BYTE_ORDER_MARK + "Étude\r\n😀").encode("utf-16-le")}, ["Étude\n😀"]),
+    "g.jsonl": (
+        {"g.jsonl": (BYTE_ORDER_MARK + '{"text": "1\u2028\u0a0a"}\r\n{"text": "2"}').encode("utf-16-be")},
+        ["1\u2028\u0a0a", "2"],
+    ),
+    "g.json": ({"g.json": '["😀"]'.encode("utf-16")}, ["😀"]),
+    "g.csv": ({"g.csv": "text\nÉtude\n".encode("utf-16")}, ["Étude"]),
     # In depth, sorted, without hidden files.
     ".": (
         {name: name for name in ["b.txt", "a/2.md", "a/1.txt", ".no.txt", ".git/no.txt", "a/.x/no.txt", "no.py"]}
-        | {"c.jsonl": '{"text": "c"}\n', "empty.txt": ""},
+        | {"c.jsonl": '{"text": "c"}\n', "empty.txt": "", "settings.json": "{}", "numbers.csv": "1,2\n"},
         ["a/1.txt", "a/2.md", "b.txt", "c"],
     ),
 }
@@ -118,7 +136,12 @@ REFUSED = {
     "white lines": ({"a.jsonl": "\n \n"}, "a.jsonl", "only white space"),
     "white documents": ({"a.jsonl": '{"text": " "}'}, "a.jsonl", "only white space"),
     "white folder": ({"a/a.txt": ""}, "a", "only white space"),
-    "folder without text": ({"a/a.py": "x", "a/.b.txt": "x"}, "a", "no readable text file", ".txt, .md, .jsonl and"),
+    "folder without text": (
+        {"a/a.py": "x", "a/.b.txt": "x", "a/c.json": "[]"},
+        "a",
+        "no readable text file",
+        "given by name",
+    ),
     "unknown ending": ({"a.py": "x"}, "a.py", "unknown ending", ".parquet"),
     "near name": ({"books.txt": "x", "other.txt": "x"}, "boks.txt", "(did you mean books.txt?)"),
     "near name in a folder": ({"a/books.txt": "x"}, "./a/boks.txt", "did you mean a/books.txt?"),
@@ -134,6 +157,18 @@ REFUSED = {
     "no key": ({"a.jsonl": "{}"}, "a.jsonl", "keys found (none)"),
     "no string": ({"a.jsonl": '{"n": 1}'}, "a.jsonl", "keys found ('n')", "none holds strings"),
     "two strings": ({"a.jsonl": '{"q": "x", "a": "y"}'}, "a.jsonl", "keys found ('q', 'a')", "several hold strings"),
+    "no list": ({"a.json": '{"text": "x"}'}, "a.json", "holds no JSON list", '[{"text": "..."}, ...]'),
+    "lines in a .json": ({"a.json": '{"text": "x"}\n{"text": "y"}'}, "a.json", "line 2: broken JSON", "call it .jsonl"),
+    "list of numbers": ({"a.json": '["x", 5]'}, "a.json", "a.json, entry 2: no JSON object"),
+    "empty list": ({"a.json": "[]"}, "a.json", "holds no text"),
+    "no text column": ({"a.csv": "id;text\n1;x\n"}, "a.csv", "no column 'text'", "('id;text')"),
+    "no columns": ({"a.csv": "\n\n"}, "a.csv", "no column 'text'", "(none)"),
+    "comma in a text": ({"a.csv": "id,text\n1,x\n2,a, b\n"}, "a.csv", "line 3: more values than columns", "in quotes"),
+    "open quote": ({"a.csv": 'text\n"x\n'}, "a.csv", "broken CSV (unexpected end of data)"),
+    "torn UTF-16": ({"a.txt": b"\xff\xfex\0y"}, "a.txt", "is not UTF-16 text", "byte offset 4"),
+    "half a surrogate pair": ({"a.csv": b"\xff\xfe\x3d\xd8x\0"}, "a.csv", "is not UTF-16 text", "byte offset 2"),
+    "UTF-16 without a mark": ({"a.txt": "x".encode("utf-16-le")}, "a.txt", "is binary, not text"),
+    "UTF-32": ({"a.txt": "x".encode("utf-32")}, "a.txt", "is binary, not text"),
     "foreign parquet": ({"a.parquet": "no parquet"}, "a.parquet", "a.parquet is a damaged parquet file"),
 }
 
@@ -217,7 +252,10 @@ def test_pyarrow_missing(tmp_path, monkeypatch):
 
 
 @settings(max_examples=50, deadline=None)
-@given(content=st.binary(min_size=1), ending=st.sampled_from(["txt", "jsonl"]))
+@given(
+    content=st.binary(min_size=1) | st.binary().map(codecs.BOM_UTF16_LE.__add__),
+    ending=st.sampled_from(["txt", "jsonl", "json", "csv"]),
+)
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, ending):
     file = tmp_path_factory.mktemp("bytes") / f"a.{ending}"
     file.write_bytes(content)

@@ -61,16 +61,29 @@ def test_refused(
     check_refused(monkeypatch, capsys, "serve", "out", "--port", _free_port(), *arguments, parts=parts)
 
 
-def test_a_model_that_looks_at_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_looks_at_images_is_served(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
     dense, _ = tiny_llava()
     tiny_converted(dense).save_pretrained("pictures")
     tiny_tokenizer().save_pretrained("pictures")
-    parts = (
-        "pictures looks at images (LlavaForConditionalGeneration)",
-        "would leave out",
-        "serve a model of text alone",
-    )
-    check_refused(monkeypatch, capsys, "serve", "pictures", "--port", _free_port(), parts=parts)
+    assert run_main(monkeypatch, "serve", "pictures", "--port", _free_port()) == 0
+    assert type(served[0][1].base) is type(dense)
+
+
+@pytest.mark.parametrize(
+    ("content", "others"),
+    [
+        ("w1 w2", []),
+        (None, []),
+        ([{"type": "text", "text": "w1"}, {"type": "input_text", "text": "w2"}], []),
+        ([{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": "data:"}}], ["image_url"]),
+        (
+            [{"type": "input_image", "image_url": "data:"}, {"type": "input_audio"}, {}],
+            ["input_image", "input_audio", "None"],
+        ),
+    ],
+)
+def test_parts_of_messages_that_are_no_text(content: Any, others: list[str]) -> None:
+    assert serving.other_parts([{"role": "system", "content": "w3"}, {"role": "user", "content": content}]) == others
 
 
 def test_choices_reach_the_model(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
@@ -91,8 +104,9 @@ def test_without_a_chat_template_messages_are_plain_text(
     assert run_main(monkeypatch, "serve", "out", "--port", _free_port()) == 0
     assert "no chat template" in capsys.readouterr().err
     tokenizer = served[0][2]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids == tokenizer("w1 w2\nw3")["input_ids"]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": "w2"}]}, messages[1]]
+    for chat in (messages, parts):
+        assert tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) == "w1 w2\nw3"
     assert not hasattr(served[0][1].generation_config, "lossless")
 
 

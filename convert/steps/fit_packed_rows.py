@@ -62,17 +62,17 @@ def pack_router(router: Router, metric: Metric, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor) -> None:
+def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor, textless: list[int]) -> None:
     """Set the head's tail.
 
     Args:
         head: its tail is set in place.
         metric: of the hidden states.
         probabilities: mean probability of each token over the sample, fp32 [V].
+        textless: ids that no text has.
     """
     tempered = probabilities.clamp_min(SMALLEST_PROBABILITY).pow(TEMPER)
-    log_prior = tempered.log()[head.expert_ids]
-    head.tail.log_prior.copy_(log_prior - head.mask_padding(log_prior, head.expert_ids).logsumexp(-1, keepdim=True))
+    head.tail.log_prior.copy_(_log_prior(head, probabilities, textless))
     experts_at_once = max(1, ROWS_AT_ONCE // head.expert_size)
     with progress("Fitting the tail", 2 * head.num_experts, "experts") as advance:
 
@@ -90,6 +90,18 @@ def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor) -> No
             if head.bias is not None:
                 bias = bias + head.bias[head.expert_ids[some]].float()
             head.tail.bias[some] = bias - bias.mean(dim=-1, keepdim=True)
+
+
+def _log_prior(head: TopKExpertsHead, probabilities: Tensor, textless: list[int]) -> Tensor:
+    """Log p(v | e), [M, S]: tempered, but for ids that no text has, whose share of their expert stays what it is."""
+    logs = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
+    is_textless = torch.zeros_like(logs, dtype=torch.bool)
+    is_textless[textless] = True
+    logs, is_textless = logs[head.expert_ids], is_textless[head.expert_ids]
+    of_text = head.mask_padding(logs, head.expert_ids).masked_fill(is_textless, -torch.inf)
+    added = (TEMPER * of_text).logsumexp(-1, keepdim=True) - of_text.logsumexp(-1, keepdim=True)  # by tempering
+    log_prior = torch.where(is_textless, logs + added.nan_to_num(), TEMPER * logs)
+    return log_prior - head.mask_padding(log_prior, head.expert_ids).logsumexp(-1, keepdim=True)
 
 
 def _set_basis(

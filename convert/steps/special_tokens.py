@@ -1,4 +1,4 @@
-"""Tokens that are more than text: those that end one, and the tokenizer's special ones."""
+"""Tokens that are not just text: those that end one, the tokenizer's special ones, and ids that no text has."""
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +31,18 @@ def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     added = sorted(tokenizer.added_tokens_decoder.items())
     others = [token for token, one in added if one.special and token not in first]
     return [*first, *others[: num_always_on // 4]]
+
+
+def textless_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
+    """Ids that no text has: the tokenizer has no token for these rows, with which a head is padded to a round size.
+
+    Args:
+        tokenizer: the dense model's, if it has one; without it none are known.
+        vocab_size: V.
+    """
+    if tokenizer is None:
+        return []
+    return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
 
 
 def check_ends_always_on(num_always_on: int, ends: list[int], vocab_size: int) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from .errors import InputError
 from .head import TopKExpertsHead
 
 LOGITS_AT_ONCE = 1 << 25
+KEPT_OF_EARLIER_STATES = 0.99  # in a pass, so that the mean is one of the last hundred or so
 LEVEL_WEIGHT = 0.01  # of the square of how far the scores' level is off, in conversion too
 
 logger = logging.get_logger(__name__)
@@ -42,8 +44,9 @@ class JointTrainingMixin:
           router's probability; 1 where all experts are alike (Fedus et al. 2021, https://arxiv.org/abs/2101.03961,
           equation 4, here for several picked experts).
 
-        A packed router is in floats meanwhile, also in checkpoints, and packed again at the end. The tail stays as it
-        was. Make optimizers that are not made by a trainer inside.
+        A packed router is in floats meanwhile, also in checkpoints, and packed again at the end, so that no score
+        changes at the mean hidden state. The tail stays as it was. Make optimizers that are not made by a trainer
+        inside.
 
         Args:
             router_loss_coef: weight of the distillation, in units of the loss of a token.
@@ -60,13 +63,14 @@ class JointTrainingMixin:
         if was_packed:
             head.router.unpack()
             self.config.router_packed = False
-        loss = _JointLoss(head, router_loss_coef, balance_loss_coef)
+        loss, mean = _JointLoss(head, router_loss_coef, balance_loss_coef), None
         try:
             with loss.beside(self, self.base.base_model):
                 yield
+            mean = loss.mean_state() if was_packed else None
         finally:
             if was_packed:
-                head.router.pack()
+                head.router.pack(mean=mean)
                 self.config.router_packed = True
 
 
@@ -80,6 +84,7 @@ class _JointLoss:
         balance_coef: weight of the balance term.
         hidden: what last entered the head, or would have, [B, T, d].
         passes: how often terms were added.
+        states: the sum of the hidden states of late passes, and how many these are, fp32 [d + 1].
     """
 
     head: TopKExpertsHead
@@ -87,6 +92,17 @@ class _JointLoss:
     balance_coef: float
     hidden: Tensor | None = None
     passes: int = 0
+    states: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with no states."""
+        self.states = torch.zeros(self.head.in_features + 1, device=self.head.weight.device)
+
+    def mean_state(self) -> Tensor | None:
+        """The mean hidden state of late passes, of all processes, fp32 [d]; None if there were none."""
+        if dist.is_available() and dist.is_initialized():  # all processes are to have one model
+            dist.all_reduce(self.states)
+        return self.states[:-1] / self.states[-1] if self.states[-1] > 0 else None
 
     @contextmanager
     def beside(self, model: Any, body: nn.Module) -> Iterator[None]:
@@ -165,6 +181,8 @@ class _JointLoss:
     def terms(self, hidden: Tensor) -> Tensor:
         """What each position adds to the loss: [N, d] to fp32 [N]."""
         head = self.head
+        seen = F.pad(hidden.float(), (0, 1), value=1.0).sum(dim=0)
+        self.states = KEPT_OF_EARLIER_STATES * self.states + seen.to(self.states.device)
         masses, scores = dense_masses(head, hidden), head.router(hidden)
         terms = self.router_coef * _distance(_with_always_on(scores, masses), masses)
         if head.combine == "learned":

@@ -312,6 +312,12 @@ def test_refuses_sample_text(case: str, model: Path, tmp_path: Path, refused: Re
     refused("convert", "model", "out", "--text", "./text.txt", *OPTIONS, parts=parts)
 
 
+def test_refuses_conversations_without_a_chat_template(model: Path, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "w1 w2"}]}\n' * 99)
+    parts = ("the text has conversations", "no chat template", "give plain text")
+    refused("convert", "model", "out", "--text", "chats.jsonl", *OPTIONS, parts=parts)
+
+
 def test_refuses_too_few_positions_of_the_bundled_texts(model: Path, refused: Refused) -> None:
     arguments = ("convert", "model", "out", "--positions", 20, "--expert-size", 16)
     refused(*arguments, parts=("the sample has 20 positions, fewer than the 32", "raise `positions`"))

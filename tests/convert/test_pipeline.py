@@ -1,6 +1,7 @@
 """The steps of a conversion in memory, each beside the plainest way to compute the same."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,16 @@ def test_a_sample_of_ones_own_is_read_in_its_place(tmp_path: Path) -> None:
     windows, _ = sample_from_text(tiny_tokenizer(), recipe)
     assert {window.document for window in windows} == {0, 1, 2, 3}
     assert sum(len(window.token_ids) for window in windows) == 200
+
+
+def test_conversations_of_ones_own_are_read_through_the_chat_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": turns, "source": "w9"})] * 3))
+    recipe = Recipe(text=str(tmp_path / "chats.jsonl"), positions=200, window_length=32)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<pad> {{ message.content }} {% endfor %}"
+    windows, _ = sample_from_text(tokenizer, recipe)
+    assert [tokenizer.decode(window.token_ids) for window in windows] == ["<pad> w5 w6 <pad> w7"] * 3
 
 
 # Distillation
@@ -224,7 +235,7 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6))
     probabilities[head.expert_ids[3, 5]] = 0  # what the sample never shows
     probabilities /= probabilities.sum()
-    fit_tail(head, metric_of(some_states()), probabilities)
+    fit_tail(head, metric_of(some_states()), probabilities, [])
     for expert, ids in enumerate(head.expert_ids.tolist()):
         own = {token: max(float(probabilities[token]), 1e-12) ** power for token in ids}  # repeats add nothing
         expected = torch.tensor([own[token] / sum(own.values()) for token in ids])
@@ -232,11 +243,26 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     assert head.tail.log_prior.isfinite().all()
 
 
+def test_ids_that_no_text_has_keep_their_share_of_an_expert(head: TopKExpertsHead) -> None:
+    """And the others are tempered among themselves."""
+    probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6)).pow(3)
+    probabilities /= probabilities.sum()
+    textless = [*head.expert_ids[2, :5].tolist(), *head.expert_ids[3].tolist()]
+    fit_tail(head, metric_of(some_states()), probabilities, textless)
+    for expert, ids in enumerate(head.expert_ids):
+        own, is_textless = probabilities[ids], torch.isin(ids, torch.tensor(textless))
+        tempered = own.sqrt() * ~is_textless
+        expected = torch.where(is_textless, own, tempered / tempered.sum() * own[~is_textless].sum())
+        repeats = torch.cat([torch.tensor([False]), ids[1:] == ids[0]])
+        if not repeats.any():
+            torch.testing.assert_close(head.tail.log_prior[expert].exp(), expected / own.sum())
+
+
 def test_a_learned_combiner_does_not_add_divergence() -> None:
     head = tiny_converted(combine="learned").head
     states = some_states()
     start_router(head.router, states, masses_of(head, states))
-    fit_tail(head, metric_of(states), token_statistics(states, head.weight, None).probabilities)
+    fit_tail(head, metric_of(states), token_statistics(states, head.weight, None).probabilities, [])
 
     @torch.no_grad()
     def divergence() -> float:

@@ -321,7 +321,7 @@ def test_fitted_tail_is_near_the_dense_head(bias: bool, num_always_on: int) -> N
     head, states = make_head(bias=bias, num_always_on=num_always_on, tail_rank=32), make_hidden(0, 500) * 0.4
     dense = dense_logits(head, states)
     probabilities = dense.softmax(dim=-1).mean(dim=0)
-    fit_tail(head, metric_of(states), probabilities)
+    fit_tail(head, metric_of(states), probabilities, [])
     every = torch.arange(head.num_experts).expand(len(states), -1)
     screened, exact = head.tail.screen(states, every), dense[:, head.expert_ids]
     off = screened - exact - (screened - exact).mean(dim=-1, keepdim=True)

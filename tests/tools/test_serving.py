@@ -9,17 +9,22 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from support.image_models import tiny_llava
 from support.tiny_models import tiny_converted, tiny_dense, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 PROMPT = "w3 w14 w15"
 MESSAGES: list[Any] = [{"role": "system", "content": "w3"}, {"role": "user", "content": "w14 w15"}]
 NEW_TOKENS = 12
+# As LLaVA has it: what a message says is nothing but a list of parts.
+TEMPLATE_OF_PARTS = "{% for one in messages %}{% for part in one.content %}{{ part.text }} {% endfor %}{% endfor %}"
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return f"127.0.0.1:{one.getsockname()[1]}"
+    return free_address()
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
+    with running(folder, address) as process:
+        yield process
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return f"127.0.0.1:{one.getsockname()[1]}"
+
+
+@contextmanager
+def running(folder: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "hf_topk.cli", "serve", "out", "--port", address.partition(":")[2]]
     with (folder.parent / "log").open("wb") as log:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -57,6 +72,10 @@ def server(folder: Path, address: str) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture(scope="module")
 def client(server: subprocess.Popen[bytes], address: str) -> openai.OpenAI:
+    return client_of(address)
+
+
+def client_of(address: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=60)
 
 
@@ -129,12 +148,40 @@ def test_lossless_chat(client: openai.OpenAI, folder: Path) -> None:
 
 
 def test_other_models_are_refused(client: openai.OpenAI, address: str) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(openai.BadRequestError, match="'out'"):
         chat(client, model="gpt2")
-    assert "'out'" in caught.value.response.text
-    with pytest.raises(openai.NotFoundError) as lacking:
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt2' here, only 'out'"):
         client.with_options(base_url=f"http://{address}").post("/load_model", body={"model": "gpt2"}, cast_to=object)
-    assert "There is no model 'gpt2' here, only 'out'." in lacking.value.response.text
+
+
+def check_images_are_refused(client: openai.OpenAI) -> None:
+    messages = [*MESSAGES, {"role": "user", "content": [{"type": "text", "text": "w3"}, IMAGE]}]
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=r"takes text alone.*'image_url'.*`generate` in Python"):
+            chat(client, messages=messages, stream=stream)
+    image: Any = {"type": "input_image", "image_url": IMAGE["image_url"]["url"], "detail": "auto"}
+    with pytest.raises(openai.BadRequestError, match=r"takes text alone.*'input_image'"):
+        client.responses.create(model="out", input=[image], stream=False)
+
+
+def test_images_are_refused_and_not_left_out(client: openai.OpenAI) -> None:
+    check_images_are_refused(client)
+
+
+def test_a_model_that_looks_at_images_answers_text_and_refuses_images(tmp_path: Path) -> None:
+    dense, _ = tiny_llava()
+    tiny_converted(dense).save_pretrained(tmp_path / "out")
+    tokenizer, address = tiny_tokenizer(), free_address()
+    tokenizer.chat_template = TEMPLATE_OF_PARTS
+    tokenizer.save_pretrained(tmp_path / "out")
+    with running(tmp_path / "out", address):
+        client, text = client_of(address), expected(tmp_path / "out")
+        assert chat(client).choices[0].message.content == text
+        in_parts = [{"role": "user", "content": [{"type": "text", "text": word} for word in PROMPT.split()]}]
+        assert chat(client, messages=in_parts).choices[0].message.content == text
+        completion = client.completions.create(model="out", prompt=PROMPT, max_tokens=NEW_TOKENS, temperature=0)
+        assert completion.choices[0].text == text
+        check_images_are_refused(client)
 
 
 def test_model_outlives_a_reset(client: openai.OpenAI, address: str) -> None:

@@ -61,7 +61,7 @@ def fitted(**sizes: int) -> TopKExpertsForCausalLM:
     head.router.unpack()
     start_router(head.router, states, expert_masses(states, head.weight, None, groups_of(head)))
     pack_router(head.router, metric_of(states), torch.float32)
-    fit_tail(head, metric_of(states), F.linear(states, head.weight).softmax(dim=-1).mean(dim=0))
+    fit_tail(head, metric_of(states), F.linear(states, head.weight).softmax(dim=-1).mean(dim=0), [])
     return model
 
 

@@ -21,7 +21,7 @@ def placed(seed: int = 0) -> tuple[TopKExpertsHead, TokenStatistics]:
     """A head of 5 always-on tokens, which leaves 95: 6 experts of 16, the last of them one short."""
     head = tiny_converted(num_always_on=5).head
     statistics = token_statistics(some_states(), head.weight, None)
-    place_tokens(head, [0, 98], statistics, seed)
+    place_tokens(head, [0, 98], [], statistics, seed)
     return head, statistics
 
 
@@ -52,7 +52,7 @@ def test_tokens_that_are_likely_in_the_same_contexts_share_an_expert() -> None:
     lengths = torch.rand(VOCAB_SIZE, 1, generator=generator) + 1
     weight = lengths * directions[kinds] * 3
     states = (3 * directions).repeat(10, 1) + 0.1 * some_states()
-    place_tokens(head, [], token_statistics(states, weight, None), 0)
+    place_tokens(head, [], [], token_statistics(states, weight, None), 0)
     assert all(len(kinds[expert].unique()) == 1 for expert in head.expert_ids)
 
 
@@ -89,7 +89,23 @@ def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on:
     num_experts = Recipe(num_always_on=num_always_on).num_experts(VOCAB_SIZE)
     head = tiny_converted(num_experts=num_experts, num_always_on=num_always_on).head
     specials = [7, 0, 1]
-    place_tokens(head, specials, token_statistics(some_states(), head.weight, None), 0)
+    place_tokens(head, specials, [], token_statistics(some_states(), head.weight, None), 0)
     assert head.num_always_on == num_always_on
     assert set(specials[:num_always_on]) <= set(head.always_on_ids.tolist())
     assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))
+
+
+@pytest.mark.parametrize("num_textless", [1, 16, 33, 90])
+def test_ids_that_no_text_has_are_in_experts_of_their_own(num_textless: int) -> None:
+    """But for the rarest other tokens, which fill them up."""
+    head = tiny_converted(num_always_on=4).head
+    statistics = token_statistics(some_states(), head.weight, None)
+    rarest = statistics.probabilities.argsort()
+    textless = rarest[50 - num_textless // 2 :][:num_textless].tolist()  # as likely as any
+    place_tokens(head, [0, 98], textless, statistics, 0)
+    assert sorted([*head.expert_ids.flatten().tolist(), *head.always_on_ids.tolist()]) == list(range(VOCAB_SIZE))
+    routed = {token for token in textless if token not in head.always_on_ids}
+    of_them = [expert for expert in head.expert_ids.tolist() if routed & set(expert)]
+    others = [int(token) for token in rarest if token not in head.always_on_ids and int(token) not in routed]
+    count = -(-len(routed) // 16) * 16 - len(routed)
+    assert sorted(token for expert in of_them for token in expert) == sorted([*routed, *others[:count]])

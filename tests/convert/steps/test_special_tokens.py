@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from support.command_line import check_refused
-from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text, tiny_tokenizer
+from support.tiny_models import QUICK, character_tokenizer, tiny_checkpoint, tiny_dense, tiny_text, tiny_tokenizer
 from transformers import AddedToken, GenerationConfig
 
 from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert, processes
-from hf_topk.convert.steps.special_tokens import check_ends_always_on, special_ids
+from hf_topk.convert.steps.special_tokens import check_ends_always_on, special_ids, textless_ids
 
 
 def converted(dense: Any, tokenizer: Any, num_always_on: int, text: Path) -> TopKExpertsForCausalLM:
@@ -50,6 +50,17 @@ def test_some_of_the_ends_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"num_always_on is 2, fewer than the 3 tokens that end a text.*or 0 for none"):
         converted(dense, tiny_tokenizer(), 2, text)
     assert converted(dense, tiny_tokenizer(), 0, text).head.num_always_on == 0
+
+
+def test_ids_that_no_text_has_are_those_without_a_token() -> None:
+    tokenizer = tiny_tokenizer()
+    assert textless_ids(tokenizer, 100) == []
+    assert textless_ids(tokenizer, 98) == []  # some tokens are beyond the head
+    assert textless_ids(tokenizer, 104) == [100, 101, 102, 103]
+    tokenizer.add_tokens(["new"])
+    assert textless_ids(tokenizer, 104) == [101, 102, 103]
+    assert textless_ids(character_tokenizer(), 100) == [97, 98, 99]
+    assert textless_ids(None, 104) == []
 
 
 def test_ends_beyond_the_vocabulary_do_not_count() -> None:
