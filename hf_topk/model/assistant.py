@@ -1,7 +1,7 @@
 """A converted model in assisted generation: as the assistant of a target with another tokenizer, and as the target."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -118,7 +118,24 @@ class AssistantMixin:
             config.repetition_penalty = self._own_penalty
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        # Which targets a candidate generator is for, Transformers reads off the name of the class; and where the head
-        # is, off that of its attribute. Where a model drafts for itself, it is the one that Transformers calls.
-        asked = cast(Any, super() if generation_config.assistant_early_exit is not None else self.base)
-        return asked._get_candidate_generator(generation_config, *args, **kwargs)
+        # Which targets a candidate generator is for, Transformers reads off the name of the class, and the head off an
+        # attribute. Where a model drafts for itself by its first layers, it is this one that is called.
+        if generation_config.assistant_early_exit is not None:
+            return cast(Any, super())._get_candidate_generator(generation_config, *args, **kwargs)
+        with self._as_checkpoint_of_dense() if generation_config.use_mtp else nullcontext() as head:
+            generator = cast(Any, self.base)._get_candidate_generator(generation_config, *args, **kwargs)
+        if head is not None:
+            generator.mtp_model.shared_head = head
+        return generator
+
+    @contextmanager
+    def _as_checkpoint_of_dense(self) -> Iterator[TopKExpertsHead]:
+        """Within it the dense model is one whose layers for further tokens Transformers can load; yields the head."""
+        head: TopKExpertsHead = cast(Any, self).head
+        if self.config.name_or_path:
+            self.base.config.name_or_path = self.config.name_or_path
+        self.base.set_submodule(self.head_name, head.as_plain())  # all that a head has is looked for in the checkpoint
+        try:
+            yield head
+        finally:
+            self.base.set_submodule(self.head_name, head)

@@ -275,6 +275,12 @@ class TopKExpertsHead(LaidOutHead):
         places = scored.experts.unsqueeze(-1).expand(-1, -1, self.expert_size)
         return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
 
+    def as_plain(self) -> nn.Linear:
+        """The dense head as a layer of its own, which shares weight and bias."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain
+
     def with_rows_of(self, resized: nn.Linear) -> "TopKExpertsHead":
         """A head of the same experts with the weight and bias of another layer; see [`take_over`].
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from .errors import InputError, one_line
 
 # Share of the logits by which a layer may differ from one with the rows read out of it: rounding of inputs to int8
 # takes 1 %.
@@ -55,9 +55,9 @@ def _read_out(layer: nn.Module, head: nn.Linear) -> nn.Linear:
         rows = (columns - bias).t()
         is_linear = _are_close(logits, nn.functional.linear(probe, rows, bias[0]))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"this {name} makes no logits of hidden states of {size} numbers ({reason}): set a linear layer as the head"
+            f"this {name} makes no logits of hidden states of {size} numbers ({one_line(error)}): set a linear layer as "
+            "the head"
         ) from error
     if not is_linear:
         raise InputError(f"this {name} does not compute W h + b, as experts do: set a linear layer as the head")
