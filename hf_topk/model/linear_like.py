@@ -56,8 +56,8 @@ def _read_out(layer: nn.Module, head: nn.Linear) -> nn.Linear:
         is_linear = _are_close(logits, nn.functional.linear(probe, rows, bias[0]))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
-            f"this {name} makes no logits of hidden states of {size} numbers ({one_line(error)}): set a linear layer as "
-            "the head"
+            f"this {name} makes no logits of hidden states of {size} numbers ({one_line(error)}): "
+            "set a linear layer as the head"
         ) from error
     if not is_linear:
         raise InputError(f"this {name} does not compute W h + b, as experts do: set a linear layer as the head")
