@@ -53,15 +53,15 @@ class AssistantMixin:
     config: TopKExpertsConfig
     generation_config: GenerationConfig
     head_name: str
-    # Transformers' input embeddings of targets, which sets `map` to False right before each draft for that target.
+    # The input embeddings made for targets, of which Transformers sets `map` to False right before it asks for a draft.
     _of_targets: tuple[Any, ...] = ()
     _own_penalty: float | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        # Also set before a target's last token, when there is nothing to draft any more. Whatever drafts next, for
-        # whichever target, asks for the device first.
+        # It does so before a target's last token, too, when there is nothing left to draft. Whatever asks for a draft
+        # next, for whichever target, asks for the device first: what is False after that is of this target.
         for embeddings in self._of_targets:
             embeddings.map = True
         return cast(torch.device, cast(Any, super()).device)
@@ -85,9 +85,7 @@ class AssistantMixin:
             InputError: when it is no linear layer over the hidden states, or has too few rows to route; the model
                 stays as it was.
         """
-        if hasattr(
-            new_embeddings, "pruned_lm_head"
-        ):  # of a target: rows that are here, `set_input_embeddings` says which
+        if hasattr(new_embeddings, "pruned_lm_head"):  # for a target: `set_input_embeddings` has its tokens
             return
         if isinstance(new_embeddings, TopKExpertsHead):
             head = new_embeddings
@@ -109,7 +107,7 @@ class AssistantMixin:
             yield None
             return
         config = self.generation_config
-        # Transformers has removed it, for ids would be wrong, and would leave it so.
+        # Transformers removes the repetition penalty, since ids are other ones while drafting, and leaves it removed.
         self._own_penalty = config.repetition_penalty or self._own_penalty
         config.repetition_penalty = None
         try:

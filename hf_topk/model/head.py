@@ -290,7 +290,8 @@ class TopKExpertsHead(LaidOutHead):
         Raises:
             InputError: when too few rows are left.
         """
-        kept = (*self.parameters(), *self.buffers(), self.config, self._stand_ins)
+        hook = getattr(self, "_hf_hook", None)  # of accelerate
+        kept = (*self.parameters(), *self.buffers(), self.config, self._stand_ins, hook)
         head = copy.deepcopy(self, memo=cast(dict[int, Any], {id(one): one for one in kept}))
         head.take_over(resized)
         return head
