@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_topk.compute_type import faster_type
 from hf_topk.model.dense_model import class_that_writes_text, config_for
 from hf_topk.model.errors import InputError, one_line
+from hf_topk.model.modeling_topk_experts import name_of_head
 
 from .source import Source
 
@@ -105,19 +106,24 @@ def load_dense(
         raise InputError(
             f"the weights of {source.name} do not load ({one_line(error)}): fetch the model again"
         ) from error
-    _check_complete(source, dense_class.__name__, found)
+    _check_complete(source, dense, found)
     keep_ends_in_memory(dense)
     return dense
 
 
-def _check_complete(source: Source, class_name: str, found: dict[str, Any]) -> None:
+def _check_complete(source: Source, dense: PreTrainedModel, found: dict[str, Any]) -> None:
     if not found["missing_keys"]:
         return
     missing = f"'{min(found['missing_keys'])}' is missing"
     if found["unexpected_keys"]:
         raise InputError(
-            f"the weights of {source.name} are not those of a {class_name}: {missing}, and "
+            f"the weights of {source.name} are not those of a {type(dense).__name__}: {missing}, and "
             f"'{min(found['unexpected_keys'])}' has no place in it; check `architectures` in config.json"
+        )
+    if found["missing_keys"] == {f"{name_of_head(dense)}.weight"}:
+        raise InputError(
+            f"{source.name} has no head ({missing}), and its configuration does not tie one to the input embeddings: "
+            "if they are one tensor, set `tie_word_embeddings` to true in config.json, else fetch the model again"
         )
     raise InputError(f"the weights of {source.name} are not complete: {missing}; fetch the model again")
 

@@ -13,6 +13,7 @@ from hf_topk.evaluation.fidelity import measure_fidelity
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.model.ties import check_ties
 from hf_topk.windows import Window, readable_length
 
 from .processes import ALONE, Processes
@@ -101,6 +102,7 @@ def convert_checked(
     started, clock = time.monotonic(), StepClock()
     check_finite(head_of(model))
     check_causal(model)
+    check_ties(model)
     to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
     kept = HiddenStates.open(folder, head_of(model).in_features, model.dtype)
     with clock("hidden states"):

@@ -5,7 +5,7 @@ Importing this package registers the converted models with Transformers' Auto cl
 
 import pkgutil
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from .model.configuration_topk_experts import TopKExpertsConfig
 from .model.errors import InputError, TopKExpertsError
@@ -32,3 +32,4 @@ AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=Tr
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
 # Converted models of which the dense one looks at images; `AutoModelForCausalLM` loads these too.
 AutoModelForImageTextToText.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
+AutoModelForMultimodalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

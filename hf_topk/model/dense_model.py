@@ -120,7 +120,10 @@ class DensePartsMixin:
             InputError: when they are, and an adapter was put around one of them.
         """
         ends = (self.base.get_output_embeddings(), self.base.get_input_embeddings())
-        if self.config.tie_word_embeddings and any(hasattr(end, "base_layer") for end in ends):
+        if not any(hasattr(end, "base_layer") for end in ends):
+            return
+        head, embeddings = (getattr(end, "base_layer", end) for end in ends)
+        if head.weight is embeddings.weight:
             raise InputError(
                 "there is an adapter around the head or the input embeddings, which are one tensor in this model, so "
                 "it cannot be merged: leave both out of what is adapted"
@@ -134,10 +137,6 @@ class DensePartsMixin:
     def get_input_embeddings(self) -> nn.Module:
         """The dense model's input embeddings."""
         return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the dense model's input embeddings."""
-        self.base.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, weight and experts and all, or what an adapter has put around it."""
@@ -175,10 +174,6 @@ class DensePartsMixin:
                 "`joint_training` is loaded inside it, and what was saved outside, outside"
             )
         return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of a generation step as the dense model does."""
-        return cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.

@@ -1,5 +1,6 @@
 """The output head of a converted model: route, gather, tail, scatter."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -273,3 +274,24 @@ class TopKExpertsHead(LaidOutHead):
             return prior
         places = scored.experts.unsqueeze(-1).expand(-1, -1, self.expert_size)
         return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
+
+    def as_plain(self) -> nn.Linear:
+        """The dense head as a layer of its own, which shares weight and bias."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain
+
+    def with_rows_of(self, resized: nn.Linear) -> "TopKExpertsHead":
+        """A head of the same experts with the weight and bias of another layer; see [`take_over`].
+
+        Args:
+            resized: a linear layer of the same hidden size.
+
+        Raises:
+            InputError: when too few rows are left.
+        """
+        hook = getattr(self, "_hf_hook", None)  # of accelerate
+        kept = (*self.parameters(), *self.buffers(), self.config, self._stand_ins, hook)
+        head = copy.deepcopy(self, memo=cast(dict[int, Any], {id(one): one for one in kept}))
+        head.take_over(resized)
+        return head

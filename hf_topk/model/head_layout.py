@@ -99,8 +99,13 @@ class LaidOutHead(SizedHead):
 
         Args:
             resized: a linear layer of the same hidden size.
+
+        Raises:
+            InputError: when it has no row of a token that an expert has.
         """
         vocab_size = resized.weight.shape[0]
+        if not (self.expert_ids < vocab_size).any():
+            raise InputError(f"a head of {vocab_size} rows leaves no token to route: keep more of them")
         # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
         known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
         added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)

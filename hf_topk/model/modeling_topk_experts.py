@@ -16,6 +16,7 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .assistant import AssistantMixin, SharedTokens
 from .checkpoint_names import DenseNamesMixin, NamesUnder
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_model import (
@@ -32,6 +33,7 @@ from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .logits_processors import adapt
 from .lossless import LosslessStats, generating, is_lossless_generation, sample
+from .ties import settle_ties
 from .token_chooser import TokenChooser, can_choose
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -50,7 +52,7 @@ class TopKExpertsPreTrainedModel(KeepsCard):
 
 
 class TopKExpertsForCausalLM(
-    JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+    JointTrainingMixin, AssistantMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
 ):
     """A dense causal language model whose output head reads only the experts its router picks.
 
@@ -124,8 +126,8 @@ class TopKExpertsForCausalLM(
             A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
 
         Raises:
-            InputError: when the dense model has no single linear vocabulary head, or is of no class that Transformers
-                would load it as.
+            InputError: when the dense model has no single linear vocabulary head, is of no class that Transformers
+                would load it as, or would not be loaded again with head and input embeddings tied as they are.
         """
         name_of_head(dense)
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
@@ -137,6 +139,7 @@ class TopKExpertsForCausalLM(
                 f"{type(dense).__name__} is not what Transformers loads a '{dense.config.model_type}' as "
                 "to write text: load the model with AutoModelForCausalLM"
             )
+        settle_ties(twin)
         config.text_config = twin.config
         config.dtype = twin.config.dtype = dense.dtype
         with torch.device("meta"):
@@ -265,14 +268,22 @@ class TopKExpertsForCausalLM(
         """
         self.last_generation_stats = None
         head = self.head
-        is_lossless = self._asks_for_lossless(lossless, generation_config)
         with ExitStack() as stack:
+            shared_tokens = stack.enter_context(self._drafting_for(generation_config))
+            is_lossless = self._asks_for_lossless(lossless, generation_config) and shared_tokens is None
             stack.enter_context(generating(is_lossless=is_lossless))
-            if is_lossless:
-                stack.enter_context(head.replaced_by(head.dense_logits))
+            if (stand_in := head.dense_logits if is_lossless else shared_tokens) is not None:
+                stack.enter_context(head.replaced_by(stand_in))
                 if self._is_compiled:  # it would not ask what stands in for the head; the stance is one of all threads
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a generation step as the dense model does."""
+        inputs = cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
+        if isinstance(shared_tokens := self.head.stand_in, SharedTokens):
+            inputs["input_ids"] = shared_tokens.own_ids(inputs["input_ids"])
+        return inputs
 
     def _asks_for_lossless(self, lossless: bool | None, *configs: GenerationConfig | None) -> bool:
         for config in (*configs, self.generation_config):
@@ -345,17 +356,6 @@ class TopKExpertsForCausalLM(
             entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
             if hasattr(entries, "lossless"):
                 config.lossless = entries.lossless  # type: ignore[attr-defined]
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the dense head's rows; ids that are new become always-on.
-
-        Args:
-            new_embeddings: a linear layer [V', d], as token embeddings are resized with.
-        """
-        self.head.take_over(new_embeddings)
-        self.config.num_always_on = self.head.num_always_on
-        if hasattr(self.base, "vocab_size"):  # by which some dense models shape logits for the loss
-            self.base.vocab_size = self.head.out_features
 
 
 def name_of_head(dense: PreTrainedModel) -> str:

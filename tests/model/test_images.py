@@ -8,8 +8,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.image_models import tiny_gemma3, tiny_llava, tiny_mllama, tiny_qwen2_vl
-from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_text
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_text, tiny_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    CLIPImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedModel,
+    pipeline,
+)
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
@@ -36,7 +45,7 @@ def test_writes_about_an_image_as_the_dense_model_does(
     dense, inputs = dense_and_inputs
     expected, text = dense(**inputs).logits, continuation(dense, inputs)
     tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
         model, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert isinstance(model, TopKExpertsForCausalLM)
         assert not any(info.values())
@@ -73,3 +82,32 @@ def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
         exec(snippets[number].replace("64", "2"), found)
     assert isinstance(found["model"], TopKExpertsForCausalLM)
     assert type(found["dense"]) is type(dense)
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    """Transformers has a list of classes for each, and an Auto class to load them with."""
+    image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), (200, 10, 30))
+    dense, _ = tiny_llava()
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["w7"], special_tokens=True)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = LlavaProcessor(
+        image_processor, tokenizer, 4, "default", image_token="w7", num_additional_image_tokens=1
+    )
+
+    def written(model: Any, **choices: Any) -> str:
+        about_images = pipeline("image-text-to-text", model=model, **choices)
+        return about_images(images=image, text="w7 w40 w3", max_new_tokens=6)[0]["generated_text"]
+
+    converted = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
+    expected = written(dense, processor=processor)
+    assert len(expected.split()) == 9
+    assert written(converted, processor=processor) == expected
+    converted.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert written(str(tmp_path)) == expected
+    plain = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer)("w40 w3", max_new_tokens=6, do_sample=False)
+        for model in (dense, converted, str(tmp_path))
+    ]
+    assert plain[0] == plain[1] == plain[2]

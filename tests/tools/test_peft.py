@@ -8,9 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.tiny_models import tiny_converted, tiny_dense
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_topk import InputError, TopKExpertsForCausalLM, TopKExpertsHead
+from studies.tiny_models import tiny_model
 
 IDS = torch.randint(2, 98, (4, 16), generator=torch.Generator().manual_seed(0))
 PROMPT = IDS[:1, :6]
@@ -123,6 +124,18 @@ def test_an_adapted_head_works_once_merged(tmp_path: Path) -> None:
     merged.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generate(PROMPT, **CHOICES).equal(merged.generate(PROMPT, **CHOICES))
+
+
+def test_adapters_around_ends_that_the_part_about_text_ties_are_refused() -> None:
+    dense = tiny_model(AutoModelForImageTextToText, "llama4")
+    config = AutoConfig.for_model(**dense.config.to_dict())
+    config.text_config.tie_word_embeddings = True
+    assert not config.tie_word_embeddings
+    tied = tiny_converted(AutoModelForImageTextToText.from_config(config))
+    assert tied.head.weight is tied.get_input_embeddings().weight
+    model = adapted(["lm_head"], tied)
+    with pytest.raises(InputError, match="one tensor in this model, so it cannot be merged"):
+        logits_of(model)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -15,7 +15,7 @@ from support.tiny_models import (
     tiny_text,
     tiny_tokenizer,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from hf_topk import InputError, TopKExpertsForCausalLM
@@ -160,3 +160,46 @@ def test_a_quantised_dense_model_is_converted_in_memory_and_refused_as_a_folder(
     assert type(loaded.base.model.layers[0].mlp.up_proj.weight).__name__ == weight_type
     with torch.no_grad():
         assert logits_of(loaded)["dense"].equal(dense(IDS).logits)
+
+
+def layer_of_torchao(config: Any) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    layers = nn.Sequential(nn.Linear(64, 100)).to(torch.bfloat16)
+    quantize_(layers, config)
+    return layers[0]
+
+
+def layer_of_bitsandbytes(kind: str, **choices: Any) -> nn.Module:
+    import bitsandbytes
+
+    plain = nn.Linear(64, 100).to(torch.bfloat16)
+    layer = getattr(bitsandbytes.nn, kind)(64, 100, **choices)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to("cpu")
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "torchao int8": lambda: layer_of_torchao(torchao_int8().quant_type),
+    "torchao int4": lambda: layer_of_torchao(torchao_int4().quant_type),
+    "bitsandbytes int8": lambda: layer_of_bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+    "bitsandbytes nf4": lambda: layer_of_bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.no_grad()
+def test_a_quantised_linear_layer_becomes_the_head(kind: str) -> None:
+    """Its rows, as it computes with them."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    dense = tiny_dense(tied=False, hidden_size=64, intermediate_size=128).to(torch.bfloat16)
+    model = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
+    states = model.base_model(input_ids=IDS).last_hidden_state
+    expected = layer(states)
+    model.set_output_embeddings(layer)
+    assert type(model.head.weight) is nn.Parameter
+    logits = model(input_ids=IDS).logits
+    assert (logits - expected).float().norm() < 0.02 * expected.float().norm()
+    model.head_mode = "dense"
+    assert (model(input_ids=IDS).logits - expected).float().norm() < 0.02 * expected.float().norm()

@@ -1,0 +1,72 @@
+"""Plain linear layers out of whatever computes W h + b."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, one_line
+
+# Share of the logits by which a layer may differ from one with the rows read out of it: rounding of inputs to int8
+# takes 1 %.
+TOLERANCE = 0.02
+
+
+def as_linear(layer: nn.Module, head: nn.Linear) -> nn.Linear:
+    """A layer's weight and bias, as a plain linear layer over the states that enter a head.
+
+    Args:
+        layer: a linear layer, quantised or of whatever class.
+        head: the head, with d inputs; the result has its number type and device.
+
+    Returns:
+        The layer itself if it is plain, or else one with rows [V', d] that are read out of it.
+
+    Raises:
+        InputError: when the layer has no `weight`, other than d inputs, or does not compute W h + b.
+    """
+    name, hidden_size = type(layer).__name__, head.in_features
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise InputError(f"this {name} has no `weight`, whose rows experts are made of: set a linear layer as the head")
+    if not (isinstance(layer, nn.Linear) and _is_plain(layer)):
+        return _read_out(layer, head)
+    if weight.shape[1] != hidden_size:
+        raise InputError(
+            f"this {name} has rows of {weight.shape[1]} numbers, and hidden states have {hidden_size}: set a linear "
+            "layer of that size as the head"
+        )
+    return layer
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    """Whether rows can be read where they lie: in floats, of a class that computes nothing else than W h + b."""
+    holds_floats = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.is_floating_point()
+    return holds_floats and type(layer).forward is nn.Linear.forward
+
+
+@torch.no_grad()
+def _read_out(layer: nn.Module, head: nn.Linear) -> nn.Linear:
+    name, size = type(layer).__name__, head.in_features
+    like: dict[str, Any] = {"dtype": head.weight.dtype, "device": head.weight.device}
+    probe = torch.linspace(-1, 1, size, **like).unsqueeze(0)
+    try:
+        bias, columns, logits = (layer(states) for states in (torch.zeros_like(probe), torch.eye(size, **like), probe))
+        rows = (columns - bias).t()
+        is_linear = _are_close(logits, nn.functional.linear(probe, rows, bias[0]))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"this {name} makes no logits of hidden states of {size} numbers ({one_line(error)}): "
+            "set a linear layer as the head"
+        ) from error
+    if not is_linear:
+        raise InputError(f"this {name} does not compute W h + b, as experts do: set a linear layer as the head")
+    plain = nn.Linear(size, len(rows), bias=getattr(layer, "bias", None) is not None, **like)
+    plain.weight.copy_(rows)
+    if plain.bias is not None:
+        plain.bias.copy_(bias[0])
+    return plain.requires_grad_(head.weight.requires_grad)
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).float().norm() <= TOLERANCE * other.float().norm())
