@@ -7,6 +7,7 @@ from transformers import initialization as init
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .head_sizes import SizedHead
+from .whole_head import full_shape
 
 
 def check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
@@ -100,7 +101,7 @@ class LaidOutHead(SizedHead):
         Args:
             resized: a linear layer of the same hidden size.
         """
-        vocab_size = resized.weight.shape[0]
+        vocab_size = full_shape(resized.weight)[0]
         # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
         known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
         added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)

@@ -33,6 +33,7 @@ from .joint_training import JointTrainingMixin
 from .logits_processors import adapt
 from .lossless import LosslessStats, generating, is_lossless_generation, sample
 from .token_chooser import TokenChooser, can_choose
+from .whole_head import WholeHeadMixin
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -50,7 +51,7 @@ class TopKExpertsPreTrainedModel(KeepsCard):
 
 
 class TopKExpertsForCausalLM(
-    JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+    WholeHeadMixin, JointTrainingMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
 ):
     """A dense causal language model whose output head reads only the experts its router picks.
 
