@@ -9,9 +9,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.compute_type import faster_type
-from hf_topk.model.dense_model import class_that_writes_text, config_for
+from hf_topk.model.dense_model import class_that_writes_text, config_for, name_of_head
 from hf_topk.model.errors import InputError, one_line
-from hf_topk.model.modeling_topk_experts import name_of_head
 
 from .source import Source
 

@@ -12,9 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.dense_model import random_dense_model, writes_text
+from hf_topk.model.dense_model import name_of_head, random_dense_model, writes_text
 from hf_topk.model.errors import InputError, one_line
-from hf_topk.model.modeling_topk_experts import name_of_head
 from hf_topk.windows import Window, readable_length
 
 from .hub import Destination, check_destination

@@ -168,6 +168,20 @@ def _move(partial: Path, out: Path) -> None:
         return
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    out.replace(replaced)
-    partial.replace(out)
-    shutil.rmtree(replaced)
+    if _is_inside(out):  # a shell that is in the folder stays in it, and not in one that is gone
+        replaced.mkdir()
+        _move_contents(out, replaced)
+        _move_contents(partial, out)
+    else:
+        out.replace(replaced)
+        partial.replace(out)
+    shutil.rmtree(replaced, ignore_errors=True)  # network file systems keep what another process has open
+
+
+def _is_inside(folder: Path) -> bool:
+    return Path.cwd().is_relative_to(folder.resolve())
+
+
+def _move_contents(source: Path, target: Path) -> None:
+    for path in list(source.iterdir()):
+        path.replace(target / path.name)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_topk.model.dense_model import name_of_head
 from hf_topk.model.errors import InputError, one_line
-from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM, name_of_head
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 
 from .hidden_states import tapped_head
 

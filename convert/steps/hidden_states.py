@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_topk.model.dense_model import name_of_head
 from hf_topk.model.errors import InputError
-from hf_topk.model.modeling_topk_experts import name_of_head
 from hf_topk.progress import Advance, progress
 from hf_topk.windows import Window, batches_of
 

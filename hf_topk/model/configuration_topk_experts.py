@@ -2,12 +2,17 @@
 
 import copy
 from functools import partial
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    # Never imported from here, but Transformers reads it off these lines which code is of one version, where it is
+    # loaded from a folder: two folders of two versions in one process would else run the code of the first.
+    from .modeling_topk_experts import TopKExpertsForCausalLM  # noqa: F401
 
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]

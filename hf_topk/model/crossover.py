@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .whole_head import is_one_of_several
+
 MOST_POSITIONS = 64  # with more, the dense head is bound by arithmetic
 FIRST_GUESS = 4  # positions up to which it is taken for faster where it cannot be measured
 ROUNDS, SECONDS = 5, 0.2  # of a measurement, at most; two rounds at least
@@ -29,11 +31,14 @@ def is_faster(
         *sizes: what the time of the sparse one depends on besides.
 
     Returns:
-        What was measured, with N rounded up to a power of two; a guess while code is compiled or a graph is captured.
+        What was measured, with N rounded up to a power of two; a guess while code is compiled or a graph is captured,
+        and where several processes run, which would measure each for itself and have to agree.
     """
     if positions > MOST_POSITIONS:
         return False
     bucket = 1 << (positions - 1).bit_length()
+    if is_one_of_several():
+        return bucket <= FIRST_GUESS
     weight = head.weight
     case = (weight.device, weight.dtype, weight.shape, torch.get_num_threads(), bucket, *sizes)
     if case not in _measured:

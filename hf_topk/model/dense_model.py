@@ -92,6 +92,33 @@ def random_dense_model(config: PreTrainedConfig) -> PreTrainedModel:
     return dense_class._from_config(config_for(dense_class, config))
 
 
+def name_of_head(dense: PreTrainedModel) -> str:
+    """Find the module that makes logits over the vocabulary.
+
+    Args:
+        dense: a dense causal language model.
+
+    Returns:
+        The module's name in `dense`.
+
+    Raises:
+        InputError: when there is no such module, or it is not linear.
+    """
+    head = dense.get_output_embeddings()
+    name = next((name for name, module in dense.named_modules() if module is head), None)
+    if head is None or name is None:
+        raise InputError(
+            f"{type(dense).__name__} has no single vocabulary head to split into experts: "
+            "choose a causal language model with an `lm_head`"
+        )
+    if not isinstance(head, nn.Linear):
+        raise InputError(
+            f"the vocabulary head of {type(dense).__name__} is a {type(head).__name__}, not a plain linear layer: "
+            "load the model unquantised, or choose another one"
+        )
+    return name
+
+
 def generate_as(model: Any, dense: PreTrainedModel) -> None:
     """Give a converted model those steps of `generate` that the dense model's class has of its own.
 

@@ -17,6 +17,7 @@ from .kernels import always_and_gather_dot, expert_dot
 from .router import Router
 from .scored import Picked, Scored
 from .tail import Tail
+from .whole_head import check_whole, full_shape
 
 HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
@@ -52,7 +53,7 @@ class TopKExpertsHead(LaidOutHead):
         Raises:
             InputError: when its experts and always-on tokens are not enough for the vocabulary.
         """
-        vocab_size, hidden_size = dense.weight.shape
+        vocab_size, hidden_size = full_shape(dense.weight)
         check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
@@ -129,6 +130,8 @@ class TopKExpertsHead(LaidOutHead):
 
     def dense_logits(self, hidden: Tensor) -> Tensor:
         """The dense head, whatever the head mode: hidden [..., d] to [..., V]."""
+        if self.weight.dim() != 2:  # else it may be a part that is put together with those of other processes
+            check_whole(self)
         return super().forward(hidden)
 
     def sparse_logits(self, hidden: Tensor) -> Tensor:
@@ -166,6 +169,7 @@ class TopKExpertsHead(LaidOutHead):
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
+        check_whole(self)
         if self.screens:
             return self._score_screened(hidden)
         scores, top, top_scores = self.pick(hidden)

@@ -7,6 +7,7 @@ from transformers import initialization as init
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .head_sizes import SizedHead
+from .whole_head import full_shape
 
 
 def check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
@@ -103,7 +104,7 @@ class LaidOutHead(SizedHead):
         Raises:
             InputError: when it has no row of a token that an expert has.
         """
-        vocab_size = resized.weight.shape[0]
+        vocab_size = full_shape(resized.weight)[0]
         if not (self.expert_ids < vocab_size).any():
             raise InputError(f"a head of {vocab_size} rows leaves no token to route: keep more of them")
         # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.

@@ -16,6 +16,7 @@ from transformers.utils.generic import ModelOutput
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .head import TopKExpertsHead
+from .whole_head import check_whole
 
 LOGITS_AT_ONCE = 1 << 25
 KEPT_OF_EARLIER_STATES = 0.99  # in a pass, so that the mean is one of the last hundred or so
@@ -213,6 +214,7 @@ def dense_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
     Returns:
         Log-sum-exp of the dense logits of each expert, and of the always-on tokens last: fp32 [N, M] or [N, M + 1].
     """
+    check_whole(head)
     weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
     masses = []
     for some in hidden.split(max(1, LOGITS_AT_ONCE // head.out_features)):

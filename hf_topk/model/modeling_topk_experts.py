@@ -25,6 +25,7 @@ from .dense_model import (
     class_that_writes_text,
     generate_as,
     mark_as_quantised,
+    name_of_head,
     random_dense_model,
 )
 from .errors import InputError
@@ -35,6 +36,7 @@ from .logits_processors import adapt
 from .lossless import LosslessStats, generating, is_lossless_generation, sample
 from .ties import settle_ties
 from .token_chooser import TokenChooser, can_choose
+from .whole_head import WholeHeadMixin
 
 REPOSITORY_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
@@ -52,7 +54,13 @@ class TopKExpertsPreTrainedModel(KeepsCard):
 
 
 class TopKExpertsForCausalLM(
-    JointTrainingMixin, AssistantMixin, DensePartsMixin, DenseNamesMixin, TopKExpertsPreTrainedModel, GenerationMixin
+    WholeHeadMixin,
+    JointTrainingMixin,
+    AssistantMixin,
+    DensePartsMixin,
+    DenseNamesMixin,
+    TopKExpertsPreTrainedModel,
+    GenerationMixin,
 ):
     """A dense causal language model whose output head reads only the experts its router picks.
 
@@ -146,7 +154,7 @@ class TopKExpertsForCausalLM(
             model = cls(config)
         model._adopt(twin)
         model.head.to(model.head.weight.device)
-        if hooks:  # what is before the head may be elsewhere
+        if hooks:  # accelerate may have put the decoder on another device
             model.head.register_forward_pre_hook(_to_device_of_head)
         model.tie_weights()
         model.generation_config = copy.deepcopy(dense.generation_config)
@@ -356,33 +364,6 @@ class TopKExpertsForCausalLM(
             entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
             if hasattr(entries, "lossless"):
                 config.lossless = entries.lossless  # type: ignore[attr-defined]
-
-
-def name_of_head(dense: PreTrainedModel) -> str:
-    """Find the module that makes logits over the vocabulary.
-
-    Args:
-        dense: a dense causal language model.
-
-    Returns:
-        The module's name in `dense`.
-
-    Raises:
-        InputError: when there is no such module, or it is not linear.
-    """
-    head = dense.get_output_embeddings()
-    name = next((name for name, module in dense.named_modules() if module is head), None)
-    if head is None or name is None:
-        raise InputError(
-            f"{type(dense).__name__} has no single vocabulary head to split into experts: "
-            "choose a causal language model with an `lm_head`"
-        )
-    if not isinstance(head, nn.Linear):
-        raise InputError(
-            f"the vocabulary head of {type(dense).__name__} is a {type(head).__name__}, not a plain linear layer: "
-            "load the model unquantised, or choose another one"
-        )
-    return name
 
 
 def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -51,7 +51,7 @@ class TokenChooser:
         self._priors = Priors(head)
         self._logits = torch.empty(0)
         self._scored: Scored | None = None
-        self._nothing = head.weight.new_full((1, 1, 1), -torch.inf)
+        self._nothing = torch.full((1, 1, 1), -torch.inf, device=head.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """In place of the head: [B, T, d] to [B, T, V], all minus infinity where `__call__` goes without them."""

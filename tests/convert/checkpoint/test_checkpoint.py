@@ -339,6 +339,40 @@ def test_overwriting_leaves_nothing_of_the_old_model(here: Path, monkeypatch: py
     assert not (here / "out" / "stale.txt").exists()
 
 
+@pytest.mark.parametrize("out", [".", "./", "../out/"])
+def test_a_shell_in_the_folder_stays_in_it_when_it_is_overwritten(
+    out: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert_here(monkeypatch) == 0
+    before = sorted(path.name for path in here.iterdir())
+    (here / "out" / "stale.txt").write_text("old")
+    monkeypatch.chdir(here / "out")
+    options = ("--text", "../text.jsonl", "--recipe", "../recipe.yaml", "--seed", 1, "--overwrite")
+    assert run_main(monkeypatch, "convert", "../model", out, *options) == 0
+    assert Path.cwd() == here / "out"
+    assert Path().stat().st_ino == (here / "out").stat().st_ino
+    assert Recipe.from_yaml(Path("recipe.yaml")).seed == 1
+    assert not Path("stale.txt").exists()
+    assert sorted(path.name for path in here.iterdir()) == before
+    assert isinstance(AutoModelForCausalLM.from_pretrained("."), TopKExpertsForCausalLM)
+
+
+def test_an_old_folder_that_cannot_go_yet_fails_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems keep what another process has open."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, ignore_errors: bool = False, **options: Any) -> None:
+        if Path(path).name != ".out.replaced" or not Path(path).exists():
+            remove(path, ignore_errors=ignore_errors, **options)
+        elif not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    assert convert_here(monkeypatch) == 0
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert convert_here(monkeypatch, "--overwrite", "--seed", 1) == 0
+    assert Recipe.from_yaml(here / "out" / "recipe.yaml").seed == 1
+
+
 # Where it cannot be written
 
 

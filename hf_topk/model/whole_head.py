@@ -1,0 +1,66 @@
+"""Where several processes run one model in parts, the head is whole in each of them, or says that it is not."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
+
+from .configuration_topk_experts import TopKExpertsConfig
+from .errors import InputError
+
+
+def full_shape(weight: Tensor) -> tuple[int, ...]:
+    """The shape of a weight, also while DeepSpeed (ZeRO stage 3) has an empty tensor in its place."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def is_one_of_several() -> bool:
+    """Whether this process runs beside others that may have to come to the same logits."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def check_whole(head: nn.Linear) -> None:
+    """Refuse to look for rows of a head of which this process has a part.
+
+    Args:
+        head: a head of V rows; `weight` is [V, d] if it is whole.
+
+    Raises:
+        InputError: when it is not.
+    """
+    if torch.compiler.is_compiling():  # what runs in eager mode first has looked
+        return
+    weight = head.weight
+    is_split = hasattr(weight, "placements")  # a DTensor, whose shape is that of the whole
+    if is_split or tuple(weight.shape) != (head.out_features, head.in_features):
+        here = cast(Any, weight).to_local().shape if is_split else weight.shape
+        raise InputError(
+            f"the head's weight is spread over processes, and this one has {list(here)} of its "
+            f"{[head.out_features, head.in_features]} numbers here: leave the head, and input embeddings tied to it, "
+            "out of the tensor-parallel plan and of what is sharded by itself, call the model and not its head, or use "
+            "ZeRO stage 2"
+        )
+
+
+class WholeHeadMixin:
+    """Leaves the head out of tensor parallelism: it reads few rows, which ones is known when it runs."""
+
+    base: PreTrainedModel
+    base_model_prefix: str
+    config: TopKExpertsConfig
+    head_name: str
+    _tp_plan: dict[str, str] | None
+
+    def post_init(self) -> None:
+        """Prepare as Transformers does, with the dense model's plans but for what has to be whole."""
+        super().post_init()  # type: ignore[misc]
+        whole = {self.base.get_output_embeddings()}
+        if self.config.tie_word_embeddings:
+            whole.add(self.base.get_input_embeddings())
+        names = {f"{self.base_model_prefix}.{name}" for name, module in self.base.named_modules() if module in whole}
+        self._tp_plan = {
+            part: style
+            for part, style in (self._tp_plan or {}).items()
+            if not names & {part, part.rpartition(".")[0]}  # a module, or one of its tensors
+        }
