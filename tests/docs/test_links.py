@@ -13,6 +13,7 @@ URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["pro
 REPOSITORY = URLS["Homepage"]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
 INTO_REPOSITORY = re.compile(re.escape(REPOSITORY) + r"/(?:blob|tree)/main/([^#\s)\"']+)(?:#([\w-]+))?")
+FILE_NAMES = {file.name for folder in ("hf_topk", "convert", "tests") for file in (ROOT / folder).rglob("*.py")}
 # What GitHub itself shows.
 OF_GITHUB = {f"{REPOSITORY}{path}" for path in ("", "/issues", "/security/policy", "/security/advisories/new")}
 
@@ -76,3 +77,12 @@ def test_addresses_of_the_project_lead_somewhere(url: str) -> None:
 def test_links_of_issue_templates_lead_somewhere(file: Path) -> None:
     found = INTO_REPOSITORY.finditer(file.read_text(encoding="utf-8"))
     assert [link[0] for link in found if broken(file, link[0])] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"(?<![\w/.-])(?:hf_topk|convert|docs|tests)/[\w./-]*\w", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    names = re.findall(r"`(?:\w+/)*(\w+\.py)`", text)
+    assert [name for name in names if name not in FILE_NAMES] == []
