@@ -57,18 +57,16 @@ clean:
 
 $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt setuptools torch
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[dev,datasets]'
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt pip setuptools torch
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt --group dev $(EDITABLE) '.[datasets]'
 	touch $@
 
-# hnswlib has no wheel, and builds in an environment of its own alone.
 $(VENV)/tools-installed: $(VENV)/installed
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt hnswlib
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[tools]'
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt --group tools
 	touch $@
 
 $(VENV)/real-installed: $(VENV)/installed
-	$(VENV)/$(PIP_INSTALL) -c constraints.txt $(EDITABLE) '.[real]'
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt --group real
 	touch $@
 
 # Lower bounds become pins. Not torch's, whose old builds are gigabytes; the tools stay too.
@@ -85,12 +83,12 @@ export LOWER_BOUNDS
 $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 	mkdir -p $(OLDEST)
 	$(PYTHON) -c "$$LOWER_BOUNDS" > $@
-	grep -E '^(hypothesis|matplotlib|mypy|pyarrow|pytest|pytest-xdist|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
+	grep -E '^(hypothesis|matplotlib|mypy|pip|pyarrow|pytest|pytest-xdist|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
 
 $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt setuptools torch
-	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt $(EDITABLE) '.[dev,datasets]'
+	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt pip setuptools torch
+	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt --group dev $(EDITABLE) '.[datasets]'
 	touch $@
 
 # A strict editable install links file by file, so a file that comes or goes asks for another; an edit does not.

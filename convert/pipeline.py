@@ -75,6 +75,15 @@ def convert(
     Raises:
         InputError: when model, sample and recipe do not fit one another.
         TargetNotReachedError: when no setting that is allowed reaches the target agreement of the recipe.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from hf_topk.convert import Recipe, convert
+        >>> dense = AutoModelForCausalLM.from_pretrained("dense")
+        >>> report = convert(dense, AutoTokenizer.from_pretrained("dense"), Recipe(text="books/"))
+        >>> report.model.save_pretrained("converted")
+        >>> report.fidelity.agreement > 0.99
+        True
     """
     head = head_of(model)
     resolved = recipe.resolve(head.out_features, readable_length(model.config, recipe.window_length))

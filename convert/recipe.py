@@ -53,6 +53,15 @@ class Recipe:
     Raises:
         StrictDataclassError: when a value is of a wrong type or out of range; [`Recipe.from_dict`] says so in an
             `InputError`.
+
+    Example:
+        >>> from hf_topk.convert import Recipe
+        >>> recipe = Recipe(text="books/", target_agreement=0.998)
+        >>> Recipe.from_dict({"text": "books/", "target_agreement": 0.998}) == recipe
+        True
+        >>> Recipe.from_dict({"seeds": 1})
+        Traceback (most recent call last):
+        hf_topk.model.errors.InputError: unknown recipe key 'seeds': did you mean 'seed'?
     """
 
     text: str = _choice(

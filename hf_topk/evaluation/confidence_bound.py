@@ -17,6 +17,10 @@ def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
     Args:
         agreed: positions of each document that agree.
         positions: positions of each document, more than none in all.
+
+    Example:
+        >>> f"{lower_bound([298, 300, 297], [300, 300, 300]):.3f}"
+        '0.976'
     """
     from scipy.stats import beta, t  # takes long
 

@@ -63,6 +63,13 @@ class TopKExpertsConfig(PreTrainedConfig):
         StrictDataclassError: when a value is of a wrong type or out of range.
         InputError: when loaded from a folder whose `model_type` is another one, and when one of the four is set out of
             range later on.
+
+    Example:
+        >>> from hf_topk import TopKExpertsConfig
+        >>> config = TopKExpertsConfig(num_experts=3056, num_experts_per_tok=527)
+        >>> config.num_experts_per_tok = 4000
+        Traceback (most recent call last):
+        hf_topk.model.errors.InputError: num_experts_per_tok is 4000, must be from 1 to the 3056 experts
     """
 
     model_type = "topk_experts"

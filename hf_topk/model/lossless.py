@@ -46,6 +46,12 @@ class LosslessStats:
         dense_passes: runs of the dense head, the one on the prompt included.
         drafted: tokens drafted.
         accepted: drafts that were the dense model's own tokens, in every row, as were all those before it.
+
+    Example:
+        >>> from hf_topk import LosslessStats
+        >>> stats = LosslessStats(tokens=64, dense_passes=8, drafted=60, accepted=57)
+        >>> stats.dense_passes_per_token, stats.acceptance
+        (0.125, 0.95)
     """
 
     tokens: int = 0

@@ -74,8 +74,13 @@ class TopKExpertsForCausalLM(
 
     Example:
         >>> import hf_topk
-        >>> from transformers import AutoModelForCausalLM
-        >>> model = AutoModelForCausalLM.from_pretrained("out")  # doctest: +SKIP
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> model = AutoModelForCausalLM.from_pretrained("out")
+        >>> inputs = AutoTokenizer.from_pretrained("out")("Once upon a time", return_tensors="pt")
+        >>> tokens = model.generate(**inputs, max_new_tokens=8, lossless=True)
+        >>> model.head_mode = "dense"
+        >>> bool((model.generate(**inputs, max_new_tokens=8) == tokens).all())
+        True
     """
 
     config: TopKExpertsConfig

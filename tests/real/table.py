@@ -20,6 +20,7 @@ ROWS = (
     ("chat answers the same to the end", "{chat[identical]} of {chat[answers]}"),
     ("tokens up to the first difference, mean", "{chat[tokens_before_first_difference]:.1f}"),
     ("bytes read, of the dense head as stored", "{conversion[bytes_read]:.2%}"),
+    ("added on disk, bytes", "{conversion[added_bytes]:,}"),
     ("added on disk, of the dense head", "{conversion[added_bytes_share]:.2%}"),
     ("experts", "{conversion[num_experts]:,}"),
     ("k, experts picked for a position", "{conversion[num_experts_per_tok]:,}"),

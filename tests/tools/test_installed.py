@@ -1,10 +1,13 @@
+import re
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
+PROJECT = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text(encoding="utf-8"))
 
-@pytest.mark.parametrize(
-    "tool", ["accelerate", "bitsandbytes", "hnswlib", "lm_eval", "openai", "peft", "torchao", "trl", "xgrammar"]
-)
-def test_what_the_extra_names_is_there(tool):
-    assert version(tool)
+
+@pytest.mark.parametrize("requirement", PROJECT["dependency-groups"]["tools"])
+def test_what_the_group_names_is_there(requirement: str) -> None:
+    assert version(re.match(r"[\w.-]+", requirement).group())

@@ -1,0 +1,75 @@
+"""What pages and workflows call exists: targets of make, commands and options of hf-topk, extras of the package."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from hf_topk.cli import app
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+COMMANDS = typer.main.get_command(app).commands
+TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split())
+
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def targets_in(text: str) -> set[str]:
+    return set(re.findall(r"(?:`|^|\$ |&& )make ([\w-]+)", text, flags=re.MULTILINE))
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The calls of hf-topk in blocks and spans of code, as words."""
+    blocks = "".join(re.findall(r"^```\w*\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    calls = re.findall(r"^(?:\$ )?(hf-topk [a-z].*)$", blocks, flags=re.MULTILINE)
+    calls += re.findall(r"`(hf-topk [a-z][^`]*)`", text)
+    return [shlex.split(call, comments=True) for call in calls]
+
+
+def runs_of(workflow: Path) -> list[str]:
+    """What the steps run, with each value of a matrix in its place."""
+    runs = []
+    for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
+        targets = job.get("strategy", {}).get("matrix", {}).get("target", [""])
+        steps = [step["run"] for step in job["steps"] if "run" in step]
+        runs += [run.replace("${{ matrix.target }}", target) for run in steps for target in targets]
+    return runs
+
+
+@of_each_page
+def test_targets_of_make_exist(page: Path) -> None:
+    assert targets_in(page.read_text(encoding="utf-8")) <= TARGETS
+
+
+@of_each_page
+def test_commands_and_options_of_hf_topk_exist(page: Path) -> None:
+    for _, command, *words in commands_in(page.read_text(encoding="utf-8")):
+        known = {"--help", *(option for parameter in COMMANDS[command].params for option in parameter.opts)}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= known, words
+
+
+@of_each_page
+def test_extras_of_the_package_exist(page: Path) -> None:
+    named = set(re.findall(r"hf-topk\[(\w+)\]", page.read_text(encoding="utf-8")))
+    assert named <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_the_readme_names_what_a_checkout_and_a_user_begin_with() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= targets_in(readme)
+    assert {command for _, command, *_ in commands_in(readme)} == COMMANDS.keys()
+    assert set(re.findall(r"hf-topk\[(\w+)\]", readme)) == PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_workflows_run_targets_of_make() -> None:
+    targets = {workflow.stem: set().union(*map(targets_in, runs_of(workflow))) for workflow in WORKFLOWS}
+    assert targets["ci"] == {"lint", "test-all", "test-tools"}
+    assert targets["release"] == {"lint", "test-all"}
+    assert set().union(*targets.values()) <= TARGETS
