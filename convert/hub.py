@@ -18,12 +18,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError, one_line
+from hf_topk.model.errors import INTERRUPTED, LONGEST_REASON, InputError, TopKExpertsError, one_line
 from hf_topk.model.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
@@ -32,6 +31,11 @@ from .source import open_source, read_json
 MAY_WRITE = ("write", "admin")  # roles of tokens that may write all that their owner may
 NOT_SPOKEN = (404, 405, 501)  # what servers answer that speak no more of the Hub's words than an upload needs
 CACHES = ("__pycache__",)
+TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
+WAYS_OUT = {
+    401: "run `hf auth login --force`, or change HF_TOKEN, which takes precedence",
+    403: "use a token that may write to this repository, or ask for access to it",
+}
 
 
 class UploadError(TopKExpertsError):
@@ -301,31 +305,13 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
         return f"nobody is logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
-    if isinstance(error, UnicodeEncodeError):  # what is sent is the token
-        return "the token has letters that no token has: mend HF_TOKEN, or run `hf auth login --force`"
-    if isinstance(error, GatedRepoError):
-        return f"the repository is gated: ask for access on its page at {constants.ENDPOINT}"
-    if isinstance(error, RevisionNotFoundError):
-        return "there is no such revision: check --revision"
     if isinstance(error, HfHubHTTPError):
-        return _reason_of_status(error)
+        status = error.response.status_code
+        said = f" ({' '.join(error.server_message.split())[:LONGEST_REASON]})" if error.server_message else ""
+        is_passing = status == TOO_MANY_REQUESTS or status >= SERVER_ERROR
+        way_out = WAYS_OUT.get(status, "wait a while, and try again" if is_passing else "check the names")
+        return f"the Hub answered {status}{said}: {way_out}"
     if isinstance(error, HTTPError):
         kind = type(error).__name__  # its message may hold headers, and so the token
         return f"{constants.ENDPOINT} cannot be reached ({kind}): check the network, HF_ENDPOINT and HF_TOKEN"
     return one_line(error)
-
-
-def _reason_of_status(error: HfHubHTTPError) -> str:
-    status = error.response.status_code
-    said = f" ({' '.join(error.server_message.split())[:200]})" if error.server_message else ""
-    if status == 401:
-        return f"the Hub does not know the token{said}: run `hf auth login --force`, or mend HF_TOKEN, which wins"
-    if status == 403:
-        return f"the Hub forbids it{said}: the token needs the permission to write to this repository"
-    if status == 404:
-        return f"the Hub does not find it{said}: check the names"
-    if status == 429:
-        return f"the Hub gets too many requests from you{said}: wait a while"
-    if status >= 500:
-        return f"the Hub failed with status {status}{said}: wait a while"
-    return f"the Hub refused it with status {status}{said}"
