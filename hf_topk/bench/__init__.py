@@ -1,1 +1,1 @@
-"""Speed, beside the dense head and the methods of others."""
+"""Benchmarks of speed against the dense head and other methods."""

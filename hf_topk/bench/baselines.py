@@ -1,7 +1,7 @@
-"""The heads of others, to be measured beside ours: int8, an index of nearest neighbours, and FlashHead's clusters.
+"""Baseline heads: int8, an HNSW index of nearest neighbours, and FlashHead's clusters.
 
-Each is a callable from hidden states [N, d]. FlashHead's returns the next tokens, [N], and is spared what it would take
-to make logits of them; all others return logits, [N, V].
+Each is a callable on hidden states, [N, d]. FlashHead returns the next tokens, [N], without the cost of making logits;
+the others return logits, [N, V].
 """
 
 import os
@@ -21,7 +21,7 @@ from .flashhead import CLUSTER_SIZE, FlashHead
 BASELINES = ("int8", "flashhead", "hnsw")
 INSTALL = "pip install 'hf-topk[bench]'"
 
-# As vector-index-embedding has them, the published HNSW head.
+# Parameters of vector-index-embedding, the published HNSW head.
 HNSW_NEIGHBOURS = 32
 HNSW_EF = 200
 HNSW_CANDIDATES = 50
@@ -29,11 +29,11 @@ ROWS_ADDED_AT_ONCE = 2048
 
 
 class MissingPackageError(InputError):
-    """An optional package that a baseline needs is not installed."""
+    """A baseline needs an optional package that is not installed."""
 
 
 def int8_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A copy of the dense head whose weight torchao keeps as int8, with a scale a row.
+    """A copy of the dense head with torchao's int8 weights, one scale per row.
 
     Args:
         weight: W, [V, d].
@@ -50,41 +50,41 @@ def int8_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
     linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    holder = nn.Sequential(linear)  # only what is inside of a module is quantised
+    holder = nn.Sequential(linear)  # torchao quantises only children of a module
     quantize_(holder, Int8WeightOnlyConfig())
     return holder
 
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that `torch.compile` needs on a CPU."""
+    """Whether the C++ compiler that `torch.compile` needs on a CPU is installed."""
     return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def compiled(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], Any]:
-    """`torch.compile` of a head, whole or not at all.
+    """Compile a head with `torch.compile`, in one graph.
 
     Args:
-        run: the head, from hidden states [N, d].
-        example: hidden states, with which it is compiled at once.
+        run: the head, a callable on hidden states [N, d].
+        example: hidden states to compile it with at once.
     """
     ready = torch.compile(run, fullgraph=True, dynamic=False)
-    with warnings.catch_warnings():  # torch warns of itself, and of what it does not cache
+    with warnings.catch_warnings():  # of torch about its own internals and cache
         warnings.simplefilter("ignore")
         ready(example)
     return ready
 
 
 def captured(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], None]:
-    """A CUDA graph of a head.
+    """Capture a head in a CUDA graph.
 
     Args:
-        run: the head, from hidden states [N, d].
-        example: hidden states on the device, with which it is captured.
+        run: the head, a callable on hidden states [N, d].
+        example: hidden states on the device to capture it with.
     """
     given, graph = example.clone(), torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is made at first use
+    with torch.cuda.stream(stream):  # warm up, outside of the graph
         run(given)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
@@ -98,7 +98,7 @@ def captured(run: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor]
 
 
 def random_flashhead(weight: Tensor, bias: Tensor | None, seed: int = 0) -> FlashHead:
-    """FlashHead with random clusters of 16: what it costs does not depend on which tokens share one.
+    """FlashHead with random clusters of 16: its cost does not depend on their tokens.
 
     Args:
         weight: W, [V, d].
@@ -114,7 +114,7 @@ def random_flashhead(weight: Tensor, bias: Tensor | None, seed: int = 0) -> Flas
 
 
 class HnswHead:
-    """A head that asks an index of nearest neighbours for candidates, and gives logits to them alone.
+    """A head that searches an index of nearest neighbours for candidates, the only tokens that get a logit.
 
     Malkov and Yashunin 2016, "Efficient and robust approximate nearest neighbor search using Hierarchical Navigable
     Small World graphs" (https://arxiv.org/abs/1603.09320), by hnswlib, on the inner product with the rows of the head.
@@ -123,12 +123,12 @@ class HnswHead:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, ef: int = HNSW_EF, candidates: int = HNSW_CANDIDATES
     ) -> None:
-        """Build the index, on all threads that torch uses.
+        """Build the index, with as many threads as torch uses.
 
         Args:
             weight: W, [V, d].
-            bias: [V] or None; a column of its own in the index.
-            ef: nodes that a search keeps in view.
+            bias: [V] or None; another column of the index.
+            ef: size of the candidate list of a search.
             candidates: tokens that get a logit.
 
         Raises:
@@ -154,7 +154,7 @@ class HnswHead:
                 advance(len(rows))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits of the candidates, minus infinity elsewhere: hidden [N, d] to [N, V], in the type of `hidden`."""
+        """Logits of the candidates, minus infinity elsewhere: hidden [N, d] to [N, V], in the dtype of `hidden`."""
         queries = hidden.float().cpu()
         if self._has_bias:
             queries = torch.cat([queries, torch.ones_like(queries[:, :1])], dim=-1)

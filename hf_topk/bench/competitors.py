@@ -1,4 +1,4 @@
-"""The models that are timed end to end: one set of weights, and several objects that differ in their head alone."""
+"""The models that are timed end to end: they share all weights and differ only in their heads."""
 
 import copy
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Competitors:
     """Models that share all dense tensors.
 
     Attributes:
-        dense: the dense model as Transformers has it.
+        dense: the dense model of Transformers.
         sparse: the converted model.
-        no_head: the dense model whose logits are there without any work: the ceiling.
+        no_head: the dense model with constant logits, which cost nothing: the ceiling.
     """
 
     dense: PreTrainedModel
@@ -28,7 +28,7 @@ class Competitors:
 
     @classmethod
     def of(cls, own: TopKExpertsForCausalLM) -> "Competitors":
-        """Make them from a converted model, whose generation config becomes an empty one."""
+        """Make them from a converted model, and reset its generation config."""
         head = own.head
         linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = head.weight, head.bias
@@ -40,7 +40,7 @@ class Competitors:
 
 
 class NoHead(nn.Module):
-    """Answers with logits that are there already."""
+    """A head that returns constant logits."""
 
     logits: Tensor
 
@@ -50,7 +50,7 @@ class NoHead(nn.Module):
         Args:
             vocab_size: V.
             dtype: of the logits.
-            most_rows: the largest batch that will be asked for.
+            most_rows: the largest batch size.
         """
         super().__init__()
         logits = torch.randn(most_rows, 1, vocab_size, generator=torch.Generator().manual_seed(0))
@@ -70,13 +70,13 @@ def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedM
 
 @torch.inference_mode()
 def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_length: int) -> Tensor:
-    """Hidden states that enter the head while a dense model samples text of its own from random tokens.
+    """Record the inputs of the head while a dense model samples text from random prompts.
 
     Args:
         model: a dense model.
-        positions: states to record, and a few more if they do not fill the last step.
-        batch: texts that are written side by side.
-        prompt_length: random tokens that each starts with.
+        positions: states to record, rounded up to whole steps.
+        batch: batch size.
+        prompt_length: tokens of a prompt.
 
     Returns:
         States, [P, d].

@@ -1,4 +1,4 @@
-"""Decoding end to end, with `generate` as it is."""
+"""Speed of decoding end to end, with `generate`."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,26 +23,28 @@ from .competitors import Competitors, NoHead
 from .timing import Spread, TokenClock, interleaved
 
 PROMPT_LENGTH = 16  # tokens
-NEW_TOKENS = 32  # after the first one, whose time is that of reading the prompt
+NEW_TOKENS = 32  # after the first one, whose time is that of the prefill
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 OVERHEAD_ROUNDS = 2000
-LIKELIER = 100.0
+ALWAYS_ON_SCALE = 100.0
 
-PROMPT_STATS = LosslessStats(tokens=-1, forward_passes=-1, dense_passes=-1)  # takes away what is not timed
+PROMPT_STATS = LosslessStats(
+    tokens=-1, forward_passes=-1, dense_passes=-1
+)  # subtracts the first token, which is not timed
 
 Decoder = Callable[[Tensor], float]
 
 
 def warpers() -> list[LogitsProcessor]:
-    """The logits processors of what is sampled with."""
+    """The logits processors of `SAMPLING`."""
     return [TemperatureLogitsWarper(SAMPLING["temperature"]), TopPLogitsWarper(SAMPLING["top_p"])]
 
 
 class Decoding:
-    """Decodes with each of the competitors in turn, and says how many tokens a second each writes.
+    """Times decoding of the competitors, in tokens/s.
 
     Attributes:
-        stats: what lossless decoding took after the first token of each text, over all rounds.
+        stats: of lossless decoding without the first token of each text, over all rounds.
     """
 
     def __init__(self, models: Competitors, rounds: int) -> None:
@@ -50,14 +52,14 @@ class Decoding:
 
         Args:
             models: the competitors.
-            rounds: of every comparison.
+            rounds: of each comparison.
         """
         self._models, self._rounds = models, rounds
         self._vocab_size = models.sparse.head.out_features
         self.stats = LosslessStats()
 
     def greedy(self) -> dict[str, Spread]:
-        """Greedy decoding in eager mode, lossless too."""
+        """Greedy decoding in eager mode, also lossless."""
         decoders = self._decoders("dense", "sparse", "no_head")
         decoders["lossless"] = self._counted(_decoder(self._models.sparse, lossless=True))
         return self._measure(decoders, "Decoding")
@@ -68,18 +70,18 @@ class Decoding:
         return self._measure(decoders, "Sampling")
 
     def batch(self, size: int) -> dict[str, Spread]:
-        """Greedy decoding of several sequences at once, in head mode "auto"."""
+        """Greedy decoding of a batch, in head mode "auto"."""
         decoders = {"dense": _decoder(self._models.dense), "auto": _decoder(self._models.sparse, "auto")}
         return self._measure(decoders, f"Decoding a batch of {size}", size)
 
     def compiled(self, backend: str = "inductor") -> dict[str, Spread]:
-        """Greedy decoding compiled as a whole, with a static cache, by `generate` itself.
+        """Greedy decoding compiled in one graph by `generate`, with a static KV cache.
 
         Args:
             backend: of `torch.compile`.
         """
         compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
-        compile_config._compile_all_devices = cast(Any, True)  # else `generate` compiles on accelerators alone
+        compile_config._compile_all_devices = cast(Any, True)  # `generate` compiles only on accelerators otherwise
         choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
         decoders = self._decoders("dense", "sparse", "no_head", **choices)
         return self._measure(decoders, "Decoding, compiled")
@@ -104,7 +106,7 @@ class Decoding:
 
 
 def _decoder(model: Any, head_mode: HeadMode = "sparse", **choices: Any) -> Decoder:
-    """Decodes from prompts [B, T], and returns tokens a second of all rows together."""
+    """A function that decodes from prompts [B, T] and returns tokens/s over all rows."""
 
     def run(prompts: Tensor) -> float:
         if isinstance(model, TopKExpertsForCausalLM):
@@ -112,20 +114,20 @@ def _decoder(model: Any, head_mode: HeadMode = "sparse", **choices: Any) -> Deco
         clock = TokenClock()
         mask = torch.ones_like(prompts)
         model.generate(prompts, attention_mask=mask, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)
-        return len(prompts) / clock.seconds_a_token
+        return len(prompts) / clock.seconds_per_token
 
     return run
 
 
 def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
-    """What the converted model's own Python adds to one step of decoding.
+    """Measure the Python overhead of the converted model per decode step.
 
-    A Llama of one layer, so tiny that there is next to nothing to compute, runs one position as it is and converted.
-    `wrapper` has a head that has its logits already, so that nothing but the wrapper and the way to the head is in the
-    difference; `sparse` has the sparse head, whose every operation is started from Python.
+    A one-layer Llama, tiny enough that computation costs next to nothing, runs one position dense and converted.
+    `wrapper` is the difference with a head of constant logits: the wrapper's own overhead. `sparse` is the difference
+    with the sparse head, including the launch of its operations from Python.
 
     Args:
-        rounds: steps of each.
+        rounds: steps of each model.
 
     Returns:
         The differences of the medians, in seconds.
@@ -138,14 +140,14 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
         expert_size=16,
         num_experts_per_tok=4,
         num_always_on=16,
-        router_rank=48,  # which leaves it to the kernel that real heads have
+        router_rank=48,  # uses the same kernel as real heads
         router_packed=True,
         tail_rank=48,
-        num_rescored=32,  # of 64, so that there is a screen, as there mostly is
+        num_rescored=32,  # of 64, so that there is a screen, as in most models
         head_mode="sparse",
     )
     wrapped = TopKExpertsForCausalLM.from_dense(dense, config)
-    wrapped.head.weight[wrapped.head.always_on_ids] *= LIKELIER  # as mostly in text, the tail cannot win
+    wrapped.head.weight[wrapped.head.always_on_ids] *= ALWAYS_ON_SCALE  # the tail cannot win, as in most text
     models = Competitors.of(wrapped)
     no_head = NoHead(256, torch.float32)
 

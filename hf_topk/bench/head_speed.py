@@ -1,4 +1,4 @@
-"""The head by itself: dense, the methods of others, ours."""
+"""Speed of the head alone: dense, baselines, sparse."""
 
 import itertools
 import sys
@@ -31,12 +31,12 @@ from .timing import Spread, head_seconds
 
 Head = Callable[[Tensor], Any]
 
-PICKS = 256  # states whose picks the parts go through
+PICKS = 256  # states whose picked experts the timed parts cycle through
 PROMPT_POSITIONS = 256
 
-GRAPHS = ("dense_bfloat16", "dense_float32", "sparse", "flashhead")  # timed as CUDA graphs, too
+GRAPHS = ("dense_bfloat16", "dense_float32", "sparse", "flashhead")  # also timed as CUDA graphs
 
-# Named in the results by the faster of its ways to run.
+# In the results, each is the fastest of its variants.
 BEST_OF = {
     "dense": ("dense_bfloat16", "dense_float32"),
     "dense_graph": ("dense_bfloat16_graph", "dense_float32_graph"),
@@ -48,16 +48,16 @@ class Heads:
     """All heads over one weight.
 
     Attributes:
-        states: hidden states that they are timed on, [P, d].
+        states: hidden states to time them on, [P, d].
     """
 
     def __init__(self, models: Competitors, states: Tensor, without: tuple[str, ...] = ()) -> None:
-        """Build the baselines that are not left out; those whose package is missing are, with a line on stderr.
+        """Build the baselines; skip those whose package is missing, with a line on stderr.
 
         Args:
             models: the competitors.
-            states: hidden states to time them on, [P, d], in the type of the head.
-            without: names of baselines to leave out.
+            states: hidden states to time them on, [P, d], in the dtype of the head.
+            without: names of baselines to skip.
         """
         self.states = states
         self._sparse = models.sparse.head
@@ -80,19 +80,19 @@ class Heads:
             else:
                 self._runs["hnsw"] = HnswHead(weight, bias)
         except MissingPackageError as error:
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            print(f"{name} is skipped: {error}", file=sys.stderr)
 
     def batch(self, size: int, rounds: int) -> dict[str, Spread]:
-        """Time all heads on so many positions.
+        """Time all heads on a batch.
 
         Args:
-            size: positions in a call.
+            size: positions per call.
             rounds: calls of each.
 
         Returns:
-            Seconds a call by name; `dense` and `int8` are the faster of the ways to run them.
+            Seconds per call by name; `dense` and `int8` are the fastest of their variants.
         """
-        torch.compiler.reset()  # torch compiles a function for so many sizes and then no more
+        torch.compiler.reset()  # torch limits recompilations of a function
         return self._time(size, rounds, {})
 
     def _time(self, size: int, rounds: int, extra: dict[str, Head]) -> dict[str, Spread]:
@@ -103,15 +103,15 @@ class Heads:
             runs["int8_eager"] = self._int8
             if has_compiler():
                 runs["int8_compiled"] = compiled(self._int8, self.states[:size])
-        spreads = head_seconds(runs, self.states, size, rounds, f"Timing the head, {size} at once")
-        for name, ways in BEST_OF.items():
-            if measured := [spreads[way] for way in ways if way in spreads]:
+        spreads = head_seconds(runs, self.states, size, rounds, f"Timing the head on {size} positions")
+        for name, variants in BEST_OF.items():
+            if measured := [spreads[variant] for variant in variants if variant in spreads]:
                 spreads[name] = min(measured, key=lambda spread: spread.median)
         return spreads
 
     def _sparse_runs(self) -> dict[str, Head]:
         head = self._sparse
-        if head.weight.device.type != "cpu":  # where tokens are chosen from the logits of all
+        if head.weight.device.type != "cpu":  # tokens are chosen from logits of the whole vocabulary there
             return {"sparse": head.sparse_logits, "auto": _auto(head)}
         return {
             "sparse": _next_token(head, (), does_sample=False),
@@ -121,39 +121,41 @@ class Heads:
         }
 
     def prompt(self, rounds: int) -> dict[str, Spread]:
-        """Time the dense head and ours in head mode "auto" on as many positions as a prompt has.
+        """Time the dense head and head mode "auto" in a prefill of 256 positions.
 
         Args:
             rounds: calls of each.
 
         Returns:
-            Seconds a call, by name.
+            Seconds per call, by name.
         """
         runs: dict[str, Head] = {"dense": self._sparse.dense_logits, "auto": _auto(self._sparse)}
-        return head_seconds(runs, self.states, PROMPT_POSITIONS, rounds, f"Timing the head, {PROMPT_POSITIONS} at once")
+        return head_seconds(
+            runs, self.states, PROMPT_POSITIONS, rounds, f"Timing the head on {PROMPT_POSITIONS} positions"
+        )
 
     def auto_sparse_up_to(self) -> int:
-        """Up to how many positions, a power of two, head mode "auto" makes logits of all tokens the sparse way."""
+        """The most positions, a power of two, that head mode "auto" runs sparse for logits of all tokens."""
         self._sparse.head_mode = "auto"
         sizes = (1 << power for power in range(MOST_POSITIONS.bit_length()))
         return max((size for size in sizes if self._sparse.runs_sparse(size)), default=0)
 
     def tail_share(self) -> float:
-        """Share of the states at which the tail could win, so that greedy decoding computes it."""
+        """Share of the states where the tail could win, so greedy decoding computes it."""
         needed = [self._sparse.tail_may_win(self._sparse.score(some)) for some in self.states.split(PICKS)]
         return float(torch.cat(needed).float().mean())
 
     def one_position(self, stats: LosslessStats, rounds: int, is_compiled: bool) -> dict[str, Spread]:
-        """Time all heads on one position, lossless decoding's among them.
+        """Time all heads on one position, also for lossless decoding.
 
         A lossless token takes `forward_passes_per_token` runs of the drafting head on one position and
-        `dense_passes_per_token` runs of the dense head on a block. Both are timed, the latter on as many positions as
-        the blocks had on average, and added up.
+        `dense_passes_per_token` verification passes of the dense head. Both are timed, the latter on the mean number
+        of positions that are verified at once, and added.
 
         Args:
-            stats: what lossless decoding took.
+            stats: of lossless decoding.
             rounds: calls of each.
-            is_compiled: whether to time the dense and the sparse head compiled, too.
+            is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
         block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
@@ -177,7 +179,7 @@ class Heads:
 
 
 def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
-    """The dense head as Transformers runs it, in a type; states are rounded to it beforehand, where they differ."""
+    """The dense head of Transformers in a given dtype, which the states are cast to first."""
     weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
 
     def run(hidden: Tensor) -> Tensor:
@@ -187,9 +189,9 @@ def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
 
 
 def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
-    """Parts of the sparse head by themselves: router, screen, the copy of the rows scored, and that with products.
+    """Parts of the sparse head: router, screen, copy of the scored rows, and copy with products.
 
-    Experts and rows are those that other states pick, found beforehand.
+    Experts and rows were picked for other states beforehand.
     """
     scored = head.score(states[:PICKS])
     picked, rows = itertools.cycle(scored.experts.split(1)), itertools.cycle(scored.ids.split(1))
@@ -207,24 +209,24 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
         of_always = shared_rows_dot(hidden, head.weight, head.bias, always)
         return of_always, gather_dot(hidden, head.weight, head.bias, routed)
 
-    of_screen: dict[str, Head] = {"part_screen": screen} if head.screens else {}
-    return {"part_router": head.router, **of_screen, "part_gather": gather, "part_gather_dot": multiply}
+    screening: dict[str, Head] = {"part_screen": screen} if head.screens else {}
+    return {"part_router": head.router, **screening, "part_gather": gather, "part_gather_dot": multiply}
 
 
 def _draft(head: TopKExpertsHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What lossless decoding takes from the head for a draft of greedy decoding."""
+    """What lossless decoding computes in the head for a greedy draft token."""
     scored = head.score(hidden)
     return head.share_outside(scored), head.best_scored(scored)
 
 
 def _next_token(head: TopKExpertsHead, found: Sequence[LogitsProcessor], does_sample: bool) -> Head:
-    """The head as `generate` runs it with these processors: it chooses the token, too."""
+    """The head as `generate` runs it with these processors, including the choice of the token."""
     chooser = TokenChooser(head, found, does_sample)
     return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
 
 
 def _auto(head: TopKExpertsHead) -> Head:
-    """The head as a model calls it, in head mode "auto"."""
+    """The head as the model calls it, in head mode "auto"."""
 
     def run(hidden: Tensor) -> Tensor:
         head.head_mode = "auto"

@@ -1,4 +1,4 @@
-"""A picture of what `hf-topk bench` measured."""
+"""Plots the results of `hf-topk bench`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ SUFFIXES = (".png", ".svg")
 
 
 def check_plot(path: Path) -> None:
-    """Refuse a file that could not be drawn.
+    """Refuse a file that the plot cannot be written to.
 
     Raises:
-        InputError: when it is no .png or .svg file, its folder is not there, or matplotlib is not installed.
+        InputError: when it is not a .png or .svg file, its folder is missing, or matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"{path} is not drawn: give --plot a file that ends in {' or '.join(SUFFIXES)}")
+        raise InputError(f"cannot plot to {path}: give --plot a file that ends in {' or '.join(SUFFIXES)}")
     if not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
     try:
@@ -26,23 +26,23 @@ def check_plot(path: Path) -> None:
         raise InputError(f"--plot needs matplotlib: {INSTALL}") from error
 
 
-def write_plot(figures: dict[str, Any], path: Path) -> None:
-    """Draw head times and decoding speeds as bars, with their quartiles.
+def write_plot(metrics: dict[str, Any], path: Path) -> None:
+    """Plot head times and decoding speeds as bars, with quartiles.
 
     Args:
-        figures: of [`run_bench`].
-        path: a .png or .svg file; it is written whole or not at all.
+        metrics: of [`run_bench`].
+        path: a .png or .svg file, written completely or not at all.
     """
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = picture.subplots(1, 2)
-    _bars(left, figures, "head", "ms")
-    left.set(xscale="log", xlabel="the head, milliseconds a token")
-    _bars(right, figures, "e2e", "tok_s")
-    right.set(xlabel="decoding, tokens a second")
+    _bars(left, metrics, "head", "ms")
+    left.set(xscale="log", xlabel="head, ms per token")
+    _bars(right, metrics, "e2e", "tok_s")
+    right.set(xlabel="decoding, tokens/s")
     picture.suptitle(
-        f"{figures['shape']}, batch 1, {figures['dtype']}, {figures['threads']} threads of {figures['machine']}"
+        f"{metrics['shape']}, batch 1, {metrics['dtype']}, {metrics['threads']} threads of {metrics['machine']}"
     )
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -52,8 +52,8 @@ def write_plot(figures: dict[str, Any], path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _bars(axes: Any, figures: dict[str, Any], section: str, unit: str) -> None:
-    medians, spread = figures[section], figures["spread"][section]
+def _bars(axes: Any, metrics: dict[str, Any], section: str, unit: str) -> None:
+    medians, spread = metrics[section], metrics["spread"][section]
     names = [name for name in NAMES if medians.get(f"{name}_{unit}") is not None][::-1]
     values = [medians[f"{name}_{unit}"] for name in names]
     around = [spread[f"{name}_{unit}"] for name in names]

@@ -1,7 +1,6 @@
-"""Decoders whose linear layers are kept in 8 or 4 bits, to be measured with: what people run on CPUs.
+"""Quantises the linear layers of the decoder to int8 or int4, as is common on CPUs, for benchmarks.
 
-The kernels are those of torch that torchao's formats for CPUs are made of; what it has in eager mode beside them is
-slower there than float32.
+It uses the torch kernels that torchao's CPU formats are built on; in eager mode torchao's own are slower than float32.
 """
 
 from typing import cast
@@ -13,17 +12,17 @@ from ..model.errors import InputError
 from ..model.kernels import COLUMNS_OF_KERNEL, int8_kernel
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 
-BODIES = ("int8", "int4")
-GROUP = 32  # columns that have a scale and a zero in 4 bits, as in llama.cpp's formats
+DECODER_FORMATS = ("int8", "int4")
+GROUP = 32  # columns per scale and zero point in int4, as in llama.cpp's formats
 ROWS_OF_KERNEL = 16
 SMALLEST_SCALE = 1e-9
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 rows with a scale each; inputs and products are rounded to bfloat16."""
+    """A linear layer of int8 rows with one scale each; inputs and products are rounded to bfloat16."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Round a layer."""
+        """Quantise a layer."""
         super().__init__()
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127
@@ -32,16 +31,16 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., d] to [..., rows]."""
+        """Inputs [..., d] to [..., rows]."""
         rows, scales = cast(Tensor, self.rows), cast(Tensor, self.scales)
         return _like_linear(int8_kernel(inputs.flatten(0, -2), rows, scales), inputs, self.bias)
 
 
 class Int4Linear(nn.Module):
-    """A linear layer of 4-bit rows with a scale and a zero for every 32 columns."""
+    """A linear layer of int4 rows with a scale and a zero point per 32 columns."""
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Round a layer."""
+        """Quantise a layer."""
         super().__init__()
         groups = linear.weight.detach().float().unflatten(-1, (-1, GROUP))
         least, most = groups.amin(dim=-1), groups.amax(dim=-1)
@@ -56,7 +55,7 @@ class Int4Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., d] to [..., rows]."""
+        """Inputs [..., d] to [..., rows]."""
         flat = inputs.flatten(0, -2).bfloat16()
         products = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales_and_zeros)
         return _like_linear(products, inputs, self.bias)
@@ -67,26 +66,28 @@ def _like_linear(products: Tensor, inputs: Tensor, bias: Tensor | None) -> Tenso
     return products if bias is None else products + bias
 
 
-def check_body(body: str, device: torch.device) -> None:
-    """Check that there is such a body.
+def check_decoder_format(decoder_format: str, device: torch.device) -> None:
+    """Refuse an unknown format.
 
     Raises:
-        InputError: when it is none of `BODIES`, or the device is not a CPU.
+        InputError: when it is not one of `DECODER_FORMATS`, or the device is not a CPU.
     """
-    if body not in BODIES:
-        raise InputError(f"unknown body '{body}': choose one of {', '.join(BODIES)}")
+    if decoder_format not in DECODER_FORMATS:
+        raise InputError(f"unknown decoder format '{decoder_format}': choose one of {', '.join(DECODER_FORMATS)}")
     if device.type != "cpu":
-        raise InputError(f"a body in {body} is measured on CPUs alone, not on {device}: leave out --body or --device")
+        raise InputError(
+            f"a decoder in {decoder_format} runs only on CPUs, not on {device}: leave out --body or --device"
+        )
 
 
-def quantise_body(model: TopKExpertsForCausalLM, body: str) -> None:
-    """Put the decoder's linear layers in 8 or 4 bits, in place; the head and the embeddings stay as they are.
+def quantise_decoder(model: TopKExpertsForCausalLM, decoder_format: str) -> None:
+    """Quantise the linear layers of the decoder in place; the head and the embeddings are left alone.
 
     Args:
-        model: a converted model in main memory.
-        body: one of `BODIES`. Layers whose sizes the kernels cannot take stay as they are.
+        model: a converted model on a CPU.
+        decoder_format: one of `DECODER_FORMATS`. Layers whose sizes the kernels do not support are left alone.
     """
-    columns, kind = (COLUMNS_OF_KERNEL, Int8Linear) if body == "int8" else (GROUP, Int4Linear)
+    columns, kind = (COLUMNS_OF_KERNEL, Int8Linear) if decoder_format == "int8" else (GROUP, Int4Linear)
     for name, module in list(model.base.named_modules()):
         is_linear = type(module) is nn.Linear and name != model.head_name
         if is_linear and module.in_features % columns == 0 and module.out_features % ROWS_OF_KERNEL == 0:

@@ -1,4 +1,4 @@
-"""`hf-topk bench`: takes what a user asks for, and refuses it before anything long begins."""
+"""`hf-topk bench`: checks the arguments first, then measures."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from .competitors import Competitors, recorded_states
 from .decode_speed import PROMPT_LENGTH
 from .plot import check_plot, write_plot
-from .quantised_decoder import check_body, quantise_body
+from .quantised_decoder import check_decoder_format, quantise_decoder
 from .random_experts import STATES, convert_at_random, random_states
 from .shapes import random_model, shape_config
 from .suite import Choices, bench
 
-TEXTS_AT_ONCE = 32
+RECORDING_BATCH = 32
 
 
 def run_bench(
@@ -27,38 +27,38 @@ def run_bench(
     *,
     dtype: str = "auto",
     device: str = "cpu",
-    body: str | None = None,
+    decoder_format: str | None = None,
     threads: int | None = None,
     plot: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a converted model, or a published shape with random weights.
 
-    The head is timed on states that the model itself comes to while it writes; with random weights, on random ones of
-    the same size.
+    The head is timed on hidden states of text that the model generates, or with random weights on random states of the
+    same scale.
 
     Args:
         directory: a converted model; None with a shape.
         shape: one of `SHAPES`; None with a directory.
         choices: what to measure.
         dtype: "float32", "bfloat16", or "auto": as the model is stored, bfloat16 with a shape.
-        device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
-        body: "int8" or "int4" to keep the decoder's linear layers in so many bits; None to leave them as they are.
-        threads: that torch uses from now on; None for what it chose.
-        plot: a file to draw the figures to.
+        device: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
+        decoder_format: "int8" or "int4" to quantise the linear layers of the decoder; None to leave them alone.
+        threads: that torch uses from now on; None for its own choice.
+        plot: a file to plot the results to.
 
     Returns:
-        The figures of [`bench`], and `shape`, the name of what was measured.
+        The metrics of [`bench`], with `shape`, the name of the model or shape, and `body`, the decoder format.
 
     Raises:
-        InputError: when there is neither a directory nor a shape, or both, or one of the choices is not to be had.
+        InputError: when there is neither a directory nor a shape, or both, or a choice is not available.
     """
     if (directory is None) == (shape is None):
-        raise InputError("give one of the two: a converted model's folder, or --shape with a published model's name")
+        raise InputError("give either a converted model's folder, or --shape with a published model's name")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
     place = find_device(device)
-    if body is not None:
-        check_body(body, place)
+    if decoder_format is not None:
+        check_decoder_format(decoder_format, place)
     if plot is not None:
         check_plot(plot)
     if threads is not None:
@@ -66,16 +66,16 @@ def run_bench(
     torch.manual_seed(0)
     if shape is not None:
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
-        own.to(place)  # type: ignore[arg-type]  # as Transformers declares it
+        own.to(place)  # type: ignore[arg-type]  # Transformers' own annotation
     else:
         own = load_converted(str(directory), dtype=dtype, device=device)[0]
-    if body is not None:
-        quantise_body(own, body)
-    figures = bench(own, _own_states if shape is None else _random_states, choices)
-    figures = {"shape": shape or directory, "body": body, **figures}
+    if decoder_format is not None:
+        quantise_decoder(own, decoder_format)
+    metrics = bench(own, _own_states if shape is None else _random_states, choices)
+    metrics = {"shape": shape or directory, "body": decoder_format, **metrics}
     if plot is not None:
-        write_plot(figures, plot)
-    return figures
+        write_plot(metrics, plot)
+    return metrics
 
 
 def _random_model(shape: str, dtype: torch.dtype) -> TopKExpertsForCausalLM:
@@ -88,4 +88,4 @@ def _random_states(models: Competitors) -> Tensor:
 
 
 def _own_states(models: Competitors) -> Tensor:
-    return recorded_states(models.dense, STATES, TEXTS_AT_ONCE, PROMPT_LENGTH)
+    return recorded_states(models.dense, STATES, RECORDING_BATCH, PROMPT_LENGTH)

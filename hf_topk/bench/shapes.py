@@ -1,4 +1,4 @@
-"""Published models' shapes, built offline with random weights.
+"""Shapes of published models, built offline with random weights.
 
 The hyper-parameters are those of the models' published config.json files (google/gemma-3-270m and -1b-pt,
 meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, Qwen/Qwen2.5-0.5B, HuggingFaceTB/SmolLM2-135M). All of them tie the head to
@@ -103,7 +103,7 @@ def shape_config(shape: str) -> PreTrainedConfig:
         shape: one of `SHAPES`.
 
     Raises:
-        InputError: when it is none.
+        InputError: when it is not.
     """
     if shape not in SHAPES:
         raise InputError(f"unknown shape '{shape}': choose one of {', '.join(SHAPES)}")
@@ -112,9 +112,9 @@ def shape_config(shape: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def random_model(shape: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A dense model of a published shape, its matrices random, its norms and biases as before training.
+    """Make a dense model of a published shape, with random matrices, and norms and biases as before training.
 
-    It is made in `dtype` at once, without a copy in fp32.
+    It is allocated in `dtype`, without a copy in fp32.
 
     Args:
         shape: one of `SHAPES`.
@@ -141,5 +141,5 @@ def random_model(shape: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedMod
 
 
 def norm_weight(model: PreTrainedModel, factor: float) -> float:
-    """The weight with which a norm of this model multiplies by a factor: Gemma's multiply by one more than theirs."""
+    """The norm weight that scales by `factor`: Gemma's norms multiply by 1 + weight."""
     return factor - 1.0 if model.config.model_type.startswith("gemma") else factor

@@ -1,6 +1,6 @@
-"""Head and end-to-end decode, side by side in one process: the dense model, the methods of others, ours, no head.
+"""The benchmark: head and end-to-end decoding of the dense model, the baselines, the converted model, and no head.
 
-All that is compared runs in interleaved rounds, and every ratio is one of medians from the same rounds.
+Competitors run in interleaved rounds in one process, and every ratio is of medians of the same rounds.
 """
 
 import os
@@ -25,12 +25,12 @@ from .timing import Spread
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 8
-HEAD_ROUNDS_A_ROUND = 5
-OURS = ("sparse", "lossless", "auto")  # names begin so
+HEAD_ROUNDS_PER_ROUND = 5
+OURS = ("sparse", "lossless", "auto")  # prefixes of names
 OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Choices:
     """What to measure.
 
     Attributes:
-        batches: sequences that are decoded side by side.
-        without: names of baselines to leave out.
-        compile: whether to measure compiled heads and decoding, too.
+        batches: batch sizes.
+        without: names of baselines to skip.
+        compile: whether to measure compiled heads and decoding as well.
         rounds: of decoding; heads are timed in five times as many.
 
     Raises:
-        InputError: when there is no such baseline, a number is out of range, or no compiler to compile with.
+        InputError: when a baseline is unknown, a number is out of range, or there is no compiler.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -57,26 +57,26 @@ class Choices:
             if name not in BASELINES:
                 raise InputError(f"unknown baseline '{name}': choose one of {', '.join(BASELINES)}")
         if self.compile and not has_compiler():
-            raise InputError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
+            raise InputError("--compile needs a C++ compiler: install g++, or leave it out")
         for size in self.batches:
             if size not in range(1, BATCHES[-1] + 1):
-                raise InputError(f"a batch of {size} is not measured: choose from 1 to {BATCHES[-1]}")
+                raise InputError(f"batch size {size} is out of range: choose from 1 to {BATCHES[-1]}")
 
 
 @torch.inference_mode()
 def bench(
     own: TopKExpertsForCausalLM, states_of: Callable[[Competitors], Tensor], choices: Choices | None = None
-) -> Figures:
-    """Measure a converted model beside its dense model and the methods of others.
+) -> Metrics:
+    """Measure a converted model against its dense model and the baselines.
 
     Args:
-        own: a converted model; its head mode and generation config change.
-        states_of: gives hidden states to time the head on, [P, d].
+        own: a converted model; its head mode and generation config are changed.
+        states_of: returns hidden states to time the head on, [P, d].
         choices: what to measure.
 
     Returns:
-        Figures by name, ready for JSON; null for what was left out. Under `ratios`, `a_over_b` says how many times as
-        fast as b a is, and `a_share_of_ceiling` which share of the speed without a head it reaches.
+        Metrics by name, for JSON; null if skipped. Under `ratios`, `a_over_b` is the speed of a relative to b, and
+        `a_share_of_ceiling` its speed relative to that without a head.
     """
     choices = choices or Choices()
     models = Competitors.of(own)
@@ -84,15 +84,15 @@ def bench(
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
-    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_A_ROUND
+    heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_PER_ROUND
     timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
     timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
     batches = {str(size): (_times(heads.batch(size, rounds)), _rates(decoding.batch(size))) for size in choices.batches}
     stats = decoding.stats
     return {
         **_circumstances(models, own),
-        **{name: timed[name].figures() for name in ("head", "prompt", "e2e", "e2e_compiled", "sampling")},
-        "batches": {size: {**head.figures(), **e2e.figures()} for size, (head, e2e) in batches.items()},
+        **{name: timed[name].metrics() for name in ("head", "prompt", "e2e", "e2e_compiled", "sampling")},
+        "batches": {size: {**head.metrics(), **e2e.metrics()} for size, (head, e2e) in batches.items()},
         "ratios": {
             **{name: one.ratios() for name, one in timed.items()},
             "batches": {size: {"head": head.ratios(), "e2e": e2e.ratios()} for size, (head, e2e) in batches.items()},
@@ -115,11 +115,11 @@ def bench(
 
 @dataclass(frozen=True)
 class _Timed:
-    """Spreads by name, in seconds a call or tokens a second."""
+    """Spreads by name, in seconds per call or tokens/s."""
 
     spreads: dict[str, Spread]
     unit: str
-    names: tuple[str, ...] = ()  # that are null where they were not measured
+    names: tuple[str, ...] = ()  # null in the results if not measured
 
     @property
     def _is_time(self) -> bool:
@@ -129,27 +129,27 @@ class _Timed:
     def _scale(self) -> float:
         return 1000 if self._is_time else 1
 
-    def figures(self) -> Figures:
+    def metrics(self) -> Metrics:
         measured = {f"{name}_{self.unit}": self._scale * spread.median for name, spread in self.spreads.items()}
         return {f"{name}_{self.unit}": None for name in self.names} | measured
 
-    def quartiles(self) -> Figures:
+    def quartiles(self) -> Metrics:
         return {
             f"{name}_{self.unit}": [self._scale * spread.low, self._scale * spread.high]
             for name, spread in self.spreads.items()
         }
 
-    def ratios(self) -> Figures:
+    def ratios(self) -> Metrics:
         ours = [name for name in self.spreads if name.startswith(OURS)]
         others = [name for name in OTHERS if name in self.spreads]
-        ratios: Figures = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
+        ratios: Metrics = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
         if "no_head" in self.spreads:
             ratios |= {f"{name}_share_of_ceiling": self._ratio(name, "no_head") for name in ours}
             ratios["ceiling_over_dense"] = self._ratio("no_head", "dense")
         return ratios
 
     def _ratio(self, one: str, other: str) -> float:
-        """How many times as fast one is."""
+        """The speed of one relative to the other."""
         ratio = self.spreads[one].median / self.spreads[other].median
         return 1 / ratio if self._is_time else ratio
 
@@ -162,7 +162,7 @@ def _rates(spreads: dict[str, Spread]) -> _Timed:
     return _Timed(spreads, "tok_s")
 
 
-def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
+def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Metrics:
     head = own.head
     return {
         "machine": _machine(),
@@ -183,7 +183,7 @@ def _circumstances(models: Competitors, own: TopKExpertsForCausalLM) -> Figures:
 
 
 def _machine() -> str:
-    """The processor's name, as well as the system tells it."""
+    """The name of the CPU, as far as the system reports it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)

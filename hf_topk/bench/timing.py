@@ -1,7 +1,6 @@
-"""Clocks that put competing things side by side: every round runs each of them once, so that all see the same machine.
+"""Interleaved timing: every round runs each competitor once, so that all see the same state of the machine.
 
-What a machine does besides changes by the minute; figures of one process and of interleaved rounds are compared, and no
-others.
+The load of a machine changes by the minute, so only timings of interleaved rounds in one process are comparable.
 """
 
 import random
@@ -23,12 +22,12 @@ WARM_UP_ROUNDS = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its spread.
+    """A median with its quartiles.
 
     Attributes:
-        median: half of the measurements are below it.
-        low: a quarter of them are.
-        high: three quarters of them are.
+        median: of the measurements.
+        low: the first quartile.
+        high: the third quartile.
     """
 
     median: float
@@ -51,24 +50,24 @@ def interleaved(
     description: str,
     warm_up_rounds: int = WARM_UP_ROUNDS,
 ) -> dict[str, Spread]:
-    """Measure named things in rounds.
+    """Measure competitors in interleaved rounds.
 
     Args:
-        runs: each takes an input; what it returns is its measurement, or None for the seconds that it took.
-        fresh: makes the input of a round, which is the same for all, before any clock runs.
+        runs: competitors by name; each takes an input and returns its measurement, or None to be timed in seconds.
+        fresh: makes the input of a round, the same for all; not timed.
         rounds: measurements of each.
-        description: of what is measured, for the progress that is shown.
-        warm_up_rounds: rounds before, that do not count.
+        description: for the progress line.
+        warm_up_rounds: rounds that are run first and not counted.
 
     Returns:
-        The spread of each one's measurements, by name.
+        The spread of the measurements, by name.
     """
     measured: dict[str, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     with progress(description, warm_up_rounds + rounds, "rounds") as advance:
         for number in range(warm_up_rounds + rounds):
             given = fresh()
-            shuffle(order)  # what ran before decides what the caches hold
+            shuffle(order)  # the previous run determines the contents of the caches
             for name in order:
                 started = time.perf_counter()
                 result = runs[name](given)
@@ -80,7 +79,7 @@ def interleaved(
 
 
 def clocked(run: Callable[[Tensor], Any]) -> Callable[[Tensor], float | None]:
-    """The same without its result: the clock measures it, or on CUDA events around it do."""
+    """Wrap a function to be timed: on CUDA it returns the seconds between two events, elsewhere None."""
 
     def measured(hidden: Tensor) -> float | None:
         if not hidden.is_cuda:
@@ -100,17 +99,17 @@ def clocked(run: Callable[[Tensor], Any]) -> Callable[[Tensor], float | None]:
 def head_seconds(
     runs: Mapping[str, Callable[[Tensor], Any]], states: Tensor, positions: int, rounds: int, description: str
 ) -> dict[str, Spread]:
-    """Time heads, in each round on other hidden states.
+    """Time heads, in each round on different hidden states.
 
     Args:
-        runs: heads, from hidden states [N, d].
+        runs: heads by name, callables on hidden states [N, d].
         states: hidden states to draw from, [P, d].
-        positions: N, hidden states in a call.
+        positions: N, hidden states per call.
         rounds: calls of each.
-        description: of what is measured, for the progress that is shown.
+        description: for the progress line.
 
     Returns:
-        Seconds a call, by name.
+        Seconds per call, by name.
     """
     return interleaved(
         {name: clocked(run) for name, run in runs.items()},
@@ -121,21 +120,21 @@ def head_seconds(
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token of a generation is there."""
+    """A streamer that records the time of each token."""
 
     def __init__(self) -> None:
         """Start with no token."""
         self._times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Note the time: called with the prompt, and with every new token of each row."""
+        """Record the time; called with the prompt, and with every new token of each row."""
         self._times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to be done."""
+        """Do nothing."""
 
     @property
-    def seconds_a_token(self) -> float:
-        """Mean time of a token after the first, which the prompt's length decides."""
+    def seconds_per_token(self) -> float:
+        """Mean time per token after the first, whose time is that of the prefill."""
         first, last = self._times[1], self._times[-1]
         return (last - first) / (len(self._times) - 2)

@@ -56,7 +56,7 @@ def random_states(models: Competitors) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def figures() -> dict[str, Any]:
+def metrics() -> dict[str, Any]:
     own = tiny_converted(num_rescored=20)
     return bench(own, random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
 
@@ -123,13 +123,13 @@ def test_missing_packages_are_named(without_packages: None, tmp_path: Path) -> N
             make(weight, None)
 
 
-def test_a_baseline_without_its_package_is_left_out(without_packages: None, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = bench(tiny_converted(), random_states, Choices(batches=(), rounds=1))
-    assert figures["head"]["int8_ms"] is figures["head"]["hnsw_ms"] is None
-    assert figures["head"]["flashhead_ms"] > 0
-    assert not any("int8" in name or "hnsw" in name for name in figures["ratios"]["head"])
-    lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert [line.split(":")[0] for line in lines] == ["int8 is left out", "hnsw is left out"]
+def test_a_baseline_without_its_package_is_skipped(without_packages: None, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = bench(tiny_converted(), random_states, Choices(batches=(), rounds=1))
+    assert metrics["head"]["int8_ms"] is metrics["head"]["hnsw_ms"] is None
+    assert metrics["head"]["flashhead_ms"] > 0
+    assert not any("int8" in name or "hnsw" in name for name in metrics["ratios"]["head"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is skipped" in line]
+    assert [line.split(":")[0] for line in lines] == ["int8 is skipped", "hnsw is skipped"]
 
 
 # Clocks
@@ -158,7 +158,7 @@ def test_the_clock_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch) -
     clock = TokenClock()
     for _ in range(4):
         clock.put(torch.zeros(1))
-    assert clock.seconds_a_token == 1.5
+    assert clock.seconds_per_token == 1.5
 
 
 def test_lossless_time_is_drafts_and_dense_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,40 +203,40 @@ def test_parts_are_those_of_the_sparse_head(num_rescored: int, rows: int, monkey
         torch.testing.assert_close(screened, head.tail.screen(states[:1], scored.experts[:1]))
 
 
-# Figures
+# Metrics
 
 
-def test_every_key_is_there(figures: dict[str, Any]) -> None:
-    assert set(figures["head"]) >= {*HEAD_KEYS, "sparse_all_logits_ms", "auto_ms", "part_screen_ms"}
-    assert figures["head"]["int8_ms"] is figures["head"]["hnsw_ms"] is None
-    assert set(figures["e2e"]) == E2E_KEYS
-    assert list(figures["batches"]) == ["1", "3", "32"]
-    for medians in figures["batches"].values():
+def test_every_key_is_there(metrics: dict[str, Any]) -> None:
+    assert set(metrics["head"]) >= {*HEAD_KEYS, "sparse_all_logits_ms", "auto_ms", "part_screen_ms"}
+    assert metrics["head"]["int8_ms"] is metrics["head"]["hnsw_ms"] is None
+    assert set(metrics["e2e"]) == E2E_KEYS
+    assert list(metrics["batches"]) == ["1", "3", "32"]
+    for medians in metrics["batches"].values():
         assert set(medians) >= {"dense_ms", "auto_ms", "dense_tok_s", "auto_tok_s"}
-    assert figures["dtype"] == "float32"
-    assert figures["threads"] == torch.get_num_threads()
-    assert figures["versions"]["torch"] == torch.__version__
-    assert figures["sizes"]["parameters"] == tiny_dense().num_parameters()
-    assert figures["sizes"]["num_rescored"] == 20
-    assert figures["added_memory_share"] == tiny_converted().head.added_bytes() / (100 * 32 * 4)
-    assert set(figures["prompt"]) == {"dense_ms", "auto_ms"}
-    assert set(figures["sampling"]) == E2E_KEYS - {"lossless_tok_s"}
-    assert 0 <= figures["tail_share"] <= 1
-    assert 0 <= figures["auto_sparse_up_to"] <= 64
-    assert 0 < figures["lossless"]["dense_passes_per_token"] <= 1
-    json.dumps(figures, allow_nan=False)
+    assert metrics["dtype"] == "float32"
+    assert metrics["threads"] == torch.get_num_threads()
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["sizes"]["parameters"] == tiny_dense().num_parameters()
+    assert metrics["sizes"]["num_rescored"] == 20
+    assert metrics["added_memory_share"] == tiny_converted().head.added_bytes() / (100 * 32 * 4)
+    assert set(metrics["prompt"]) == {"dense_ms", "auto_ms"}
+    assert set(metrics["sampling"]) == E2E_KEYS - {"lossless_tok_s"}
+    assert 0 <= metrics["tail_share"] <= 1
+    assert 0 <= metrics["auto_sparse_up_to"] <= 64
+    assert 0 < metrics["lossless"]["dense_passes_per_token"] <= 1
+    json.dumps(metrics, allow_nan=False)
 
 
-def test_dense_is_the_better_of_both_types(figures: dict[str, Any]) -> None:
-    for medians in (figures["head"], *figures["batches"].values()):
+def test_dense_is_the_better_of_both_types(metrics: dict[str, Any]) -> None:
+    for medians in (metrics["head"], *metrics["batches"].values()):
         assert medians["dense_ms"] == min(medians["dense_bfloat16_ms"], medians["dense_float32_ms"])
 
 
-def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
+def test_every_ratio_is_of_the_same_medians(metrics: dict[str, Any]) -> None:
     units = {"head": "ms", "prompt": "ms", "e2e": "tok_s", "sampling": "tok_s"}
-    sections = [(figures["ratios"][name], figures[name], unit) for name, unit in units.items()]
-    for size, ratios in figures["ratios"]["batches"].items():
-        sections += [(ratios[part], figures["batches"][size], units[part]) for part in ("head", "e2e")]
+    sections = [(metrics["ratios"][name], metrics[name], unit) for name, unit in units.items()]
+    for size, ratios in metrics["ratios"]["batches"].items():
+        sections += [(ratios[part], metrics["batches"][size], units[part]) for part in ("head", "e2e")]
     counted = 0
     for ratios, medians, unit in sections:
         for name, ratio in ratios.items():
@@ -248,15 +248,15 @@ def test_every_ratio_is_of_the_same_medians(figures: dict[str, Any]) -> None:
             counted += 1
     assert counted > 20
     for other in ("dense", "flashhead"):
-        assert f"sparse_over_{other}" in figures["ratios"]["head"]
+        assert f"sparse_over_{other}" in metrics["ratios"]["head"]
     for share in ("sparse", "lossless"):
-        assert f"{share}_share_of_ceiling" in figures["ratios"]["e2e"]
+        assert f"{share}_share_of_ceiling" in metrics["ratios"]["e2e"]
 
 
-def test_medians_lie_within_their_quartiles(figures: dict[str, Any]) -> None:
+def test_medians_lie_within_their_quartiles(metrics: dict[str, Any]) -> None:
     for section in ("head", "prompt", "e2e", "sampling"):
-        for name, (low, high) in figures["spread"][section].items():
-            assert low <= figures[section][name] <= high
+        for name, (low, high) in metrics["spread"][section].items():
+            assert low <= metrics[section][name] <= high
 
 
 def test_compiled_decoding_is_measured() -> None:
@@ -280,10 +280,10 @@ def test_measures_a_converted_model(tmp_path: Path) -> None:
     options = ("--rounds", 1, "--batches", "2", "--without", "int8", "--without", "hnsw", "--threads", 1)
     done = run_script(tmp_path, "bench", "out", *options, "--json", "--plot", "plot.svg")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert (figures["shape"], figures["threads"], list(figures["batches"])) == ("out", 1, ["2"])
-    assert set(figures["head"]) > HEAD_KEYS
-    assert set(figures["e2e"]) == E2E_KEYS
+    metrics = json.loads(done.stdout)
+    assert (metrics["shape"], metrics["threads"], list(metrics["batches"])) == ("out", 1, ["2"])
+    assert set(metrics["head"]) > HEAD_KEYS
+    assert set(metrics["e2e"]) == E2E_KEYS
     assert "<svg" in (tmp_path / "plot.svg").read_text()
     assert "Recording hidden states" in done.stderr
 
@@ -300,7 +300,7 @@ def test_prints_tables_of_a_shape(
         "FlashHead's method: ",
         "sparse: ",
         "lossless: ",
-        "no head (the ceiling): ",
+        "no head (ceiling): ",
         "batch 1: head ",
     ):
         assert f"\n{line}" in text
@@ -314,17 +314,17 @@ def test_prints_tables_of_a_shape(
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ((), ("give one of the two", "--shape")),
-        (("out", "--shape", "smollm2-135m"), ("give one of the two", "--shape")),
+        ((), ("give either", "--shape")),
+        (("out", "--shape", "smollm2-135m"), ("give either", "--shape")),
         (("--shape", "gpt-5"), ("unknown shape 'gpt-5'", "smollm2-135m")),
         (("./gone",), ("no such model",)),
         (("--shape", "smollm2-135m", "--without", "int4"), ("unknown baseline 'int4'", "int8, flashhead, hnsw")),
-        (("--shape", "smollm2-135m", "--batches", "1,x"), ("'1,x' are no batch sizes", "1,2,4")),
-        (("--shape", "smollm2-135m", "--batches", "0,64"), ("a batch of 0", "from 1 to 64")),
+        (("--shape", "smollm2-135m", "--batches", "1,x"), ("'1,x' is not a list of batch sizes", "1,2,4")),
+        (("--shape", "smollm2-135m", "--batches", "0,64"), ("batch size 0", "from 1 to 64")),
         (("--shape", "smollm2-135m", "--dtype", "int4"), ("unknown dtype 'int4'", "bfloat16")),
-        (("--shape", "smollm2-135m", "--body", "int2"), ("unknown body 'int2'", "int8, int4")),
+        (("--shape", "smollm2-135m", "--body", "int2"), ("unknown decoder format 'int2'", "int8, int4")),
         (("--shape", "smollm2-135m", "--device", "gpu"), ("no device 'gpu'", "choose auto, cpu")),
-        (("--shape", "smollm2-135m", "--plot", "plot.pdf"), ("plot.pdf is not drawn", ".png or .svg")),
+        (("--shape", "smollm2-135m", "--plot", "plot.pdf"), ("cannot plot to plot.pdf", ".png or .svg")),
         (("--shape", "smollm2-135m", "--plot", "gone/plot.png"), ("there is no folder gone",)),
     ],
 )
@@ -364,7 +364,7 @@ def test_int8_is_the_better_of_eager_and_compiled(monkeypatch: pytest.MonkeyPatc
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler, and there is none"):
+    with pytest.raises(InputError, match=r"--compile needs a C\+\+ compiler: install g\+\+"):
         Choices(compile=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from support.tiny_models import tiny_converted, tiny_dense
 from torch import nn
 
-from hf_topk.bench.quantised_decoder import Int4Linear, Int8Linear, check_body, quantise_body
+from hf_topk.bench.quantised_decoder import Int4Linear, Int8Linear, check_decoder_format, quantise_decoder
 from hf_topk.model.errors import InputError
 
 
@@ -31,7 +31,7 @@ def test_all_of_the_decoder_and_nothing_of_the_head(body: str, kind: type) -> No
     model = tiny_converted(tiny_dense(intermediate_size=64))
     before = copy.deepcopy(model.head.state_dict())
     linears = [name for name, module in model.base.named_modules() if type(module) is nn.Linear]
-    quantise_body(model, body)
+    quantise_decoder(model, body)
     assert {name for name, module in model.base.named_modules() if isinstance(module, kind)} == set(linears)
     assert all(tensor.equal(before[name]) for name, tensor in model.head.state_dict().items())
     ids = torch.tensor([[5, 17, 42]])
@@ -40,13 +40,13 @@ def test_all_of_the_decoder_and_nothing_of_the_head(body: str, kind: type) -> No
 
 def test_layers_of_sizes_that_the_kernels_cannot_take_stay() -> None:
     model = tiny_converted(tiny_dense(intermediate_size=40))
-    quantise_body(model, "int4")
+    quantise_decoder(model, "int4")
     assert isinstance(model.base.model.layers[0].self_attn.q_proj, Int4Linear)
     assert type(model.base.model.layers[0].mlp.down_proj) is nn.Linear
 
 
-def test_refuses_what_is_no_body() -> None:
-    with pytest.raises(InputError, match="unknown body 'int2': choose one of int8, int4"):
-        check_body("int2", torch.device("cpu"))
-    with pytest.raises(InputError, match="on CPUs alone, not on cuda"):
-        check_body("int4", torch.device("cuda"))
+def test_refuses_an_unknown_format() -> None:
+    with pytest.raises(InputError, match="unknown decoder format 'int2': choose one of int8, int4"):
+        check_decoder_format("int2", torch.device("cpu"))
+    with pytest.raises(InputError, match=r"runs only on CPUs, not on cuda"):
+        check_decoder_format("int4", torch.device("cuda"))
