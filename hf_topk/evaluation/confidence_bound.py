@@ -1,4 +1,4 @@
-"""A lower bound of an agreement that holds for documents, whose positions depend on one another."""
+"""A lower confidence bound of the agreement over documents, whose positions are not independent."""
 
 import math
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ CONFIDENCE = 0.95
 
 
 def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
-    """One-sided 95 % lower bound of the share of positions that agree, in documents like those that were measured.
+    """One-sided 95 % lower confidence bound of the share of positions that agree, clustered by document.
 
-    The Clopper-Pearson bound at the number of independent positions that has the variance seen between documents, less
-    what is lost where documents are few (Korn and Graubard 1998, "Confidence intervals for proportions with small
-    expected number of positive counts estimated from survey data", Survey Methodology 24). A single document tells no
-    variance: its positions count as independent.
+    The Clopper-Pearson bound at the effective number of positions: the number of independent ones with the variance
+    seen between documents, reduced for few documents (Korn and Graubard 1998, "Confidence intervals for proportions
+    with small expected number of positive counts estimated from survey data", Survey Methodology 24). Positions of a
+    single document count as independent.
 
     Args:
-        agreed: positions of each document that agree.
-        positions: positions of each document, more than none in all.
+        agreed: number of positions of each document that agree.
+        positions: number of positions of each document, at least one in all.
 
     Example:
         >>> f"{lower_bound([298, 300, 297], [300, 300, 300]):.3f}"
         '0.976'
     """
-    from scipy.stats import beta, t  # takes long
+    from scipy.stats import beta, t  # slow to import
 
     total, documents = sum(positions), len(positions)
     share = sum(agreed) / total

@@ -1,4 +1,4 @@
-"""How faithful the sparse head is to the dense one, on text."""
+"""Fidelity of the sparse head to the dense one on text."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,30 +15,30 @@ from .confidence_bound import lower_bound
 
 TOP = 5
 CONFIDENCE_BINS = 15
-POSITIONS_A_RANKED_ONE = 64  # of which one is looked at for the ranks of unscored tokens, which takes sorting
+RANKED_EVERY = 64  # the tail's rank correlation needs sorting: measure it at every 64th position
 NO_TOKEN = -100
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Figures of the sparse head beside the dense one.
+    """Metrics of the sparse head against the dense one.
 
     Attributes:
-        agreement: share of positions where the sparse and the dense argmax are the same token.
-        agreement_lower_bound: of this share, one-sided, with 95 % confidence over documents; see [`bound`].
-        top5_containment: share of positions where the dense argmax is among the five likeliest sparse tokens.
-        kl: mean Kullback-Leibler divergence of the sparse from the dense distribution, in nats.
+        agreement: top-1 agreement, the share of positions where the sparse argmax is the dense argmax.
+        agreement_lower_bound: its one-sided 95 % lower bound over documents; see [`lower_bound`].
+        top5_containment: top-5 recall, the share of positions where the dense argmax is in the sparse top 5.
+        kl: mean KL divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
-        perplexity_sparse: of the text under the sparse head; infinite where a token got no probability.
-        log_z_error: mean of the sparse less the dense log-sum-exp of all logits, in nats.
-        log_z_absolute_error: mean of its magnitude.
-        calibration_error_dense: expected calibration error of the dense head's likeliest token: how far, over 15 bins
-            of equal width, its probability is from how often it comes next (Guo et al. 2017,
+        perplexity_sparse: of the text under the sparse head; infinite if a token got no probability.
+        log_z_error: mean of the sparse minus the dense log-sum-exp of all logits, in nats.
+        log_z_absolute_error: mean of its absolute value, in nats.
+        calibration_error_dense: expected calibration error (ECE) of the dense argmax: the mean gap between its
+            probability and its accuracy, in 15 bins of equal width (Guo et al. 2017,
             https://arxiv.org/abs/1706.04599).
-        calibration_error_sparse: the same of the sparse head.
+        calibration_error_sparse: ECE of the sparse argmax.
         tail_rank_correlation: Spearman correlation of tail and dense logits over the tokens of experts not picked, mean
-            over one position in 64 or so; not a number where all tokens are scored.
-        bytes_read: bytes of head, router and tail read for one position, as a share of the dense head's.
+            over every 64th position; NaN if all tokens are scored.
+        bytes_read: bytes of head, router and tail read per position, as a share of the dense head's.
         positions: number of positions measured.
     """
 
@@ -59,7 +59,7 @@ class Fidelity:
 
 @dataclass
 class _Sums:
-    agreed: dict[int, int] = field(default_factory=dict)  # by document, as are `positions`
+    agreed: dict[int, int] = field(default_factory=dict)  # by document, like `positions`
     contained: int = 0
     kl: float = 0.0
     loss_dense: float = 0.0
@@ -75,14 +75,14 @@ class _Sums:
 
 @torch.inference_mode()
 def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
-    """Measure the sparse head on every position of the windows, whatever the model's head mode.
+    """Measure the sparse head at every position of the windows, whatever the model's head mode.
 
-    The dense model runs once; both heads see the same hidden states, and their logits pass through the same
-    soft-capping and scaling.
+    The decoder runs once; both heads see the same hidden states, and their logits get the same soft-capping and
+    scaling.
 
     Args:
         model: a converted model.
-        windows: token ids to read; each token is a position, and each but a window's first one is predicted.
+        windows: token ids; each token is a position, and each but the first of a window is predicted.
     """
     sums = _Sums()
     total = sum(len(window.token_ids) for window in windows)
@@ -115,9 +115,9 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
 
 
 def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
-    """Add the figures of one window, logits [T, V] of both heads, token ids [T]; returns how many positions agree."""
+    """Add a window to the sums: logits [T, V] of both heads, token ids [T]; return how many positions agree."""
     agreed = 0
-    followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position predicts none of ours
+    followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position has no target
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
     parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
     for some_dense, some_sparse, some_followers in parts:
@@ -125,7 +125,7 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
         likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
         best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
         agreed += int((best_sparse == best).sum())
-        # Where a logit is large, softmax has taken the log-sum-exp off it.
+        # At the argmax, where the difference rounds least.
         log_z = _log_sum_exp_at(some_sparse, log_q, best_sparse) - _log_sum_exp_at(some_dense, log_p, best)
         sums.log_z += float(log_z.sum())
         sums.log_z_absolute += float(log_z.abs().sum())
@@ -140,12 +140,12 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
 
 
 def _log_sum_exp_at(logits: Tensor, log: Tensor, which: Tensor) -> Tensor:
-    """Logits less their log-softmax, which is the log-sum-exp: [T, V] at `which`, [T, 1]."""
+    """The log-sum-exp, as logits minus log-softmax, [T, V], at the column `which`, [T, 1]."""
     return logits.gather(1, which).float() - log.gather(1, which)
 
 
 def _add_to_bins(bins: Tensor, confidence: Tensor, is_right: Tensor, counts: Tensor) -> None:
-    """Add to sums of confidence and of right answers, [bins, 2]: confidence, whether right, whether it counts, [N]."""
+    """Add to the sums of confidences and of hits per bin, [bins, 2]; the other arguments are [N]."""
     which = (confidence * CONFIDENCE_BINS).long().clamp_max(CONFIDENCE_BINS - 1)
     sums = torch.stack([confidence, is_right.float()], dim=-1) * counts.unsqueeze(-1)
     bins.index_add_(0, which.cpu(), sums.double().cpu())
@@ -156,22 +156,22 @@ def _calibration_error(bins: Tensor, predicted: int) -> float:
 
 
 def _rank_correlations(head: TopKExpertsHead, dense: Tensor, sparse: Tensor, hidden: Tensor) -> list[Tensor]:
-    """Spearman correlations over unscored tokens at some positions: logits [T, V], hidden states [T, d]."""
+    """Spearman correlations over unscored tokens at every 64th position: logits [T, V], hidden states [T, d]."""
     if head.num_experts_per_tok == head.num_experts:
         return []
-    some = slice(len(dense) // 2, None, POSITIONS_A_RANKED_ONE)
+    some = slice(len(dense) // 2, None, RANKED_EVERY)
     scored = head.scored_ids(head.pick(hidden[some]).experts).to(dense.device)
     correlations = []
     for one, other, ids in zip(dense[some], sparse[some], scored, strict=True):
         is_unscored = torch.ones_like(one, dtype=torch.bool).index_fill_(0, ids, False)
         ranks = torch.stack([_ranks(logits[is_unscored]) for logits in (one, other)])
-        if (ranks != ranks[:, :1]).any(dim=1).all():  # where all are equal, or one or none is left, there is no order
+        if (ranks != ranks[:, :1]).any(dim=1).all():  # undefined for constant values
             correlations.append(torch.corrcoef(ranks)[0, 1])
     return correlations
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """Ranks from below, equal values at the mean of theirs: [n] to fp64 [n]."""
+    """Ascending ranks, ties at their mean rank: [n] to fp64 [n]."""
     _, which, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0).double() - (counts - 1) / 2)[which]
 
@@ -181,10 +181,10 @@ def _exp(loss: float) -> float:
 
 
 class _BothHeads:
-    """Runs the dense and the sparse head on the same states and stacks their logits along the batch.
+    """Runs the dense and the sparse head on the same states, and stacks their logits along the batch.
 
     Attributes:
-        hidden: the states that entered last, [N, d].
+        hidden: the last input, [N, d].
     """
 
     def __init__(self, head: TopKExpertsHead) -> None:

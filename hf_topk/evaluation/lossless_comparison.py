@@ -1,4 +1,4 @@
-"""How lossless decoding compares with dense decoding, token by token."""
+"""Compares lossless with dense decoding, token by token."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,18 +21,17 @@ NEW_TOKENS = 64
 
 @dataclass
 class LosslessComparison:
-    """Greedy tokens of lossless decoding beside those of dense decoding.
+    """Greedy tokens of lossless decoding against those of dense decoding.
 
-    Rows are compared up to their first difference; what comes after it has another prefix.
+    Rows are compared up to their first difference, after which the prefixes differ.
 
     Attributes:
-        dtype: the number type of the logits.
+        dtype: of the logits.
         tokens: tokens compared.
-        identical: those that are the dense model's own.
-        ties: those that differ, where the scores that the dense one was chosen by are no more than one step of the
-            model's number type apart for the two tokens: products of many positions at once round otherwise than
-            those of one.
-        stats: what lossless decoding took, over all batches.
+        identical: tokens that are the dense model's.
+        ties: tokens that differ although their dense scores are equal or adjacent in the dtype: matrix products of
+            several positions round differently than those of one.
+        stats: of lossless decoding, over all batches.
     """
 
     dtype: torch.dtype = torch.float32
@@ -43,26 +42,26 @@ class LosslessComparison:
 
     @property
     def differing(self) -> int:
-        """Tokens that are not the dense model's own, ties among them."""
+        """Tokens that are not the dense model's, including ties."""
         return self.tokens - self.identical
 
     @property
     def dense_passes_per_token(self) -> float:
-        """Runs of the dense head for a new token of each row in the batch."""
+        """Verification passes of the dense head per new token of each row in the batch."""
         return self.stats.dense_passes_per_token
 
     @property
     def forward_passes_per_token(self) -> float:
-        """Runs of the model for a new token of each row in the batch."""
+        """Forward passes of the decoder per new token of each row in the batch."""
         return self.stats.forward_passes_per_token
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts that were accepted."""
+        """Share of the draft tokens that were accepted."""
         return self.stats.acceptance
 
-    def figures(self) -> dict[str, int | float]:
-        """The figures under the names that `hf-topk evaluate --json` prints."""
+    def metrics(self) -> dict[str, int | float]:
+        """The metrics by their names in `hf-topk evaluate --json`."""
         return {
             "lossless_tokens": self.tokens,
             "lossless_identical": self.identical,
@@ -75,19 +74,19 @@ class LosslessComparison:
 
 
 def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
-    """Take windows as prompts, spread evenly over a text.
+    """Take evenly spaced windows as prompts.
 
     Args:
-        windows: the text, cut to windows of `length`, so that each prompt begins as a text does.
-        count: how many prompts, at most; they do not overlap.
-        length: tokens in a prompt; shorter windows are left out.
+        windows: of a text, of `length` tokens.
+        count: the most prompts.
+        length: tokens in a prompt; shorter windows are ignored.
 
     Raises:
         InputError: when no window is long enough.
     """
     runs = [window.token_ids for window in windows if len(window.token_ids) == length]
     if not runs:
-        raise InputError(f"the text has no {length} tokens in a row for a prompt: give a longer one")
+        raise InputError(f"the text is too short for a prompt of {length} tokens: give a longer one")
     count = min(count, len(runs))
     return [list(runs[number * len(runs) // count]) for number in range(count)]
 
@@ -96,13 +95,13 @@ def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -
 def compare_lossless(
     model: TopKExpertsForCausalLM, prompts: list[list[int]], new_tokens: int = NEW_TOKENS, batch_size: int = 1
 ) -> LosslessComparison:
-    """Decode greedily from each prompt, dense and lossless, past any end-of-text token.
+    """Decode greedily from each prompt, dense and lossless, ignoring end-of-text tokens.
 
     Args:
         model: a converted model.
         prompts: token ids, all prompts of the same length.
-        new_tokens: tokens to write after each prompt.
-        batch_size: prompts in a batch.
+        new_tokens: tokens to generate per prompt.
+        batch_size: prompts per batch.
     """
     comparison = LosslessComparison(model.dtype)
     choices: dict[str, Any] = {
@@ -117,11 +116,11 @@ def compare_lossless(
         for batch in batches:
             with _mode(model, "dense"):
                 dense = model.generate(batch, **choices, return_dict_in_generate=True, output_scores=True)
-            with _mode(model, "sparse"):  # which drafts, whether that is faster here or not
+            with _mode(model, "sparse"):  # drafts even if that is slower on this machine
                 ours = model.generate(batch, **choices, lossless=True)
             if model.last_generation_stats is not None:
                 comparison.stats += model.last_generation_stats
-            scores = torch.stack(dense.scores, dim=1)  # (B, new, V), as the generation config's processors leave them
+            scores = torch.stack(dense.scores, dim=1)  # (B, new, V), after the logits processors
             written = (dense.sequences[:, batch.shape[1] :], ours[:, batch.shape[1] :])
             for row in zip(*written, scores, strict=True):
                 _compare_row(comparison, *row)
@@ -140,7 +139,7 @@ def _mode(model: TopKExpertsForCausalLM, mode: HeadMode) -> Iterator[None]:
 
 
 def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, scores: Tensor) -> None:
-    """Add one row: the tokens of both, [new], and the scores that the dense ones were chosen by, [new, V]."""
+    """Add a row: tokens of both, [new], and the scores of dense decoding, [new, V]."""
     same = int((dense == ours).int().cumprod(dim=0).sum())
     comparison.identical += same
     comparison.tokens += same
@@ -151,12 +150,12 @@ def _compare_row(comparison: LosslessComparison, dense: Tensor, ours: Tensor, sc
 
 
 def is_tie(best: float, other: float, dtype: torch.dtype) -> bool:
-    """Whether two scores are equal or neighbours in a number type.
+    """Whether two scores are equal or adjacent in a dtype.
 
     Args:
         best: the largest score.
         other: another one.
-        dtype: the type, which both are rounded to.
+        dtype: that both are rounded to.
     """
     rounded = torch.tensor([best, other], dtype=dtype)
     return bool(rounded[1] >= rounded[0].nextafter(rounded.new_tensor(-torch.inf)))

@@ -1,4 +1,4 @@
-"""The figures of fidelity, beside the plainest way to compute them."""
+"""The metrics of fidelity, beside the plainest way to compute them."""
 
 import dataclasses
 import math
@@ -86,7 +86,7 @@ def calibration_error(answers: list[tuple[float, bool]]) -> float:
     return math.fsum(gaps) / len(answers)
 
 
-def check_figures(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
+def check_metrics(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
     got = measure_fidelity(model, windows)
     assert dataclasses.asdict(got) == pytest.approx(
         dataclasses.asdict(brute_force(model, windows)), rel=1e-4, abs=1e-6, nan_ok=True
@@ -97,14 +97,14 @@ def check_figures(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidel
 @pytest.mark.parametrize("num_rescored", [5, 256])
 @pytest.mark.parametrize("num_experts_per_tok", [1, 3, NUM_EXPERTS])
 @pytest.mark.parametrize("positions_at_once", [3, 1000])
-def test_figures_are_those_of_brute_force(
+def test_metrics_are_those_of_brute_force(
     positions_at_once: int, num_experts_per_tok: int, num_rescored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fidelity, "LOGITS_AT_ONCE", positions_at_once * VOCAB_SIZE)
     model = tiny_converted(num_experts_per_tok=num_experts_per_tok, num_rescored=num_rescored)
-    figures = check_figures(model, some_windows())
-    assert figures.positions == 64
-    assert (figures.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
+    metrics = check_metrics(model, some_windows())
+    assert metrics.positions == 64
+    assert (metrics.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
 
 
 def test_positions_where_hardly_a_token_is_unscored_have_no_ranks() -> None:
@@ -118,29 +118,29 @@ def test_positions_where_hardly_a_token_is_unscored_have_no_ranks() -> None:
 
 
 @pytest.mark.parametrize("combine", ["router", "learned"])
-def test_figures_of_the_other_ways_to_combine(combine: Any) -> None:
-    check_figures(tiny_converted(combine=combine), some_windows())
+def test_metrics_of_the_other_ways_to_combine(combine: Any) -> None:
+    check_metrics(tiny_converted(combine=combine), some_windows())
 
 
-def test_figures_see_the_biases_and_the_soft_cap_of_the_model() -> None:
-    check_figures(tiny_converted(tiny_dense("phi", tied=False, bias=True)), some_windows())
+def test_metrics_see_the_biases_and_the_soft_cap_of_the_model() -> None:
+    check_metrics(tiny_converted(tiny_dense("phi", tied=False, bias=True)), some_windows())
     capped = tiny_dense("gemma2", head_dim=8, final_logit_softcapping=3.0)
     assert float(capped(torch.arange(20).unsqueeze(0)).logits.detach().max()) < 3
-    check_figures(tiny_converted(capped), some_windows())
+    check_metrics(tiny_converted(capped), some_windows())
 
 
 def test_all_experts_are_the_dense_model() -> None:
-    figures = measure_fidelity(tiny_converted(num_experts_per_tok=NUM_EXPERTS), some_windows())
-    assert figures.agreement == figures.top5_containment == 1
-    assert abs(figures.kl) < 1e-5
-    assert figures.perplexity_sparse == pytest.approx(figures.perplexity_dense, rel=1e-5)
+    metrics = measure_fidelity(tiny_converted(num_experts_per_tok=NUM_EXPERTS), some_windows())
+    assert metrics.agreement == metrics.top5_containment == 1
+    assert abs(metrics.kl) < 1e-5
+    assert metrics.perplexity_sparse == pytest.approx(metrics.perplexity_dense, rel=1e-5)
 
 
 def test_more_experts_agree_better() -> None:
-    figures = [measure_fidelity(tiny_converted(num_experts_per_tok=k), some_windows()) for k in (1, NUM_EXPERTS - 1)]
-    assert figures[0].agreement < figures[1].agreement < 1
-    assert figures[0].agreement_lower_bound < figures[0].agreement
-    assert figures[0].bytes_read < figures[1].bytes_read
+    metrics = [measure_fidelity(tiny_converted(num_experts_per_tok=k), some_windows()) for k in (1, NUM_EXPERTS - 1)]
+    assert metrics[0].agreement < metrics[1].agreement < 1
+    assert metrics[0].agreement_lower_bound < metrics[0].agreement
+    assert metrics[0].bytes_read < metrics[1].bytes_read
 
 
 def test_a_very_bad_model_has_an_infinite_perplexity() -> None:
