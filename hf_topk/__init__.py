@@ -1,4 +1,4 @@
-"""hf-topk: converted causal language models whose output head reads only a few experts of the vocabulary.
+"""hf-topk: causal language models whose output head reads only a few experts of the vocabulary.
 
 Importing this package registers the converted models with Transformers' Auto classes.
 """
@@ -22,14 +22,14 @@ __all__ = [
     "TopKExpertsHead",
 ]
 
-# The converter lies in a folder of its own: find it also where Python runs in the root of a checkout.
+# The converter is in another folder of a checkout: find it when Python runs at its root, too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-# Saved models carry a copy of the code, for those who load them without this package.
+# Saved models contain a copy of the code, for use without this package.
 TopKExpertsConfig.register_for_auto_class()
 TopKExpertsForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
-# Converted models of which the dense one looks at images; `AutoModelForCausalLM` loads these too.
+# For dense models that take images; `AutoModelForCausalLM` loads these too.
 AutoModelForImageTextToText.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
 AutoModelForMultimodalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)

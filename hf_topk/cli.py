@@ -1,4 +1,4 @@
-"""The command line: `hf-topk`. Each command imports its code when it runs, but for the recipe, which has options."""
+"""The command line: `hf-topk`. Commands import their code when they run, except for the recipe, for its options."""
 
 import dataclasses
 import inspect as signatures
@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 
 from .console import print_json, print_table, quiet
-from .convert.recipe import Recipe, read_yaml, sample_name
+from .convert.recipe import Recipe, calibration_text_name, read_yaml
 from .model.configuration_topk_experts import CombineType
 from .model.errors import INTERRUPTED, InputError, TopKExpertsError
 
 app = typer.Typer(
     name="hf-topk",
-    help="Make the output head of a language model cheap to run: its vocabulary is split into experts, and a small "
-    "router picks the few that each position needs.",
+    help="Make the output head of a language model cheap: its vocabulary is partitioned into experts, of which a small "
+    "router picks a few per position.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,15 +26,15 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository private, if it is new.")]
+Private = Annotated[bool, typer.Option("--private", help="Make a new repository private.")]
 Revision = Annotated[str | None, typer.Option(help="Branch of the repository. [default: main]")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of committing.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda:0 ..., or auto: the accelerator if there is one.")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto: the accelerator, if any.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
 
 
 def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each choice of a recipe that is one; it gets them by name, None if not given."""
+    """Give a command the options of the recipe; it receives them by name, None if not given."""
     signature = signatures.signature(command, eval_str=True)
     options = []
     for field in dataclasses.fields(Recipe):
@@ -62,41 +62,41 @@ def convert(
         list[str],
         typer.Argument(
             metavar="[MODEL] OUT",
-            help="The dense model (a folder or a Hub repository; the bundled demo model if left out) and the folder "
-            "to write.",
+            help="The dense model (a folder or a Hub repository; by default the bundled demo model) and the folder to "
+            "write.",
         ),
     ],
     recipe: Annotated[
-        Path | None, typer.Option(help="A YAML file of choices; options on the command line win over it.")
+        Path | None, typer.Option(help="A YAML file of choices; command-line options override it.")
     ] = None,
     device_map: Annotated[
         str | None,
         typer.Option(
-            help="Where the dense model goes: a device such as cuda, or 'auto' to spread one that is larger than a "
-            "device over all, RAM and disk. [default: RAM]"
+            help="Device of the dense model, such as cuda, or 'auto' to spread a model that is too large for one "
+            "device over all devices, RAM and disk. [default: RAM]"
         ),
     ] = None,
     push_to_hub: Annotated[
         str | None,
-        typer.Option(metavar="REPO", help="Upload the result to this repository of the Hub; checked at the start."),
+        typer.Option(metavar="REPO", help="Upload the result to this Hub repository; access is checked first."),
     ] = None,
     private: Private = False,
     revision: Revision = None,
     create_pr: CreatePr = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted conversion.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Convert a dense language model; the result loads with AutoModelForCausalLM.
 
-    It is stored in the dense model's number type; what runs meanwhile computes in float32 where that is faster here.
+    It is stored in the dense model's dtype. The conversion computes in float32 if that is faster on this machine.
     """
-    from .convert.processes import help_first_process, is_helper
+    from .convert.processes import is_worker, run_worker
 
     quiet()
-    if is_helper():
-        help_first_process()
+    if is_worker():
+        run_worker()
         return
     if len(paths) > 2:
         raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
@@ -104,7 +104,7 @@ def convert(
     choices |= {name: value for name, value in given.items() if value is not None}
     chosen = Recipe.from_dict(choices)
     if not push_to_hub and (private or revision or create_pr):
-        raise InputError("--private, --revision and --create-pr say where to push to: give --push-to-hub REPO as well")
+        raise InputError("--private, --revision and --create-pr need --push-to-hub REPO")
     from .convert import Destination, convert_checkpoint
 
     out = paths[-1]
@@ -117,24 +117,24 @@ def convert(
         device_map=device_map,
         destination=Destination(push_to_hub, private, revision, create_pr) if push_to_hub else None,
     )
-    on_the_hub, figures = {"url": report.uploaded.url} if report.uploaded else {}, report.figures()
+    on_the_hub, metrics = {"url": report.uploaded.url} if report.uploaded else {}, report.metrics()
     if as_json:
-        print_json({"out": out, **on_the_hub, **figures, "recipe": report.recipe.to_dict()})
+        print_json({"out": out, **on_the_hub, **metrics, "recipe": report.recipe.to_dict()})
         return
     print_table(
         f"Wrote {out}",
         {
-            "experts": f"{figures['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{figures['num_experts_per_tok']:,} screened for a position, {figures['num_rescored']:,} exact logits and "
-            f"{report.recipe.num_always_on} always on",
-            "agreement": f"{figures['agreement']:.2%}, at least {figures['agreement_lower_bound']:.2%} with 95 % "
-            f"confidence, on {figures['positions']:,} held-out positions of the sample "
-            f"({sample_name(report.recipe.text)})"
-            + (": the target is not reached" if figures["target_reached"] is False else ""),
-            "perplexity": f"{figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse",
-            "bytes read": f"{figures['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{figures['added_bytes'] / 1e6:.1f} MB, {figures['added_bytes_share']:.1%} of the head",
-            "time": f"{figures['seconds']:.0f} s",
+            "experts": f"{metrics['num_experts']:,} of {report.recipe.expert_size} tokens, "
+            f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "
+            f"{report.recipe.num_always_on} always-on tokens",
+            "top-1 agreement": f"{metrics['agreement']:.2%}, at least {metrics['agreement_lower_bound']:.2%} with 95 % "
+            f"confidence, on {metrics['positions']:,} held-out positions of the calibration text "
+            f"({calibration_text_name(report.recipe.text)})"
+            + (": the target is not reached" if metrics["target_reached"] is False else ""),
+            "perplexity": f"{metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse",
+            "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
+            "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
+            "time": f"{metrics['seconds']:.0f} s",
             **on_the_hub,
         },
     )
@@ -145,21 +145,22 @@ def evaluate(
     directory: Directory,
     text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or a data set.")],
     num_experts_per_tok: Annotated[
-        int | None, typer.Option("--num-experts-per-tok", "-k", help="Experts scored, in place of the model's own.")
+        int | None,
+        typer.Option("--num-experts-per-tok", "-k", help="Experts picked per position. [default: the model's own]"),
     ] = None,
     positions: Annotated[
-        int | None, typer.Option(help="Measure on a sample of so many tokens. [default: all of the text]")
+        int | None, typer.Option(help="Measure on a random sample of this many tokens. [default: all of the text]")
     ] = None,
     lossless: Annotated[
-        bool, typer.Option("--lossless", help="Also decode greedily, and compare with the dense model token by token.")
+        bool, typer.Option("--lossless", help="Also compare lossless and dense greedy decoding, token by token.")
     ] = False,
-    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: how many prompts to go on from.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts in a batch.")] = 1,
+    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: number of prompts.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts per batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored, or float32 if faster.")] = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure how faithful the sparse head is to the dense one on your own text."""
+    """Compare the sparse head with the dense one on your own text."""
     from .documents import read_documents
     from .evaluation.fidelity import measure_fidelity
     from .loading import load_converted
@@ -170,31 +171,32 @@ def evaluate(
     model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, device, fastest=True)
     windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
     fidelity = measure_fidelity(model, windows)
-    figures, rows = dataclasses.asdict(fidelity), {}
+    metrics, rows = dataclasses.asdict(fidelity), {}
     if lossless:
         from .evaluation.lossless_comparison import PROMPT_LENGTH, compare_lossless, prompts_of
 
         beginnings = prompts_of(make_windows(documents, tokenizer, PROMPT_LENGTH, positions, seed=0), prompts)
         compared = compare_lossless(model, beginnings, batch_size=batch_size)
-        figures |= compared.figures()
+        metrics |= compared.metrics()
         rows = {
-            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens the dense model's own, "
+            "lossless": f"{compared.identical:,} of {compared.tokens:,} tokens identical to the dense model's, "
             f"{compared.ties:,} ties, {compared.differing - compared.ties:,} others",
-            "dense passes": f"{compared.dense_passes_per_token:.3f} a token; {compared.forward_passes_per_token:.3f} "
-            f"forward passes of the decoder, {compared.acceptance:.1%} of the drafts accepted",
+            "per token": f"{compared.dense_passes_per_token:.3f} verification passes, "
+            f"{compared.forward_passes_per_token:.3f} forward passes of the decoder; "
+            f"{compared.acceptance:.1%} of the draft tokens accepted",
         }
     if as_json:
-        print_json(figures)
+        print_json(metrics)
         return
     print_table(
         f"{directory} on {fidelity.positions:,} positions of {text}",
         {
-            "agreement": f"{fidelity.agreement:.2%} (same likeliest token as the dense head)",
-            "top-5": f"{fidelity.top5_containment:.2%} (dense argmax among the five likeliest)",
+            "top-1 agreement": f"{fidelity.agreement:.2%} (sparse argmax = dense argmax)",
+            "top-5 recall": f"{fidelity.top5_containment:.2%} (dense argmax in the sparse top 5)",
             "KL divergence": f"{fidelity.kl:.4f} nats",
             "perplexity": f"{fidelity.perplexity_dense:.2f} dense, {fidelity.perplexity_sparse:.2f} sparse",
-            "calibration": f"expected error {fidelity.calibration_error_dense:.4f} dense, "
-            f"{fidelity.calibration_error_sparse:.4f} sparse; log Z off by {fidelity.log_z_error:+.4f}",
+            "ECE": f"{fidelity.calibration_error_dense:.4f} dense, {fidelity.calibration_error_sparse:.4f} sparse; "
+            f"mean error of log Z {fidelity.log_z_error:+.4f}",
             "tail": f"rank correlation {fidelity.tail_rank_correlation:.3f} with the dense logits of unscored tokens",
             "bytes read": f"{fidelity.bytes_read:.1%} of the dense head",
             **rows,
@@ -204,7 +206,7 @@ def evaluate(
 
 @app.command()
 def inspect(directory: Directory) -> None:
-    """Show the experts with some of their tokens, the recipe, and the figures of the conversion."""
+    """Show the experts with some of their tokens, the recipe, and the metrics of the conversion."""
     from .inspection import describe
 
     quiet()
@@ -215,17 +217,21 @@ def inspect(directory: Directory) -> None:
 @app.command()
 def generate(
     directory: Directory,
-    prompt: Annotated[str, typer.Argument(help="What the model is to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more is bolder.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
     lossless: Annotated[
-        bool, typer.Option("--lossless", help="Write what the dense model would, reading its head once a block.")
+        bool,
+        typer.Option(
+            "--lossless",
+            help="Generate the dense model's tokens: draft with the sparse head, verify with the dense one.",
+        ),
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Write text with a converted model, word by word."""
+    """Generate text with a converted model, streamed."""
     import torch
     from transformers import TextStreamer
 
@@ -233,10 +239,10 @@ def generate(
 
     quiet()
     model, tokenizer = load_converted(directory, device=device, fastest=True)
-    model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
+    model.head_mode = head_mode  # type: ignore[assignment]  # the setter checks it
     inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
-        raise InputError("the prompt is empty: write a word or two for the model to go on from")
+        raise InputError("the prompt is empty: give a text to continue")
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.generate(
@@ -245,13 +251,13 @@ def generate(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        # Else as the model's generation config has it.
+        # None: as in the generation config.
         lossless=lossless or None,
     )
     if (stats := model.last_generation_stats) is not None:
         print(
-            f"{stats.tokens} tokens, {stats.dense_passes_per_token:.2f} dense passes a token, "
-            f"{stats.acceptance:.0%} of {stats.drafted} drafts accepted",
+            f"{stats.tokens} tokens, {stats.dense_passes_per_token:.2f} verification passes per token, "
+            f"{stats.acceptance:.0%} of {stats.drafted} draft tokens accepted",
             file=sys.stderr,
         )
 
@@ -259,7 +265,7 @@ def generate(
 @app.command()
 def push(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A converted model's folder.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; made if there is none.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub; created if missing.")],
     private: Private = False,
     revision: Revision = None,
     create_pr: CreatePr = False,
@@ -279,11 +285,15 @@ def push(
 @app.command()
 def serve(
     directory: Directory,
-    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen at.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
     lossless: Annotated[
-        bool, typer.Option("--lossless", help="Answer what the dense model would, reading its head once a block.")
+        bool,
+        typer.Option(
+            "--lossless",
+            help="Generate the dense model's tokens: draft with the sparse head, verify with the dense one.",
+        ),
     ] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
     device: Device = "auto",
@@ -303,45 +313,49 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="In place of DIR: a published model's shape with random weights: gemma-3-270m, gemma-3-1b, "
+            help="Instead of DIR, a published model's shape with random weights: gemma-3-270m, gemma-3-1b, "
             "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b or smollm2-135m."
         ),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto: as the model is stored, bfloat16 with --shape.")
     ] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads. [default: as torch chooses]")] = None,
-    batches: Annotated[str, typer.Option(help="Sequences decoded side by side.")] = "1,2,4,8,16,32,64",
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of decoding; of the head it is five times as many.")] = 8,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [default: torch's own choice]")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,2,4,8,16,32,64",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of decoding; the head is timed in five times as many.")
+    ] = 8,
     without: Annotated[
-        list[str] | None, typer.Option(help="A baseline to leave out: int8, flashhead or hnsw; may be repeated.")
+        list[str] | None, typer.Option(help="A baseline to skip: int8, flashhead or hnsw; repeatable.")
     ] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure with torch.compile, too.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the figures: a .png or .svg file to write.")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also measure with torch.compile.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="A .png or .svg file to plot the results to.")] = None,
     device: Device = "cpu",
     body: Annotated[
-        str | None, typer.Option(help="int8 or int4: keep the decoder's linear layers in so many bits. [default: no]")
+        str | None, typer.Option(help="int8 or int4: quantise the linear layers of the decoder. [default: no]")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure speed, of the head and end to end, beside the dense model and the methods of others."""
+    """Measure the speed of the head and of decoding, against the dense model and other methods."""
     from .bench.report import batch_sizes, tables
     from .bench.run import run_bench
     from .bench.suite import Choices
 
     quiet()
     choices = Choices(batch_sizes(batches), tuple(without or ()), compiled, rounds)
-    figures = run_bench(directory, shape, choices, dtype=dtype, device=device, body=body, threads=threads, plot=plot)
+    metrics = run_bench(
+        directory, shape, choices, dtype=dtype, device=device, decoder_format=body, threads=threads, plot=plot
+    )
     if as_json:
-        print_json(figures)
+        print_json(metrics)
         return
-    for title, rows in tables(figures):
+    for title, rows in tables(metrics):
         print_table(title, rows)
 
 
 @app.command()
 def demo() -> None:
-    """Convert the bundled model, measure it, and write the same text with the dense and the sparse head."""
+    """Convert the bundled model, measure it, and generate text with the dense and the sparse head."""
     from .convert.demo.run import run_demo
 
     quiet()
@@ -349,7 +363,7 @@ def demo() -> None:
 
 
 def main(command: Callable[[], Any] = app) -> None:
-    """Run a command line: exit code 0 for done, 1 for failed, 2 for refused input."""
+    """Run a command line: exit code 0 for success, 1 for failure, 2 for refused input."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         command()
@@ -357,9 +371,9 @@ def main(command: Callable[[], Any] = app) -> None:
         print(f"hf-topk: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns the one into the other
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:  # typer turns KeyboardInterrupt into SystemExit
             raise
-        print("hf-topk: interrupted; an interrupted conversion goes on with --resume", file=sys.stderr)
+        print("hf-topk: interrupted; continue a conversion with --resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, and nothing else there."""
+"""Output of the commands: only results go to standard output."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def quiet() -> None:
-    """Keep the notes of Transformers, accelerate and the Hub's client off the screen, and bars out of files."""
+    """Silence Transformers, accelerate and the Hub's client; no progress bars in files."""
     import logging
 
     from huggingface_hub.utils import logging as hub_logging
@@ -24,7 +24,7 @@ def print_json(value: dict[str, Any]) -> None:
     """Print a result as JSON on standard output.
 
     Args:
-        value: figures by name.
+        value: the result.
     """
     print(as_json(value))
 
@@ -33,8 +33,8 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     """Print a result for people: a table on a terminal, plain lines elsewhere.
 
     Args:
-        title: what it is of.
-        rows: what stands in it, by name.
+        title: of the table.
+        rows: values by name.
     """
     from rich.console import Console
     from rich.table import Table
@@ -49,14 +49,14 @@ def print_table(title: str, rows: dict[str, str]) -> None:
     Console().print(table)
 
 
-def as_json(figures: dict[str, Any]) -> str:
-    """Write figures as a JSON object, with null for what is not finite.
+def as_json(metrics: dict[str, Any]) -> str:
+    """Format metrics as a JSON object, with null for floats that are not finite.
 
     Args:
-        figures: values by name; what they hold in turn is finite.
+        metrics: values by name; nested values must be finite.
     """
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in figures.items()
+        for name, value in metrics.items()
     }
     return json.dumps(finite, indent=2, allow_nan=False)

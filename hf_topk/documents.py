@@ -1,4 +1,4 @@
-"""Sample text: documents read from files, folders and data sets."""
+"""Reads text, as documents, from files, folders and data sets."""
 
 import codecs
 import csv
@@ -36,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation, which becomes text by a tokenizer's chat template.
+    """A conversation; a chat template turns it into text.
 
     Attributes:
-        messages: pairs of a role and what it says.
+        messages: pairs of role and content.
     """
 
     messages: tuple[tuple[str, str], ...]
@@ -53,7 +53,7 @@ Document = str | Chat
 
 
 def read_documents(source: str) -> list[Document]:
-    """Read sample text, the first 64 MiB of it.
+    """Read the documents of a text, the first 64 MiB of it.
 
     A .txt or .md file is one document. Each line of a .jsonl file, each entry of the list in a .json file and each row
     of a .parquet file or data set is one: the text under "text", or else the conversation under "messages" (a list of
@@ -84,12 +84,12 @@ def read_documents(source: str) -> list[Document]:
             if not _is_blank(document):
                 documents.append(document)
     if not documents:
-        raise InputError(f"{_shown(source)} holds no text, or only white space: give a source that holds some")
+        raise InputError(f"{_shown(source)} holds no text, or only white space: give another source")
     return documents
 
 
 def _encodable(document: Document) -> tuple[Document, int]:
-    """The document, and its bytes; half a surrogate pair, which JSON can spell, becomes a question mark."""
+    """The document and its number of bytes; an unpaired surrogate, which JSON allows, becomes a question mark."""
     if isinstance(document, str):
         data = document.encode("utf-8", errors="replace")
         return data.decode("utf-8"), len(data)
@@ -105,7 +105,7 @@ def _is_blank(document: Document) -> bool:
 
 
 def fingerprint(documents: Iterable[Document]) -> str:
-    """Return the SHA-256, in hexadecimal, of documents, their order and where each of them ends."""
+    """Return the SHA-256, in hexadecimal, of the documents, their order and their boundaries."""
     digest = hashlib.sha256()
     for document in documents:
         text = document if isinstance(document, str) else json.dumps(document.messages)
@@ -119,7 +119,7 @@ def _documents_of(source: str) -> Iterator[Document]:
     try:
         path = Path(source).expanduser()
         exists = path.exists() and source != ""  # which would be the current folder
-    except (OSError, RuntimeError) as error:  # its folder is closed to us, the name too long or ~WHO unknown
+    except (OSError, RuntimeError) as error:  # no permission, name too long, or unknown ~USER
         raise _unreadable(_shown(source), error) from error
     data_set = DATA_SET.fullmatch(source)
     if exists:
@@ -165,7 +165,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _no_file(path: Path) -> str:
-    """Return the sentence that a file is missing, with files whose names are like its."""
+    """Return the message that a file is missing, with files of similar names."""
     sentence = f"There is no file or folder {_shown(str(path))}"
     try:
         near = difflib.get_close_matches(path.name, [file.name for file in path.parent.iterdir()], n=3)
@@ -179,7 +179,7 @@ def _unreadable(path: str | Path, error: OSError | RuntimeError) -> InputError:
 
 
 def _shown(source: str) -> str:
-    return repr(source if len(source) <= 100 else source[:99] + "…")  # in one line, whatever it holds
+    return repr(source if len(source) <= 100 else source[:99] + "…")  # one line, whatever it holds
 
 
 def _one_line(error: BaseException) -> str:
@@ -188,7 +188,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a file's bytes, those of UTF-16 text as UTF-8."""
+    """Open a file's bytes; UTF-16 text is converted to UTF-8."""
     try:
         with path.open("rb") as file:
             is_utf_16 = file.peek(2)[:2] in UTF_16_MARKS
@@ -206,7 +206,7 @@ def _read_plain(path: Path) -> Iterator[str]:
 
 
 def _decode(raw: bytes, path: Path, offset: int = 0, is_cut: bool = False, encoding: str = "UTF-8") -> str:
-    """Decode bytes that stand at an offset of a file; where they are cut, the last character may be incomplete."""
+    """Decode bytes from an offset of a file; if they are cut, the last character may be incomplete."""
     way_out = "save it as UTF-8 text, or give another file"
     if encoding == "UTF-8" and (nul := raw.find(b"\0")) >= 0:
         raise InputError(f"{path} is binary, not text (a NUL byte at byte offset {offset + nul}): {way_out}")
@@ -218,7 +218,7 @@ def _decode(raw: bytes, path: Path, offset: int = 0, is_cut: bool = False, encod
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """A file's lines, with what ends them."""
+    """The lines of a file, with their line ends."""
     offset = 0
     with _open(path) as file:
         for raw in file:
@@ -229,49 +229,49 @@ def _lines(path: Path) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[Document]:
     for number, line in enumerate(_lines(path), start=1):
         if not line.isspace():
-            parsed = _parsed(line, path, number, "mend or remove the line")
+            parsed = _parsed(line, path, number, "fix or remove the line")
             yield _document_of(parsed, f"{path}, line {number}")
 
 
 def _read_json(path: Path) -> Iterator[Document]:
-    entries = _parsed("".join(_lines(path)), path, 1, "mend it, or call it .jsonl if each line is a document")
+    entries = _parsed("".join(_lines(path)), path, 1, "fix it, or rename it to .jsonl if each line is a document")
     if not isinstance(entries, list):
-        raise InputError(f'{path} holds no JSON list; write documents as [{{"text": "..."}}, ...]')
+        raise InputError(f'{path} is not a JSON list; write documents as [{{"text": "..."}}, ...]')
     for number, entry in enumerate(entries, start=1):
         yield entry if isinstance(entry, str) else _document_of(entry, f"{path}, entry {number}")
 
 
 def _parsed(text: str, path: Path, first_line: int, way_out: str) -> object:
-    """The JSON of a text that begins at a line of a file."""
+    """Parse JSON that begins at a line of a file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line = first_line - 1 + getattr(error, "lineno", 1)
         reason = getattr(error, "msg", "") or _one_line(error)  # `msg` leaves out JSON's own lines
-        raise InputError(f"{path}, line {line}: broken JSON ({reason}); {way_out}") from error
+        raise InputError(f"{path}, line {line}: invalid JSON ({reason}); {way_out}") from error
 
 
 def _read_csv(path: Path) -> Iterator[str]:
-    csv.field_size_limit(TEXT_LIMIT)  # a document may be longer than Python expects a field to be
+    csv.field_size_limit(TEXT_LIMIT)  # documents may exceed Python's default limit
     rows = csv.DictReader(_lines(path), strict=True)
     try:
         columns = rows.fieldnames or ()
         if "text" not in columns:
             found = ", ".join(map(_shown, columns[:20])) or "none"
-            raise InputError(f"{path} has no column 'text' among those of its first line ({found}): name one so")
+            raise InputError(f"{path} has no column 'text' in its first line ({found}): name one column 'text'")
         for row in rows:
-            if None in row:  # where DictReader puts them
+            if None in row:  # where DictReader puts surplus values
                 raise InputError(
-                    f"{path}, line {rows.line_num}: more values than columns; put texts that hold a comma in quotes"
+                    f"{path}, line {rows.line_num}: more values than columns; quote texts that contain a comma"
                 )
             yield row["text"] or ""
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: broken CSV ({error}); mend or remove the line") from error
+        raise InputError(f"{path}, line {rows.line_num}: invalid CSV ({error}); fix or remove the line") from error
 
 
 def _document_of(record: object, where: str) -> Document:
     if not isinstance(record, Mapping):
-        raise InputError(f'{where}: no JSON object; write documents as {{"text": "..."}}')
+        raise InputError(f'{where}: not a JSON object; write documents as {{"text": "..."}}')
     return _chat_of(record, where) if _holds_messages(record) else _text_of(record, where)
 
 
@@ -280,14 +280,14 @@ def _holds_messages(keys: Iterable[str]) -> bool:
 
 
 def _chat_of(record: Mapping[str, object], where: str) -> Chat:
-    """Return a record's conversation; null is one of no messages."""
+    """Return a record's conversation; null has no messages."""
     messages = record[MESSAGES]
     try:
         pairs = [(message["role"], message["content"]) for message in messages or ()]  # type: ignore[attr-defined]
     except (KeyError, TypeError):
         pairs = [(None, None)]
     if not all(isinstance(part, str) for pair in pairs for part in pair):
-        raise InputError(f'{where}: {MESSAGES!r} must be a list of {{"role": "...", "content": "..."}}; mend it')
+        raise InputError(f'{where}: {MESSAGES!r} must be a list of {{"role": "...", "content": "..."}}; fix it')
     return Chat(tuple(pairs))
 
 

@@ -1,4 +1,4 @@
-"""What is in a converted model, for people to read."""
+"""Describes a converted model for people."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ TOKENS_SHOWN = 12
 
 
 def describe(name: str) -> Iterator[str]:
-    """Lines on a converted model: its sizes, the recipe, the figures of its conversion, and its experts.
+    """Yield lines about a converted model: sizes, recipe, metrics of its conversion, and experts.
 
     Args:
         name: a folder, or a repository of the Hub.
@@ -23,23 +23,23 @@ def describe(name: str) -> Iterator[str]:
         InputError: when there is no converted model of that name.
     """
     model, tokenizer = load_converted(name)
-    figures = _figures(name)
+    metrics = _metrics(name)
     config, head = model.config, model.head
-    yield f"{name}: {type(model.base).__name__} with {head.out_features:,} tokens of {head.in_features} numbers each"
+    yield f"{name}: {type(model.base).__name__} with a head of {head.out_features:,} x {head.in_features:,}"
     yield (
-        f"{head.num_experts:,} experts of {head.expert_size}, {head.num_experts_per_tok:,} picked for a position, "
-        f"{head.num_rescored:,} of their tokens and {head.num_always_on:,} always-on ones exact; "
+        f"{head.num_experts:,} experts of {head.expert_size}, {head.num_experts_per_tok:,} picked per position, "
+        f"{head.num_rescored:,} exact logits, {head.num_always_on:,} always-on tokens; "
         f"combine {config.combine}"
     )
-    yield f"reads {head.bytes_read() / head.dense_bytes():.1%} of the dense head's bytes for a position"
+    yield f"reads {head.bytes_read() / head.dense_bytes():.1%} of the dense head's bytes per position"
     yield ""
     yield "Recipe"
     yield from (f"  {line}" for line in read_beside(name, "recipe.yaml").splitlines())
     yield ""
-    yield "Figures, on held-out documents of the sample"
+    yield "Metrics, on held-out documents of the calibration text"
     yield from (
         f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}"
-        for key, value in figures.items()
+        for key, value in metrics.items()
         if not isinstance(value, list)
     )
     yield ""
@@ -49,7 +49,7 @@ def describe(name: str) -> Iterator[str]:
         yield f"  {number:>5}: {_shown(list(dict.fromkeys(ids)), tokenizer)}"
 
 
-def _figures(name: str) -> dict[str, Any]:
+def _metrics(name: str) -> dict[str, Any]:
     try:
         return dict(json.loads(read_beside(name, "figures.json") or "{}"))
     except (ValueError, TypeError) as error:
@@ -57,7 +57,7 @@ def _figures(name: str) -> dict[str, Any]:
 
 
 def _shown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Some of the tokens, spread over all of them, as they stand in text."""
+    """Evenly spaced tokens, decoded."""
     step = max(1, len(ids) // TOKENS_SHOWN)
     tokens = " ".join(repr(tokenizer.decode([token])) for token in ids[::step][:TOKENS_SHOWN])
     return f"{tokens} ... ({len(ids)} tokens)" if len(ids) > TOKENS_SHOWN else tokens

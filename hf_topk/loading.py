@@ -1,4 +1,4 @@
-"""Loads a converted model and its tokenizer for the commands, with errors that say what to do."""
+"""Loads a converted model and its tokenizer for the commands, with helpful errors."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .compute_type import faster_type
+from .compute_dtype import faster_dtype
 from .model.configuration_topk_experts import TopKExpertsConfig
 from .model.errors import InputError, one_line
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
@@ -26,18 +26,18 @@ def load_converted(
 ) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
     """Load a converted model and its tokenizer.
 
-    Bytes are counted in the type that it is stored in, whatever it is loaded in.
+    Bytes are counted in the stored dtype, whatever dtype it is loaded in.
 
     Args:
         name: a folder, or a repository of the Hub.
-        num_experts_per_tok: k in place of the model's own.
+        num_experts_per_tok: k; None for the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
-        device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
-        fastest: whether dtype "auto" is float32 where that computes faster on the device than the stored type does.
+        device: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
+        fastest: whether dtype "auto" means float32 if the device computes faster in it than in the stored dtype.
 
     Raises:
-        InputError: when the type is none of these, there is no such device, there is no converted model of that name,
-            its files are damaged, or k is out of range.
+        InputError: when the dtype is unknown, there is no such device or converted model, its files are damaged, or
+            k is out of range.
     """
     place = find_device(device)
     if dtype not in DTYPES:
@@ -51,7 +51,7 @@ def load_converted(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=faster_type(stored, place) if runs_fastest else dtype,
+            dtype=faster_dtype(stored, place) if runs_fastest else dtype,
             output_loading_info=True,
         )
         model, found = loaded
@@ -67,13 +67,13 @@ def load_converted(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name.
+    """Find a device by name.
 
     Args:
-        name: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
+        name: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
 
     Raises:
-        InputError: when there is none of that name.
+        InputError: when there is no such device.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -81,13 +81,15 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         reason = str(error).splitlines()[0]
-        raise InputError(f"no device '{name}' ({reason}): choose auto, cpu, or one that torch finds here") from error
+        raise InputError(
+            f"no device '{name}' ({reason}): choose auto, cpu, or a device that torch supports here"
+        ) from error
 
 
 def _config(name: str) -> TopKExpertsConfig:
     path = Path(name).expanduser()
     if path.is_file():
-        raise InputError(f"{name} is a file, not a model: give the folder that it is in")
+        raise InputError(f"{name} is a file, not a model: give its folder")
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name} is not a model: there is no config.json in it")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):

@@ -1,4 +1,4 @@
-"""Progress of the long steps: a live bar on a terminal, a plain line now and then when piped. Always on stderr."""
+"""Progress of long steps, on stderr: a live bar on a terminal, plain lines from time to time elsewhere."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 SECONDS_BETWEEN_PLAIN_LINES = 10.0
-SECONDS_BEFORE_PROGRESS = 2.0  # of steps that are short for most inputs
+SECONDS_BEFORE_PROGRESS = 2.0  # for steps that are short on most inputs
 
 
 class Advance(Protocol):
@@ -18,12 +18,12 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Show how a step of `total` units proceeds, with its rate and the time left.
+    """Show the progress of a step of `total` units, with its rate and the time left.
 
     Args:
-        description: what the step does, in a few words.
-        total: the number of units that make the step whole.
-        unit: the name of one unit, in the plural.
+        description: of the step, in a few words.
+        total: units in the step.
+        unit: the name of a unit, in the plural.
 
     Yields:
         A function to call with the number of units done since its last call.
@@ -35,12 +35,12 @@ def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def progress_once_slow(description: str, total: int, unit: str) -> Iterator[Advance]:
-    """Show progress as [`progress`] does, but only of a step that takes longer than `SECONDS_BEFORE_PROGRESS`.
+    """As [`progress`], but only if the step takes longer than `SECONDS_BEFORE_PROGRESS`.
 
     Args:
-        description: what the step does, in a few words.
-        total: the number of units that make the step whole.
-        unit: the name of one unit, in the plural.
+        description: of the step, in a few words.
+        total: units in the step.
+        unit: the name of a unit, in the plural.
 
     Yields:
         A function to call with the number of units done since its last call.

@@ -14,14 +14,14 @@ from .model.dense_model import looks_at_images
 from .model.errors import InputError
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
-# For models that were not trained to chat: they go on from the texts of the messages, one to a line.
+# For models without a chat template: they continue the text of the messages, one message per line.
 PLAIN_TEMPLATE = """
 {%- for message in messages -%}
     {{ message.content if message.content is string else message.content | map(attribute='text') | join(' ') }}
     {{- '\n' if not loop.last }}
 {%- endfor -%}
 """
-TEXT_PARTS = ("text", "input_text", "output_text")  # of messages, as the two kinds of requests call them
+TEXT_PARTS = ("text", "input_text", "output_text")  # of messages, in the two kinds of requests
 
 
 def serve(
@@ -38,28 +38,28 @@ def serve(
 
     Args:
         directory: a converted model, a folder or a repository of the Hub; clients call it by this name.
-        host: the address to listen at.
-        port: the port to listen at.
+        host: the address to listen on.
+        port: the port to listen on.
         head_mode: "auto", "sparse" or "dense".
-        lossless: whether answers are the dense model's own where a request does not say.
+        lossless: whether requests that do not say otherwise get the dense model's tokens.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
-        device: such as "cpu" or "cuda:0", or "auto": the accelerator if there is one.
+        device: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
 
     Raises:
-        InputError: when the server's packages are missing, the address is taken, there is no such device, or the model
+        InputError: when the server's packages are missing, the address is in use, there is no such device, or the model
             does not load.
     """
     if not is_serve_available():
         raise InputError("the packages of the server are missing: pip install 'hf-topk[serve]'")
     _check_address(host, port)
     model, tokenizer = load_converted(directory, dtype=dtype, device=device)
-    model.head_mode = head_mode  # type: ignore[assignment]  # the setter refuses what is no mode
+    model.head_mode = head_mode  # type: ignore[assignment]  # the setter checks it
     if lossless and model.generation_config is not None:
         model.generation_config.lossless = True  # type: ignore[attr-defined]
     name = directory.rstrip("/")
     print(f"hf-topk: serving model '{name}' at http://{host}:{port}/v1", file=sys.stderr)
     if tokenizer.chat_template is None:
-        print("hf-topk: it has no chat template, and goes on from the plain text of the messages", file=sys.stderr)
+        print("hf-topk: it has no chat template, and continues the plain text of the messages", file=sys.stderr)
         tokenizer.chat_template = _plain_template(tokenizer)
     _run_server(name, model, tokenizer, host, port)
 
@@ -71,12 +71,12 @@ def _check_address(host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         reason = str(getattr(error, "strerror", None) or error).split(" (")[0]
         raise InputError(
-            f"cannot listen at {host}:{port} ({reason}): choose another --port, or an address of this machine as --host"
+            f"cannot listen on {host}:{port} ({reason}): choose another --port, or an address of this machine as --host"
         ) from error
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat template by which the plain text becomes the tokens that it is outside of a chat."""
+    """A chat template for plain text, with the BOS token if the tokenizer adds one."""
     starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{{ bos_token }}" + PLAIN_TEMPLATE if starts else PLAIN_TEMPLATE
 
@@ -84,24 +84,24 @@ def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _run_server(
     name: str, model: TopKExpertsForCausalLM, tokenizer: PreTrainedTokenizerBase, host: str, port: int
 ) -> None:
-    """Run Transformers' server, changed in three places."""
+    """Run Transformers' server with three changes."""
     from transformers.cli.serve import Serve
 
     _serve_one_model(name, model, tokenizer)
     _refuse_all_but_text()
     _give_reasons()
-    with suppress(KeyboardInterrupt):  # how a server ends
+    with suppress(KeyboardInterrupt):  # the normal end of a server
         Serve(force_model=name, host=host, port=port, log_level="error")
 
 
 def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """By itself the server knows no classes but Transformers' own, and downloads what is asked for."""
+    """Serve this model only; by itself the server would download any model that a client names."""
     from fastapi import HTTPException
     from transformers.cli.serving import model_manager
     from transformers.cli.serving.utils import Modality
 
     class OneModel(model_manager.ModelManager):
-        def process_model_name(self, model_id: str) -> str:  # type: ignore[override]  # all requests come through here
+        def process_model_name(self, model_id: str) -> str:  # type: ignore[override]  # of every request
             if model_id != name:
                 raise HTTPException(404, f"There is no model '{model_id}' here, only '{name}'.")
             return name
@@ -120,13 +120,13 @@ def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTra
             return modality
 
     started = int(time.time())
-    # Chat templates of some models that look at images take messages as lists of parts alone, which this one gives.
+    # Some vision-language chat templates accept only lists of parts, which this modality gives them.
     modality = Modality.VLM if looks_at_images(model.base) else Modality.LLM
     model_manager.ModelManager = OneModel  # type: ignore[misc]
 
 
 def _refuse_all_but_text() -> None:
-    """By itself the server leaves out of a message what its model does not take."""
+    """Refuse images, sounds and files, which the server would silently drop."""
     from fastapi import HTTPException
     from transformers.cli.serving.utils import BaseHandler, Modality
 
@@ -136,7 +136,7 @@ def _refuse_all_but_text() -> None:
         if others := other_parts(messages):
             raise HTTPException(
                 400,
-                f"This server takes text alone, and a message has a part of type '{others[0]}': leave it out, or give "
+                f"This server takes only text, and a message has a part of type '{others[0]}': leave it out, or give "
                 "it to `generate` in Python.",
             )
         return parse(messages, modality)
@@ -145,14 +145,14 @@ def _refuse_all_but_text() -> None:
 
 
 def other_parts(messages: list[dict[str, Any]]) -> list[str]:
-    """Types of the parts of messages that are no text."""
+    """Types of the parts of messages that are not text."""
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [str(part.get("type")) for part in parts if part.get("type") not in TEXT_PARTS]
 
 
 def _give_reasons() -> None:
-    """By itself the server gives the reason of a refusal where OpenAI's clients do not show it."""
+    """Put the reason of a refusal where OpenAI clients show it."""
     from fastapi import HTTPException, Request
     from fastapi.responses import JSONResponse
     from transformers.cli.serving import server

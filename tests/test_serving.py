@@ -42,14 +42,14 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_port_in_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        parts = (f"cannot listen at 127.0.0.1:{port} (Address already in use)", "choose another --port")
+        parts = (f"cannot listen on 127.0.0.1:{port} (Address already in use)", "choose another --port")
         check_refused(monkeypatch, capsys, "serve", "out", "--port", port, parts=parts)
 
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--host", "no host"], ("cannot listen at no host:", "--host")),
+        (["--host", "no host"], ("cannot listen on no host:", "--host")),
         (["--device", "gpu"], ("no device 'gpu'", "choose auto, cpu")),
         (["--dtype", "int4"], ("unknown dtype 'int4'", "bfloat16")),
         (["--head-mode", "fast"], ("unknown head mode 'fast'", "sparse")),

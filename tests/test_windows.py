@@ -149,7 +149,11 @@ def test_chats_begin_as_their_template_does(chat_template, runs):
 
 @pytest.mark.parametrize(
     ("chat_template", "part"),
-    [(None, "has no chat template"), ("{{ raise_exception('no system role') }}", "no system role"), ("{{", "not take")],
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{{", "rejects a conversation"),
+    ],
 )
 def test_refuses_chats_without_a_fitting_template(chat_template, part):
     tokenizer = word_tokenizer()

@@ -1,4 +1,4 @@
-"""Bodies in 8 and 4 bits: the head and what was added to it are left alone, and the folder loads again."""
+"""Decoders in 8 and 4 bits: the head and its added tensors are left alone, and the folder loads again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +75,7 @@ def logits_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_body_below_an_untouched_head(kind: str, tied: bool, tmp_path: Path) -> None:
+def test_a_quantised_decoder_below_an_untouched_head(kind: str, tied: bool, tmp_path: Path) -> None:
     choices, weight_type = KINDS[kind]
     folder = save_converted(tmp_path / "converted", tied)
     plain = AutoModelForCausalLM.from_pretrained(folder)

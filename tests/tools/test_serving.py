@@ -157,10 +157,10 @@ def test_other_models_are_refused(client: openai.OpenAI, address: str) -> None:
 def check_images_are_refused(client: openai.OpenAI) -> None:
     messages = [*MESSAGES, {"role": "user", "content": [{"type": "text", "text": "w3"}, IMAGE]}]
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match=r"takes text alone.*'image_url'.*`generate` in Python"):
+        with pytest.raises(openai.BadRequestError, match=r"takes only text.*'image_url'.*`generate` in Python"):
             chat(client, messages=messages, stream=stream)
     image: Any = {"type": "input_image", "image_url": IMAGE["image_url"]["url"], "detail": "auto"}
-    with pytest.raises(openai.BadRequestError, match=r"takes text alone.*'input_image'"):
+    with pytest.raises(openai.BadRequestError, match=r"takes only text.*'input_image'"):
         client.responses.create(model="out", input=[image], stream=False)
 
 
@@ -194,7 +194,7 @@ def test_second_server_at_the_same_port(server: subprocess.Popen[bytes], folder:
     command = [sys.executable, "-m", "hf_topk.cli", "serve", "out", "--port", address.partition(":")[2]]
     done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"hf-topk: cannot listen at {address} (Address already in use)")
+    assert done.stderr.splitlines()[-1].startswith(f"hf-topk: cannot listen on {address} (Address already in use)")
 
 
 def test_interrupt_ends_it(server: subprocess.Popen[bytes], client: openai.OpenAI, folder: Path) -> None:
