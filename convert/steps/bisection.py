@@ -1,4 +1,4 @@
-"""Cut tokens into experts of equal size by halves: quick, and a good place for balanced k-means to start from."""
+"""Recursive bisection of the tokens into experts of equal size: a quick start for balanced k-means."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,24 @@ ELEMENTS_AT_ONCE = 2**24
 
 
 def bisect(rows: Tensor, num_experts: int, expert_size: int) -> Tensor:
-    """Cut a set of rows into two of near equal numbers of experts, and each part again, down to single experts.
+    """Split the rows in two halves with near equal numbers of experts, and each half again, down to single experts.
 
-    A cut is a balanced 2-means: along the line between the means of both parts, the leading principal direction at
-    first, at whatever place gives each part its experts.
+    Each split is a balanced 2-means: rows are sorted along the line between the two means, at first along the leading
+    principal direction, and cut where each half has its number of rows.
 
     Args:
         rows: fp32 [n, d].
         num_experts: M.
-        expert_size: S, with M S no less than n. Slots left over are in the last expert.
+        expert_size: S, with M S at least n. The last expert has the empty slots.
 
     Returns:
         The expert of each row, int64 [n].
     """
     slots = num_experts * expert_size
     order = torch.cat([torch.arange(len(rows)), torch.full((slots - len(rows),), -1)])
-    parts = [(0, num_experts)]  # the first expert of each part, and how many it has
+    parts = [(0, num_experts)]  # of each part: its first expert, its number of experts
     while any(count > 1 for _, count in parts):
-        for count in sorted({count for _, count in parts} - {1}):  # two numbers at most
+        for count in sorted({count for _, count in parts} - {1}):  # at most two values
             starts = torch.tensor([first for first, some in parts if some == count]) * expert_size
             places = starts.unsqueeze(-1) + torch.arange(count * expert_size)
             at_once = max(1, ELEMENTS_AT_ONCE // (places.shape[1] * rows.shape[1]))
@@ -45,17 +45,17 @@ def _halves(first: int, count: int) -> list[tuple[int, int]]:
 
 
 def _cut(rows: Tensor, parts: Tensor, size: int) -> Tensor:
-    """Order the row numbers of some parts, [p, n], so that the first `size` of each are one half; -1 goes last."""
+    """Sort the row indices of parts, [p, n]: the first `size` of each are one half; -1, an empty slot, goes last."""
     is_spare = parts < 0
     some = rows[parts.clamp_min(0)].masked_fill(is_spare.unsqueeze(-1), 0.0)
     some = some - some.mean(dim=1, keepdim=True)
-    direction = some[:, :1].mT  # of the largest variance, found from any row
+    direction = some[:, :1].mT  # power iteration to the leading principal direction
     for _ in range(POWER_ITERATIONS):
         direction = F.normalize(some.mT @ (some @ direction), dim=1)
     for _ in range(REFINEMENTS):
         order = _along(some, direction, is_spare)
         share = torch.full_like(some[..., 0], 1.0 / (parts.shape[1] - size)).scatter_(1, order[:, :size], -1.0 / size)
-        direction = some.mT @ share.unsqueeze(-1)  # from the mean of one part to that of the other
+        direction = some.mT @ share.unsqueeze(-1)  # between the means of the two halves
     return parts.gather(1, _along(some, direction, is_spare))
 
 

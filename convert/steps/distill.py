@@ -8,29 +8,32 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_topk.compute_type import faster_type
+from hf_topk.compute_dtype import faster_dtype
 from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.joint_training import LEVEL_WEIGHT, divergence
 from hf_topk.model.router import Router
 from hf_topk.progress import progress
 
-ROWS_AT_ONCE = 4096  # of the head
+ROWS_AT_ONCE = 4096  # rows of the head per block
 STATES_AT_ONCE = 1024
 LOGIT_BYTES_AT_ONCE = 2**28
 STATES_FOR_STATISTICS = 16_384  # enough for token probabilities and the states' covariance
-STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = 1.5e12, 4096  # bounds the work on large heads, where fewer do nearly as well
-CONTEXT_DIRECTIONS = 64  # k-means on contexts finds experts as good in the states' leading directions alone
-RIDGE = 3e-3  # of the mean of the diagonal; a tenth and three times as much do as well
+STATISTICS_FLOPS, FEWEST_FOR_STATISTICS = (
+    1.5e12,
+    4096,
+)  # limits the work on large heads, where fewer states do nearly as well
+CONTEXT_DIRECTIONS = 64  # leading directions of the states; k-means finds no better experts with more
+RIDGE = 3e-3  # relative to the mean of the diagonal; from a tenth to three times this does as well
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """What a sample of positions says of each token, where the head is.
+    """Statistics of each token over a sample of the positions, on the head's device.
 
     Attributes:
         probabilities: mean probability, fp32 [V]; they sum to 1.
-        contexts: the mean hidden state in which a token is likely, sum_n p(v | h_n) h_n / sum_n p(v | h_n), in the type
-            of the head: [V, d], or [V, 64] in the leading directions of the states where they have more.
+        contexts: mean hidden state weighted by the token's probability, sum_n p(v | h_n) h_n / sum_n p(v | h_n), in the
+            dtype of the head: [V, d], or [V, 64] in the leading directions of the states if d is larger.
     """
 
     probabilities: Tensor
@@ -39,7 +42,7 @@ class TokenStatistics:
 
 @torch.no_grad()
 def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> TokenStatistics:
-    """Read probabilities and contexts of all tokens off a sample of the states, in one walk over it.
+    """Compute probabilities and contexts of all tokens in one pass over a sample of the states.
 
     Args:
         states: hidden states, [N, d].
@@ -49,11 +52,11 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
     count = max(FEWEST_FOR_STATISTICS, int(STATISTICS_FLOPS / (2.0 * weight.numel())))
     sample = evenly_spaced(states, min(STATES_FOR_STATISTICS, count)).to(weight.device)
     projected = _in_leading_directions(sample.float())
-    # The contexts are a softmax over the positions, taken block by block, so that tokens that are likely nowhere have
-    # one as well (online softmax: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
+    # A context is a softmax over positions. As an online softmax, block by block, it does not underflow for rare tokens
+    # (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
     tops = torch.full((weight.shape[0],), -torch.inf, device=weight.device)
     sums, contexts = torch.zeros_like(tops), projected.new_zeros(len(tops), projected.shape[1])
-    dtype = faster_type(weight.dtype, weight.device)
+    dtype = faster_dtype(weight.dtype, weight.device)
     at_once = max(1, LOGIT_BYTES_AT_ONCE // (weight.shape[0] * dtype.itemsize))
     with progress("Reading token statistics", len(sample), "positions") as advance:
         for some, coordinates in zip(sample.split(at_once), projected.split(at_once), strict=True):
@@ -68,14 +71,14 @@ def token_statistics(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tok
                 contexts[rows] = torch.addmm(contexts[rows] * shrink.unsqueeze(-1), shares.t(), coordinates)
                 sums[rows] = sums[rows] * shrink + shares.sum(dim=0)
                 tops[rows] = top
-            del logits  # before there are the next
+            del logits  # frees them before the next block is allocated
             advance(len(some))
     probabilities = (tops + sums.log() - math.log(len(sample))).exp_()
     return TokenStatistics(probabilities, contexts.div_(sums.unsqueeze(-1)).to(weight.dtype))
 
 
 def _in_leading_directions(states: Tensor) -> Tensor:
-    """States in their principal components, [N, d] to [N, 64], or as they are where they have no more dimensions."""
+    """The 64 leading principal components of the states, [N, d] to [N, 64]; the states themselves if d is no larger."""
     if states.shape[1] <= CONTEXT_DIRECTIONS:
         return states
     states = states - states.mean(dim=0)
@@ -84,18 +87,18 @@ def _in_leading_directions(states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def expert_masses(states: Tensor, weight: Tensor, bias: Tensor | None, groups: list[Tensor]) -> Tensor:
-    """Read what a router is to learn: the log-sum-exp of each group's logits, which a perfect router would score.
+    """Compute the targets of the router: the log-sum-exp of the dense logits of each group of tokens.
 
     Args:
         states: hidden states, [N, d].
         weight: W, [V, d].
         bias: [V] or None.
-        groups: token ids of each group, each once.
+        groups: token ids of each group, without repeats.
 
     Returns:
-        The masses of the groups, in main memory, fp32 [N, number of groups].
+        The masses of the groups, in RAM, fp32 [N, number of groups].
     """
-    masses, dtype = torch.empty(states.shape[0], len(groups)), faster_type(weight.dtype, weight.device)
+    masses, dtype = torch.empty(states.shape[0], len(groups)), faster_dtype(weight.dtype, weight.device)
     with progress("Reading the experts' masses", len(groups), "experts") as advance:
         for first, block in _blocks_of_groups(groups):
             ids = torch.cat(block)
@@ -114,20 +117,20 @@ def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dt
 
 
 def _segment_log_sums(logits: Tensor, sizes: list[int]) -> Tensor:
-    """The log-sum-exp of runs of columns, [N, runs]; the logits are spoilt."""
+    """Log-sum-exp of runs of columns, [N, runs]; overwrites the logits."""
     if len(set(sizes)) == 1:
         return _log_sums(logits.unflatten(-1, (len(sizes), sizes[0])))
     return torch.stack([_log_sums(part) for part in logits.split(sizes, dim=-1)], dim=-1)
 
 
 def _log_sums(logits: Tensor) -> Tensor:
-    """Of the last dimension, in place: a third of the time of `logsumexp`, which makes large copies."""
+    """Log-sum-exp over the last dimension, in place: three times as fast as `logsumexp`, which makes large copies."""
     top = logits.amax(dim=-1, keepdim=True)
     return logits.sub_(top).exp_().sum(dim=-1).log_().add_(top.squeeze(-1))
 
 
 def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Runs of groups that together have about ROWS_AT_ONCE tokens, each with the number of its first one."""
+    """Yield blocks of groups with about ROWS_AT_ONCE tokens in all, each with the index of its first group."""
     first, size = 0, 0
     for number, group in enumerate(groups):
         if size and size + len(group) > ROWS_AT_ONCE:
@@ -138,32 +141,32 @@ def _blocks_of_groups(groups: list[Tensor]) -> Iterator[tuple[int, list[Tensor]]
 
 
 def evenly_spaced(states: Tensor, count: int) -> Tensor:
-    """At most `count` of the states, spread over all of them: [N, d] to [at most count, d]."""
+    """Evenly spaced states, at most `count` of them: [N, d] to [at most count, d]."""
     step = max(1, -(-states.shape[0] // count))
     return states[::step]
 
 
 def groups_of(head: TopKExpertsHead) -> list[Tensor]:
-    """Token ids of each expert without repeats and, behind them, the always-on ids if there are any."""
+    """Token ids of each expert without its padding and, as the last group, the always-on ids if there are any."""
     groups = without_repeats(head.expert_ids)
     return [*groups, head.always_on_ids] if head.num_always_on else groups
 
 
 def without_repeats(expert_ids: Tensor) -> list[Tensor]:
-    """Token ids of each expert, [M, S], less those that repeat its first one to fill it up."""
+    """Token ids of each expert, [M, S], without the padding, which repeats its first id."""
     return [ids[: 1 + int((ids[1:] != ids[0]).sum())] for ids in expert_ids]
 
 
 @torch.no_grad()
 def start_router(router: Router, states: Tensor, masses: Tensor) -> None:
-    """Set the router to the ridge regression of the experts' masses on the hidden states.
+    """Initialise the router with the ridge regression of the experts' masses on the hidden states.
 
-    It ranks experts better than any number of gradient steps from their mean rows, from a tenth of the states.
+    On a tenth of the states it ranks experts better than gradient descent from the experts' mean rows does on all.
 
     Args:
         router: its rows and bias are set in place.
         states: hidden states, [N, d].
-        masses: what a perfect router would score, fp32 [N, M] or more columns, which are not looked at.
+        masses: targets of the router, fp32 [N, M]; further columns are ignored.
     """
     device, num_experts = router.bias.device, router.bias.shape[0]
     size = states.shape[1]
@@ -185,23 +188,23 @@ def train_router(
     """Distil the dense head's distribution over experts into the router.
 
     The loss is the KL divergence of the router's from the dense head's distribution over experts and always-on tokens
-    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), plus a small term that keeps the scores at the level of the
-    logits, which a softmax does not see.
+    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), plus a small term that fixes the level of the scores, which
+    the softmax leaves free.
 
     Args:
         router: trained in place.
         states: hidden states, [N, d].
-        masses: what a perfect router would score, fp32 [N, M], or [N, M + 1] with the always-on tokens' mass last.
+        masses: targets of the router, fp32 [N, M], or [N, M + 1] with the mass of the always-on tokens last.
         steps: training steps.
-        batch_size: positions in a step.
-        learning_rate: of Adam at the first step; it falls to zero along a cosine.
-        seed: of the order of positions.
+        batch_size: positions per step.
+        learning_rate: of Adam at the first step; decays to zero along a cosine.
+        seed: of the random batches.
 
     Returns:
-        The mean KL divergence of the last tenth of the steps, in nats.
+        The mean KL divergence over the last tenth of the steps, in nats.
     """
     scale = 1.0 / float(evenly_spaced(states, STATES_FOR_STATISTICS).float().square().mean().sqrt())
-    _scale_inward(router, 1.0 / scale)  # so that one learning rate does for states of any magnitude
+    _scale_inward(router, 1.0 / scale)  # one learning rate then suits states of any magnitude
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter.requires_grad_() for parameter in router.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)

@@ -1,4 +1,4 @@
-"""Fits what combines the router's estimate with the exact logits."""
+"""Fits the combiner, which joins the router's scores with the exact logits."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ COMBINER_LEARNING_RATE = 0.02
 
 
 def fit_combiner(head: TopKExpertsHead, states: Tensor, seed: int) -> None:
-    """Distil the combiner of a head that has one: the least KL divergence from the dense distribution.
+    """Distil the combiner by the KL divergence from the dense distribution.
 
     Args:
-        head: its combiner is trained in place.
+        head: its combiner is trained in place; a head without one is left alone.
         states: hidden states, [N, d].
-        seed: of the order of positions.
+        seed: of the random batches.
     """
     if head.combine != "learned":
         return

@@ -1,4 +1,4 @@
-"""Rounds rows to few bits: the router's, and those of the tokens that the tail screens."""
+"""Quantises rows to 4 and 2 bits: the router's, and the tail's rows of the tokens that it screens."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,17 +13,17 @@ from hf_topk.model.router import Router
 from hf_topk.progress import progress
 
 SMALLEST_PROBABILITY = 1e-12
-SMALLEST_VARIANCE = 1e-6  # of a direction of the hidden states, as a share of the largest
+SMALLEST_VARIANCE = 1e-6  # of a direction of the hidden states, relative to the largest
 ROWS_AT_ONCE = 4096
-ROWS_FOR_STEPS = 8192
+ROWS_FOR_STEPS = 8192  # rows that the quantisation steps are fitted on
 STEPS_TRIED = (0.25, 0.3, 0.35, 0.4, 0.5, 0.65, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)  # in standard deviations
-# The mean probability of a token says less of other text the rarer the token is. This power of it, of those tried from
-# 0 to 1, gave the least perplexity on text of another kind.
+# The rarer a token, the less its mean probability transfers to other text. Of the powers of it from 0 to 1 that were
+# tried, this one gave the lowest perplexity on text of another kind.
 TEMPER = 0.5
 
 
 class Metric(NamedTuple):
-    """By what an error of a row is measured: how far it moves the products with hidden states.
+    """The metric of errors of a row: the mean square error of its products with hidden states.
 
     Attributes:
         mean: hidden state, [d].
@@ -47,12 +47,12 @@ def metric_of(states: Tensor) -> Metric:
 
 @torch.no_grad()
 def pack_router(router: Router, metric: Metric, dtype: torch.dtype) -> None:
-    """Keep a learned router in few bits from now on.
+    """Quantise a trained router to 4 and 2 bits.
 
     Args:
-        router: with rows in floats.
+        router: with float rows; packed in place.
         metric: of the hidden states.
-        dtype: type that it is stored in.
+        dtype: dtype that it is stored in.
     """
     if router.rows is None:
         return
@@ -62,17 +62,17 @@ def pack_router(router: Router, metric: Metric, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor, textless: list[int]) -> None:
-    """Set the head's tail.
+def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor, unused: list[int]) -> None:
+    """Fit the tail: the prior and the quantised screen rows of all routed tokens.
 
     Args:
         head: its tail is set in place.
         metric: of the hidden states.
-        probabilities: mean probability of each token over the sample, fp32 [V].
-        textless: ids that no text has.
+        probabilities: mean probability of each token over the calibration text, fp32 [V].
+        unused: unused ids.
     """
     tempered = probabilities.clamp_min(SMALLEST_PROBABILITY).pow(TEMPER)
-    head.tail.log_prior.copy_(_log_prior(head, probabilities, textless))
+    head.tail.log_prior.copy_(_log_prior(head, probabilities, unused))
     experts_at_once = max(1, ROWS_AT_ONCE // head.expert_size)
     with progress("Fitting the tail", 2 * head.num_experts, "experts") as advance:
 
@@ -92,15 +92,15 @@ def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor, textl
             head.tail.bias[some] = bias - bias.mean(dim=-1, keepdim=True)
 
 
-def _log_prior(head: TopKExpertsHead, probabilities: Tensor, textless: list[int]) -> Tensor:
-    """Log p(v | e), [M, S]: tempered, but for ids that no text has, whose share of their expert stays what it is."""
+def _log_prior(head: TopKExpertsHead, probabilities: Tensor, unused: list[int]) -> Tensor:
+    """Log p(v | e), [M, S], tempered, except that unused ids keep their share of their expert."""
     logs = probabilities.clamp_min(SMALLEST_PROBABILITY).log()
-    is_textless = torch.zeros_like(logs, dtype=torch.bool)
-    is_textless[textless] = True
-    logs, is_textless = logs[head.expert_ids], is_textless[head.expert_ids]
-    of_text = head.mask_padding(logs, head.expert_ids).masked_fill(is_textless, -torch.inf)
+    is_unused = torch.zeros_like(logs, dtype=torch.bool)
+    is_unused[unused] = True
+    logs, is_unused = logs[head.expert_ids], is_unused[head.expert_ids]
+    of_text = head.mask_padding(logs, head.expert_ids).masked_fill(is_unused, -torch.inf)
     added = (TEMPER * of_text).logsumexp(-1, keepdim=True) - of_text.logsumexp(-1, keepdim=True)  # by tempering
-    log_prior = torch.where(is_textless, logs + added.nan_to_num(), TEMPER * logs)
+    log_prior = torch.where(is_unused, logs + added.nan_to_num(), TEMPER * logs)
     return log_prior - head.mask_padding(log_prior, head.expert_ids).logsumexp(-1, keepdim=True)
 
 
@@ -112,18 +112,18 @@ def _set_basis(
     dtype: torch.dtype,
     at_once: int = ROWS_AT_ONCE,
 ) -> Tensor:
-    """Set the directions and steps of least weighted square error of the products; see [`PackedRows`].
+    """Set the directions and quantisation steps of least weighted square error; see [`PackedRows`].
 
     Args:
         packed: its basis is set in place.
         metric: of the hidden states.
-        rows_of: rows of a part of the first dimension, fp32 [n, ..., d].
+        rows_of: the rows of a slice of the first dimension, fp32 [n, ..., d].
         weights: of the rows, [M, ...].
-        dtype: type that the basis is stored in.
-        at_once: length of a part.
+        dtype: dtype that the basis is stored in.
+        at_once: length of a slice.
 
     Returns:
-        What takes rows to coordinates in steps, [d, r].
+        The projection from rows to coordinates in units of the steps, [d, r].
     """
     moment = torch.zeros_like(metric.root)
     parts = _slices(len(weights), at_once)
@@ -136,7 +136,7 @@ def _set_basis(
         weights_of_factors.append(row_weights[::every])
     count = len(packed.basis)
     vectors = torch.linalg.eigh(metric.root @ moment @ metric.root).eigenvectors.flip(-1)[:, :count]
-    vectors = F.pad(vectors, (0, count - vectors.shape[1]))  # a head can be narrower than that
+    vectors = F.pad(vectors, (0, count - vectors.shape[1]))  # r can exceed d
     projection = metric.root @ vectors
     steps = _steps(torch.cat(factors) @ projection, torch.cat(weights_of_factors), packed.bits)
     packed.set_basis(steps.unsqueeze(-1) * vectors.t() @ metric.inverse_root, metric.mean, dtype)
@@ -148,7 +148,7 @@ def _slices(length: int, at_once: int) -> Iterator[slice]:
 
 
 def _steps(factors: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
-    """The step of each direction that rounds its factors with the least square error, weighted: [n, r] to [r]."""
+    """The quantisation step of each direction with the least weighted square error: factors [n, r] to [r]."""
     weights = weights / weights.sum()
     deviation = (weights @ factors.square()).sqrt().clamp_min(SMALLEST_SCALE)
     candidates = deviation * torch.tensor(STEPS_TRIED, device=factors.device).unsqueeze(-1)  # (tried, r)

@@ -1,4 +1,4 @@
-"""Hidden states of the dense model on sample text, kept on disk as they are made, so that they can be resumed."""
+"""Hidden states of the dense model on the calibration text, written batch by batch, so that a run can resume."""
 
 import json
 from collections.abc import Iterator
@@ -19,24 +19,23 @@ from ..processes import ALONE, Processes
 
 
 class HiddenStates:
-    """The states that enter the head, in one flat file that is mapped into memory, not read.
+    """The inputs of the head, in one flat memory-mapped file.
 
-    A record beside it says how many windows are whole and what they were made from; what lies beyond it, after an
-    interruption, is written over.
+    A record beside the file counts the complete windows. After an interruption, bytes beyond them are overwritten.
 
     Attributes:
-        folder: where the file and its record lie.
+        folder: of the file and its record.
         windows_done: windows whose states are all on disk.
         positions: N, states on disk.
     """
 
     def __init__(self, folder: Path, hidden_size: int, dtype: torch.dtype, windows_done: int, positions: int) -> None:
-        """Point at a file of states; see [`HiddenStates.open`].
+        """Refer to a file of states; see [`HiddenStates.open`].
 
         Args:
-            folder: where the file and its record lie.
+            folder: of the file and its record.
             hidden_size: d.
-            dtype: type of the states.
+            dtype: of the states.
             windows_done: windows on disk.
             positions: N, states on disk.
         """
@@ -45,21 +44,21 @@ class HiddenStates:
 
     @classmethod
     def open(cls, folder: Path, hidden_size: int, dtype: torch.dtype) -> Self:
-        """Open the states of a folder where an earlier conversion left some, or begin with none.
+        """Open the states that an interrupted conversion left in a folder, or start with none.
 
         Args:
-            folder: made if it is not there.
+            folder: created if missing.
             hidden_size: d.
-            dtype: type of the states.
+            dtype: of the states; states of another dtype are not used.
         """
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder / "hidden_states.json")
         states = cls(folder, hidden_size, dtype, record.get("windows", 0), record.get("positions", 0))
-        is_same_type = record.get("dtype") == str(dtype)  # which type is the faster one may be a close call
+        is_same_dtype = record.get("dtype") == str(dtype)  # the faster dtype is measured, and can change between runs
         if (
-            is_same_type
+            is_same_dtype
             and states._file.exists()
-            and states._file.stat().st_size >= states.positions * states._bytes_a_state
+            and states._file.stat().st_size >= states.positions * states._bytes_per_state
         ):
             return states
         return cls(folder, hidden_size, dtype, 0, 0)
@@ -69,17 +68,17 @@ class HiddenStates:
         return self.folder / "hidden_states.bin"
 
     @property
-    def _bytes_a_state(self) -> int:
+    def _bytes_per_state(self) -> int:
         return self.hidden_size * self.dtype.itemsize
 
     def append(self, batches: Iterator[tuple[int, Tensor]]) -> None:
-        """Write states as they come, and after each batch how far it is.
+        """Write states batch by batch, and update the record after each.
 
         Args:
-            batches: pairs of windows done and their states, [n, d].
+            batches: pairs of a number of windows and their states, [n, d].
         """
         with self._file.open("r+b" if self._file.exists() else "wb") as file:
-            file.seek(self.positions * self._bytes_a_state)
+            file.seek(self.positions * self._bytes_per_state)
             file.truncate()
             for windows, states in batches:
                 file.write(states.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy().data)
@@ -90,7 +89,7 @@ class HiddenStates:
                 write_record(self.folder / "hidden_states.json", done)
 
     def load(self) -> Tensor:
-        """All states, [N, d], mapped from disk: only what is touched takes memory."""
+        """All states, [N, d], memory-mapped: only pages that are read take RAM."""
         size = self.positions * self.hidden_size
         flat = torch.from_file(str(self._file), shared=False, size=size, dtype=self.dtype)
         return flat.view(self.positions, self.hidden_size)
@@ -99,16 +98,16 @@ class HiddenStates:
 def collect(
     dense: PreTrainedModel, windows: list[Window], states: HiddenStates, processes: Processes = ALONE
 ) -> Tensor:
-    """Run the dense model over the windows that are not done yet and keep the states that enter its head.
+    """Run the dense model over the remaining windows and store the inputs of its head.
 
     Args:
         dense: the dense model.
-        windows: runs of token ids; each token is one position.
-        states: where they are kept; windows that are done are not run again.
-        processes: what the batches are dealt out to.
+        windows: token ids; each token is one position.
+        states: where they are stored; windows that it has are not run again.
+        processes: that share the batches.
 
     Returns:
-        The states of all windows, [N, d], mapped from disk.
+        The states of all windows, [N, d], memory-mapped.
 
     Raises:
         InputError: when a state is not finite.
@@ -124,7 +123,7 @@ def collect(
 def _states_of_batches(
     dense: PreTrainedModel, windows: list[Window], processes: Processes, advance: Advance
 ) -> Iterator[tuple[int, Tensor]]:
-    """Run the dense model batch by batch: numbers of windows and the states of all their positions, [n, d]."""
+    """Run the dense model batch by batch; yield the number of windows of each batch and its states, [n, d]."""
     batches = list(batches_of(windows))
     results = processes.run(states_of_batch, dense, ((batch,) for batch in batches))
     for batch, states in zip(batches, results, strict=True):
@@ -133,19 +132,19 @@ def _states_of_batches(
 
 
 def states_of_batch(dense: PreTrainedModel, windows: list[Window]) -> Tensor:
-    """The states that enter the head at all positions of some windows that are run in one pass.
+    """The inputs of the head at all positions of some windows, from one forward pass.
 
     Args:
         dense: the dense model.
-        windows: runs of token ids; each token is one position.
+        windows: token ids; each token is one position.
 
     Returns:
-        States, [n, d], in main memory.
+        States, [n, d], in RAM.
 
     Raises:
         InputError: when a state is not finite.
     """
-    # Padding on the right changes nothing for what stands before it.
+    # The model is causal, so padding on the right needs no attention mask.
     token_ids, real = pad(windows, dense.device)
     with torch.inference_mode(), tapped_head(dense) as tap:
         dense(input_ids=token_ids, use_cache=False)
@@ -156,7 +155,7 @@ def states_of_batch(dense: PreTrainedModel, windows: list[Window]) -> Tensor:
 
 
 def pad(windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad windows on the right to one length: token ids [B, T] int64, and which of them are real [B, T] bool."""
+    """Pad windows on the right to one length: token ids [B, T] int64, and a mask of the real tokens [B, T] bool."""
     longest = max(len(window.token_ids) for window in windows)
     token_ids = torch.zeros(len(windows), longest, dtype=torch.long)
     real = torch.zeros(len(windows), longest, dtype=torch.bool)
@@ -167,27 +166,27 @@ def pad(windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class HeadTap(nn.Module):
-    """Stands in for a head: keeps what enters it and computes next to nothing.
+    """Replaces the head: records its input and skips its matrix product.
 
     Attributes:
-        states: what entered last, [B, T, d].
+        states: the last input, [B, T, d].
     """
 
     def __init__(self, head: nn.Linear) -> None:
-        """Stand in for `head`, whose weight and bias stay to be seen, since some models ask for their type."""
+        """Replace `head`; its weight and bias stay visible, as some models look up their dtype."""
         super().__init__()
         self.weight, self.bias = head.weight, head.bias
         self.states = torch.empty(0)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Keep the hidden states [B, T, d] and return [B, T, 1] of them."""
+        """Record the hidden states, [B, T, d]; return [B, T, 1] of them as logits."""
         self.states = hidden.detach()
         return hidden[..., :1]
 
 
 @contextmanager
 def tapped_head(dense: PreTrainedModel) -> Iterator[HeadTap]:
-    """Put a [`HeadTap`] in the place of the dense model's head for a while."""
+    """Replace the dense model's head with a [`HeadTap`] within the context."""
     name = name_of_head(dense)
     head = cast(nn.Linear, dense.get_submodule(name))
     tap = HeadTap(head)
@@ -199,7 +198,7 @@ def tapped_head(dense: PreTrainedModel) -> Iterator[HeadTap]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read a small JSON file; empty if it is not there."""
+    """Read a small JSON file; an empty record if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 

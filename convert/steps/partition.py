@@ -1,13 +1,13 @@
-"""Share the tokens out among experts of equal size: balanced Euclidean k-means.
+"""Partition the tokens into experts of equal size: balanced Euclidean k-means.
 
-scikit-learn finds the centroids (mini-batch k-means), or bisection where there are too many for that. An auction gives
-every expert the same number of tokens at the least total squared distance, and the two alternate: every centroid moves
-to the mean of its expert, and the auction runs again from the prices and the homes that it had. Nothing of size
-tokens x experts is ever held: a token knows its nearest experts alone, and looks at all of them again when prices have
-made those too dear.
+The centroids start from mini-batch k-means (scikit-learn), or from bisection if there are too many for that. Then two
+steps alternate: an auction assigns the same number of tokens to every expert at the least total squared distance, and
+every centroid moves to the mean of its expert. The next auction starts from the prices and assignments of the last. No
+tokens x experts matrix is stored: a token keeps a list of its nearest experts, and searches all experts again when
+prices have made those too expensive.
 
 Sources: Bertsekas, "The auction algorithm: a distributed relaxation method for the assignment problem" (1988);
-Bertsekas and Castanon, "The auction algorithm for the transportation problem" (1989), for slots that are alike;
+Bertsekas and Castanon, "The auction algorithm for the transportation problem" (1989), for identical slots;
 Malinen and Franti, "Balanced k-means for clustering" (2014), for the alternation.
 """
 
@@ -27,37 +27,36 @@ from hf_topk.progress import Advance, progress
 
 from .bisection import bisect
 
-NEAREST_EXPERTS = 64  # known to a token, 512 bytes of them
+NEAREST_EXPERTS = 64  # listed per token, in 512 bytes
 BLOCK_ELEMENTS = 2**24
-TOKENS_A_BATCH = 4096
-TOKENS_A_ROUND = 2**16
+TOKENS_PER_BATCH = 4096
+TOKENS_PER_ROUND = 2**16
 
-# Bounds on the work, in floating-point operations of the products of rows and centroids.
+# Limits on the work, in floating-point operations of the products of rows and centroids.
 KMEANS_FLOPS, KMEANS_EPOCHS = 4e11, 2
 ALTERNATION_FLOPS, MIN_ALTERNATIONS, MAX_ALTERNATIONS = 1.4e12, 2, 8
-TOKENS_WORTH_LOOKING = 256  # fewer wait for one another, since centroids are read once for all that look
+MIN_TOKENS_PER_SEARCH = 256  # fewer wait, as a search reads all centroids once however many tokens take part
 ROUNDS_WHILE_ALTERNATING, ROUNDS_AT_THE_END, ROUNDS_OF_FILLING_UP = 200, 1000, 8
 
-# The least raise of a bid, as a share of the mean squared distance: coarse is quick, fine is exact.
-COARSE_RAISE, MEDIUM_RAISE, FINE_RAISE = 1 / 4, 1 / 16, 1 / 64
+# Minimum increment of a bid (epsilon), relative to the mean squared distance: coarse is fast, fine is exact.
+COARSE_INCREMENT, MEDIUM_INCREMENT, FINE_INCREMENT = 1 / 4, 1 / 16, 1 / 64
 MIN_MEAN_DISTANCE = 1e-2
 
 
 def partition(features: torch.Tensor, expert_size: int, seed: int) -> torch.Tensor:
-    """Share the tokens out among experts of exactly `expert_size` slots, near ones together.
+    """Partition the tokens into experts of exactly `expert_size` slots, similar tokens together.
 
     Minimises the total squared distance from a token to the mean of its expert. The same arguments give the same
     experts on the same machine with the same number of threads.
 
     Args:
-        features: one row a token, of any float dtype, [n, d]; usually the rows of `lm_head`.
-        expert_size: S, the number of slots in an expert. Beyond n, the one expert is padded to this size.
+        features: one row per token, of any float dtype, [n, d].
+        expert_size: S, slots per expert. If S exceeds n, the only expert is padded to S.
         seed: of the random choices.
 
     Returns:
-        Row numbers of `features`, int64 [M, S], M = ceil(n / S). Every row number is in exactly one expert, and they
-        ascend within it. The M S - n slots left over are gathered in the last few experts, and repeat the first row
-        number of their expert.
+        Row indices of `features`, int64 [M, S], M = ceil(n / S). Every index is in exactly one expert, in ascending
+        order. The M S - n padding slots are in the last few experts, and repeat the first index of their expert.
 
     Raises:
         InputError: `features` is not a matrix of finite floats with at least one row, or `expert_size` is below 1.
@@ -78,21 +77,21 @@ def _refuse(features: torch.Tensor, expert_size: int) -> None:
         found = f"{features.dtype} of shape {list(features.shape)}"
         raise InputError(f"features must be floats of shape [tokens, dimensions], at least one of each; got {found}.")
     if expert_size < 1:
-        raise InputError(f"expert_size is {expert_size}, and an expert holds at least one token: pass 1 or more.")
+        raise InputError(f"expert_size is {expert_size}, must be at least 1.")
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of the features in fp32, centred and scaled so that the mean squared norm is 1; made when they are taken."""
+    """Rows of the features in fp32, centred and scaled to a mean squared norm of 1; computed when they are taken."""
 
     features: torch.Tensor  # [all tokens, d]
-    ids: torch.Tensor  # [n], which of them
+    ids: torch.Tensor  # [n], indices of the tokens in use
     mean: torch.Tensor  # [d]
     scale: float
 
     @classmethod
     def normalised(cls, features: torch.Tensor) -> "_Rows":
-        """All rows of the features; refuses those that are not finite."""
+        """All rows of the features; raises InputError if one is not finite."""
         features = features.detach().cpu()
         blocks = features.split(max(1, BLOCK_ELEMENTS // features.shape[1]))
         _refuse_rows(torch.cat([block.float().isfinite().all(1) for block in blocks]))
@@ -109,7 +108,7 @@ class _Rows:
         return len(self.ids)
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The rows of `tokens`, numbers below n, as fp32 [len(tokens), d]."""
+        """The rows of `tokens`, indices below n: fp32 [len(tokens), d]."""
         return self.features[self.ids[tokens]].float().sub_(self.mean).div_(self.scale)
 
 
@@ -117,13 +116,13 @@ def _refuse_rows(is_finite: torch.Tensor) -> None:
     bad = (~is_finite).nonzero()[:, 0]
     if len(bad):
         raise InputError(
-            f"{len(bad):,} of the {len(is_finite):,} rows of the features hold NaN, infinity or numbers beyond fp32, "
-            f"the first of them row {int(bad[0])}: repair these rows of the dense model."
+            f"{len(bad):,} of the {len(is_finite):,} rows of the features hold NaN, infinity or values beyond fp32, "
+            f"first in row {int(bad[0])}: repair these rows of the dense model."
         )
 
 
 def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int) -> torch.Tensor:
-    """The expert of every token, int64 [n]. Where it would take too long to alternate often, bisection goes first."""
+    """The expert of every token, int64 [n]. Starts from bisection if there is time for few alternations only."""
     alternations = round(ALTERNATION_FLOPS / (2.0 * len(rows) * num_experts * rows.features.shape[1]))
     if alternations < MAX_ALTERNATIONS:
         every_row = rows.take(torch.arange(len(rows)))
@@ -131,12 +130,12 @@ def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int)
         sums = torch.zeros(num_experts, every_row.shape[1]).index_add_(0, home, every_row)
         auction = _Auction(rows, expert_size, sums / home.bincount(minlength=num_experts).unsqueeze(-1))
         auction.home[: len(rows)] = home
-        coarsest = MEDIUM_RAISE
+        coarsest = MEDIUM_INCREMENT
     else:
         auction = _Auction(rows, expert_size, _kmeans_centroids(rows, num_experts, seed))
-        coarsest = COARSE_RAISE
-    raises = _geometric(coarsest, FINE_RAISE, min(MAX_ALTERNATIONS, max(MIN_ALTERNATIONS, alternations)))
-    _alternate("balancing the experts", auction, raises, ROUNDS_AT_THE_END)
+        coarsest = COARSE_INCREMENT
+    increments = _geometric(coarsest, FINE_INCREMENT, min(MAX_ALTERNATIONS, max(MIN_ALTERNATIONS, alternations)))
+    _alternate("balancing the experts", auction, increments, ROUNDS_AT_THE_END)
     return auction.home[: len(rows)]
 
 
@@ -145,18 +144,18 @@ def _geometric(first: float, last: float, count: int) -> list[float]:
 
 
 def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
-    """Centroids of mini-batch k-means that starts at tokens drawn at random, fp32 [M, d].
+    """Centroids of mini-batch k-means from a random start, fp32 [M, d].
 
-    Tokens drawn at random, unlike those of k-means++, are dense where tokens are: what equal sizes need.
+    Random tokens, unlike those of k-means++, follow the density of the tokens, as experts of equal size have to.
     """
-    batch_size = min(len(rows), max(TOKENS_A_BATCH, num_experts))
+    batch_size = min(len(rows), max(TOKENS_PER_BATCH, num_experts))
     batch_flops = 2.0 * batch_size * num_experts * rows.features.shape[1]
     batches = min(KMEANS_EPOCHS * math.ceil(len(rows) / batch_size), max(4, int(KMEANS_FLOPS / batch_flops)))
     generator = torch.Generator().manual_seed(seed)
     start = rows.take(torch.randperm(len(rows), generator=generator)[:num_experts]).numpy()
     kmeans = MiniBatchKMeans(num_experts, init=start, n_init=1, random_state=seed % 2**32)
     with progress("finding the centroids", batches * batch_size, "tokens") as advance, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows make centroids that are equal too
+        warnings.simplefilter("ignore", ConvergenceWarning)  # equal rows make equal centroids
         for _ in range(batches):
             batch = torch.randperm(len(rows), generator=generator)[:batch_size]
             kmeans.partial_fit(rows.take(batch).numpy())
@@ -164,21 +163,21 @@ def _kmeans_centroids(rows: _Rows, num_experts: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(kmeans.cluster_centers_).float()
 
 
-def _alternate(what: str, auction: "_Auction", raises: list[float], last_rounds: int) -> None:
-    """Balance, and move the centroids to the means of the experts, once for each of the least raises."""
-    with progress(what, 2 * len(auction.rows) * len(raises), "tokens") as advance:
-        for number, least_raise in enumerate(raises, start=1):
-            auction.look_around(advance)
-            auction.run(least_raise, last_rounds if number == len(raises) else ROUNDS_WHILE_ALTERNATING, advance)
+def _alternate(what: str, auction: "_Auction", increments: list[float], last_rounds: int) -> None:
+    """Run the auction and move the centroids to the means of their experts, once for each minimum increment."""
+    with progress(what, 2 * len(auction.rows) * len(increments), "tokens") as advance:
+        for number, increment in enumerate(increments, start=1):
+            auction.search_all(advance)
+            auction.run(increment, last_rounds if number == len(increments) else ROUNDS_WHILE_ALTERNATING, advance)
             auction.move_centroids()
 
 
 class _Auction:
-    """Tokens bid for slots of experts; prices rise until every token holds the slot that it likes best, nearly.
+    """Tokens bid for slots of experts; prices rise until every token holds a slot of nearly the best value to it.
 
-    The value of an expert to a token is minus (squared distance + price), plus a constant of the token. The slots of
-    an expert are alike, so its price is the lowest of the bids that hold them. Spare tokens, equally near to all
-    experts, fill the slots left over: without them a price could stay above zero at an expert that is short.
+    The value of an expert to a token is minus (squared distance + price), plus a constant per token. The slots of an
+    expert are identical, so its price is the lowest bid that holds one. Dummy tokens, equally near to all experts,
+    fill the surplus slots: without them a price could stay above zero at an expert that is not full.
     """
 
     def __init__(self, rows: _Rows, expert_size: int, centroids: torch.Tensor) -> None:
@@ -187,35 +186,37 @@ class _Auction:
         self.centroids = centroids  # [M, d]
         self.norms = centroids.square().sum(1)
         self.price = torch.zeros(len(centroids))  # [M]
-        self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: nobody
+        self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: a free slot
         self.bids = torch.full((len(centroids), expert_size), -torch.inf)
-        self.home = torch.full((len(centroids) * expert_size,), -1)  # expert of every token, then of the spare ones
+        self.home = torch.full(
+            (len(centroids) * expert_size,), -1
+        )  # expert of every token, then of the dummies; -1: none
         num_nearest = min(NEAREST_EXPERTS, len(centroids))
         self.nearest = torch.empty(len(rows), num_nearest, dtype=torch.int32)
-        self.distance = torch.empty(len(rows), num_nearest)  # to the nearest experts, squared, less the least
-        self.elsewhere = torch.empty(len(rows))  # the other experts' values are below this, as prices only rise
+        self.distance = torch.empty(len(rows), num_nearest)  # squared, to the nearest experts, minus the smallest
+        self.elsewhere = torch.empty(len(rows))  # upper bound of the values of experts not listed, as prices only rise
         self.mean_distance = 0.0
 
-    def look_around(self, advance: Advance) -> None:
-        """Let every token look at all experts; prices and homes stay."""
+    def search_all(self, advance: Advance) -> None:
+        """List the nearest experts of every token again; prices and assignments stay."""
         self.price -= float(self.price.min())
         total = 0.0
         for tokens in torch.arange(len(self.rows)).split(max(1, BLOCK_ELEMENTS // len(self.price))):
-            total += self._look(tokens)
+            total += self._search(tokens)
             advance(len(tokens))
         self.mean_distance = max(MIN_MEAN_DISTANCE, total / len(self.rows))
 
-    def run(self, least_raise: float, max_rounds: int, advance: Advance) -> None:
-        """Give every token a home, starting from the homes that are still good enough.
+    def run(self, increment: float, max_rounds: int, advance: Advance) -> None:
+        """Assign every token, starting from the assignments that are still good enough.
 
         Args:
-            least_raise: by how much a bid exceeds the price that makes the token's two best experts equal, as a share
-                of the mean squared distance. The total ends within this share of the optimum, usually much nearer.
-            max_rounds: of bids; the tokens left after them go to experts that have room.
-            advance: told the number of tokens, not counting the spare ones, that have a home.
+            increment: by how much a bid exceeds the price at which the token's two best experts are of equal value,
+                relative to the mean squared distance. The total ends within this share of the optimum, usually closer.
+            max_rounds: of bids; tokens still unassigned after them go to experts with free slots.
+            advance: told the number of tokens, without the dummies, that are assigned.
         """
-        least_raise *= self.mean_distance
-        self._leave_homes(least_raise)
+        increment *= self.mean_distance
+        self._release(increment)
         reported = 0
         threads = torch.get_num_threads()
         for _ in range(max_rounds):
@@ -225,21 +226,21 @@ class _Auction:
             reported = placed
             if not len(waiting):
                 break
-            waiting = waiting[-TOKENS_A_ROUND:]
+            waiting = waiting[-TOKENS_PER_ROUND:]
             with _threads(1):
                 is_outdated = self._are_outdated(waiting)
-            if is_outdated.all() or int(is_outdated.sum()) >= TOKENS_WORTH_LOOKING:
+            if is_outdated.all() or int(is_outdated.sum()) >= MIN_TOKENS_PER_SEARCH:
                 with _threads(threads):
-                    self._look(waiting[is_outdated])
+                    self._search(waiting[is_outdated])
             else:
                 waiting = waiting[~is_outdated]
             with _threads(1):
-                self._sell(*self._bid(waiting, least_raise))
+                self._sell(*self._bid(waiting, increment))
         self._fill_up()
         advance(len(self.rows) - reported)
 
     def move_centroids(self) -> None:
-        """Move every centroid to the mean of its expert; that of an expert without tokens stays."""
+        """Move every centroid to the mean of its expert; an empty expert keeps its own."""
         totals = torch.zeros_like(self.centroids)
         for tokens in torch.arange(len(self.rows)).split(max(1, BLOCK_ELEMENTS // totals.shape[1])):
             totals.index_add_(0, self.home[tokens], self.rows.take(tokens))
@@ -247,11 +248,13 @@ class _Auction:
         self.centroids = torch.where(counts > 0, totals / counts.clamp(min=1), self.centroids)
         self.norms = self.centroids.square().sum(1)
 
-    def _look(self, tokens: torch.Tensor) -> float:
-        """Find the experts of highest value to `tokens` at the present prices; returns the sum of least distances."""
+    def _search(self, tokens: torch.Tensor) -> float:
+        """List the experts of highest value to `tokens` at current prices; return the sum of the smallest distances."""
         rows = self.rows.take(tokens)
         values = torch.addmm(self.norms + self.price, rows, self.centroids.T, beta=-1, alpha=2)
-        value, expert = values.topk(self.nearest.shape[1], dim=1)  # two thirds of the time of the smallest costs
+        value, expert = values.topk(
+            self.nearest.shape[1], dim=1
+        )  # of the largest values: 1.5 times as fast as of the smallest costs
         distance = -value - self.price[expert]
         least = distance.amin(1)
         self.nearest[tokens] = expert.int()
@@ -262,41 +265,41 @@ class _Auction:
     def _values(self, tokens: torch.Tensor) -> torch.Tensor:
         return -(self.distance[tokens] + self.price[self.nearest[tokens].long()])
 
-    def _leave_homes(self, least_raise: float) -> None:
-        """Free the spare tokens, and those to which another expert is worth more by over `least_raise`."""
+    def _release(self, increment: float) -> None:
+        """Unassign the dummies, and the tokens to which another expert is worth more by over `increment`."""
         self.home[len(self.rows) :] = -1
-        for tokens in torch.arange(len(self.rows)).split(TOKENS_A_ROUND):
+        for tokens in torch.arange(len(self.rows)).split(TOKENS_PER_ROUND):
             values = self._values(tokens)
             is_home = self.nearest[tokens] == self.home[tokens, None]
             own = torch.where(is_home, values, -torch.inf).amax(1)
             best = torch.maximum(values.amax(1), self.elsewhere[tokens])
-            self.home[tokens] = torch.where(own < best - least_raise, -1, self.home[tokens])
+            self.home[tokens] = torch.where(own < best - increment, -1, self.home[tokens])
         self.holders = _members(self.home, len(self.price), self.expert_size)
         self.bids = torch.where(self.holders >= 0, self.price[:, None], -torch.inf)
 
     def _are_outdated(self, waiting: torch.Tensor) -> torch.Tensor:
-        """Whether an expert that a token does not know may be worth more to it than all that it knows."""
+        """Whether an expert that a token does not list may be worth more to it than all that it lists."""
         is_outdated = waiting < len(self.rows)
         tokens = waiting[is_outdated]
         is_outdated[is_outdated.clone()] = self._values(tokens).amax(1) < self.elsewhere[tokens]
         return is_outdated
 
-    def _bid(self, waiting: torch.Tensor, least_raise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The bidders, for which experts, and what they offer: what makes their second best as good, and a raise."""
-        spare, tokens = waiting[waiting >= len(self.rows)], waiting[waiting < len(self.rows)]
+    def _bid(self, waiting: torch.Tensor, increment: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The bidders, their experts and their bids: the price at which the second best is as good, and `increment`."""
+        dummies, tokens = waiting[waiting >= len(self.rows)], waiting[waiting < len(self.rows)]
         cheapest = self.price.topk(2, largest=False)
         best, column = self._values(tokens).topk(2, dim=1)
         expert = self.nearest[tokens].gather(1, column[:, :1])[:, 0].long()
         second = torch.maximum(best[:, 1], self.elsewhere[tokens])
-        offer = self.price[expert] + (best[:, 0] - second) + least_raise
+        offer = self.price[expert] + (best[:, 0] - second) + increment
         return (
-            torch.cat([spare, tokens]),
-            torch.cat([cheapest.indices[0].expand(len(spare)), expert]),
-            torch.cat([(cheapest.values[1] + least_raise).expand(len(spare)), offer]),
+            torch.cat([dummies, tokens]),
+            torch.cat([cheapest.indices[0].expand(len(dummies)), expert]),
+            torch.cat([(cheapest.values[1] + increment).expand(len(dummies)), offer]),
         )
 
     def _sell(self, tokens: torch.Tensor, experts: torch.Tensor, offers: torch.Tensor) -> None:
-        """Every expert keeps the highest of the bids that it holds and of those offered."""
+        """Every expert keeps the highest of its old and new bids."""
         order = offers.argsort(descending=True, stable=True)
         order = order[experts[order].argsort(stable=True)]
         wanted, which, rank = _ranks(experts[order])
@@ -314,7 +317,7 @@ class _Auction:
         self.price[wanted] = torch.maximum(self.price[wanted], kept[:, -1])
 
     def _fill_up(self) -> None:
-        """Send tokens without a home to the nearest expert with room, near ones first; the last ones anywhere."""
+        """Assign the remaining tokens to the nearest expert with free slots, nearest first; the last ones anywhere."""
         home = self.home[: len(self.rows)]
         for _ in range(ROUNDS_OF_FILLING_UP):
             left, room = self._left_and_room()
@@ -334,7 +337,7 @@ class _Auction:
         return (home < 0).nonzero()[:, 0], self.expert_size - home[home >= 0].bincount(minlength=len(self.price))
 
     def _nearest_of(self, experts: torch.Tensor, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Squared distance to the nearest of `experts` and which that is, block by block of the tokens."""
+        """Squared distance to the nearest of `experts`, and that expert, for each block of the tokens."""
         found = []
         for block in tokens.split(max(1, BLOCK_ELEMENTS // len(experts))):
             nearest = torch.cdist(self.rows.take(block), self.centroids[experts]).min(1)
@@ -344,7 +347,7 @@ class _Auction:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Share work among `count` threads: in short work, on a busy machine, threads mostly wait for one another."""
+    """Use `count` threads within the context: in short operations threads mostly wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -354,13 +357,13 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The distinct groups of an ascending list, which of them an entry is in, and its rank within that group."""
+    """The distinct groups of a sorted list, the group index of each entry, and its rank within the group."""
     distinct, which, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
     return distinct, which, torch.arange(len(groups)) - (counts.cumsum(0) - counts)[which]
 
 
 def _members(home: torch.Tensor, num_experts: int, expert_size: int) -> torch.Tensor:
-    """The tokens of every expert, ascending, then -1 where it is short, int64 [M, S]; a token at home -1 is nowhere."""
+    """The tokens of every expert, ascending, padded with -1: int64 [M, S]. Tokens with `home` -1 are left out."""
     order = home.argsort(stable=True)
     order = order[home[order] >= 0]
     members = torch.full((num_experts, expert_size), -1)
@@ -369,6 +372,6 @@ def _members(home: torch.Tensor, num_experts: int, expert_size: int) -> torch.Te
 
 
 def _padded(members: torch.Tensor) -> torch.Tensor:
-    """Full experts first, then short ones, with their first token for every -1."""
+    """Sort full experts first, and replace every -1 by the first token of its expert."""
     members = members[(members < 0).sum(1).argsort(stable=True)]
     return torch.where(members < 0, members[:, :1], members)

@@ -1,4 +1,4 @@
-"""Tokens that are not just text: those that end one, the tokenizer's special ones, and ids that no text has."""
+"""Special tokens: those that end a text, the tokenizer's others, and unused ids."""
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -6,23 +6,22 @@ from hf_topk.model.errors import InputError
 
 
 def end_ids(generation: GenerationConfig | None) -> list[int]:
-    """Ids of the tokens at which generation stops.
+    """Ids of the tokens that stop generation.
 
     Args:
-        generation: of the dense model, if it has one.
+        generation: the dense model's generation config, if it has one.
     """
     ends = None if generation is None else generation.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, num_always_on: int) -> list[int]:
-    """Ids of special tokens: those that end a text, those with a name, then others, such as markers of turns and tools.
+    """Ids of special tokens: those that end a text, the named ones, then others, such as markers of turns and tools.
 
     Args:
         model: the dense model.
         tokenizer: its tokenizer, if it has one.
-        num_always_on: A; a quarter of it is the most that those without a name get, which some models reserve by the
-            hundred.
+        num_always_on: A; the unnamed ones, which some models reserve by the hundred, get at most a quarter of it.
     """
     ends = end_ids(model.generation_config)
     if tokenizer is None:
@@ -33,11 +32,11 @@ def special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return [*first, *others[: num_always_on // 4]]
 
 
-def textless_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
-    """Ids that no text has: the tokenizer has no token for these rows, with which a head is padded to a round size.
+def unused_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> list[int]:
+    """Ids without a token in the tokenizer: rows that pad a head to a round size.
 
     Args:
-        tokenizer: the dense model's, if it has one; without it none are known.
+        tokenizer: the dense model's, if it has one; without it the list is empty.
         vocab_size: V.
     """
     if tokenizer is None:
@@ -46,15 +45,15 @@ def textless_ids(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> 
 
 
 def check_ends_always_on(num_always_on: int, ends: list[int], vocab_size: int) -> None:
-    """Refuse always-on tokens that leave out some of those that end a text; none at all are as they were asked for.
+    """Refuse a number of always-on tokens that is too small for the tokens that end a text; 0 is allowed.
 
     Args:
         num_always_on: A.
         ends: ids that end a text.
-        vocab_size: V; ids beyond it count for nothing.
+        vocab_size: V; ids beyond it are ignored.
 
     Raises:
-        InputError: when there are some, but fewer than end a text.
+        InputError: when A is above 0 and below the number of tokens that end a text.
     """
     needed = len({token for token in ends if 0 <= token < vocab_size})
     if 0 < num_always_on < needed:

@@ -66,9 +66,9 @@ def auctioned_home(features: torch.Tensor, centroids: torch.Tensor, expert_size:
     """The auction alone, on given centroids, with ever finer raises."""
     rows = _Rows(features, torch.arange(len(features)), torch.zeros(features.shape[1]), 1.0)
     auction = _Auction(rows, expert_size, centroids)
-    auction.look_around(lambda amount=1: None)
-    for least_raise in (1e-1, 1e-2, finest):
-        auction.run(least_raise, 100_000, lambda amount=1: None)
+    auction.search_all(lambda amount=1: None)
+    for increment in (1e-1, 1e-2, finest):
+        auction.run(increment, 100_000, lambda amount=1: None)
     return auction.home[: len(features)]
 
 
@@ -213,7 +213,7 @@ def test_rows_that_are_not_finite_are_named(value):
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_an_expert_without_slots_is_refused(size):
-    with pytest.raises(InputError, match=f"expert_size is {size}.* pass 1 or more"):
+    with pytest.raises(InputError, match=f"expert_size is {size}.* must be at least 1"):
         partition(torch.ones(4, 2), size, seed=0)
 
 

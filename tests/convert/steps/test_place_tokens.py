@@ -95,16 +95,16 @@ def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on:
     assert sorted(torch.cat(groups_of(head)).tolist()) == list(range(VOCAB_SIZE))
 
 
-@pytest.mark.parametrize("num_textless", [1, 16, 33, 90])
-def test_ids_that_no_text_has_are_in_experts_of_their_own(num_textless: int) -> None:
+@pytest.mark.parametrize("num_unused", [1, 16, 33, 90])
+def test_ids_that_no_text_has_are_in_experts_of_their_own(num_unused: int) -> None:
     """But for the rarest other tokens, which fill them up."""
     head = tiny_converted(num_always_on=4).head
     statistics = token_statistics(some_states(), head.weight, None)
     rarest = statistics.probabilities.argsort()
-    textless = rarest[50 - num_textless // 2 :][:num_textless].tolist()  # as likely as any
-    place_tokens(head, [0, 98], textless, statistics, 0)
+    unused = rarest[50 - num_unused // 2 :][:num_unused].tolist()  # as likely as any
+    place_tokens(head, [0, 98], unused, statistics, 0)
     assert sorted([*head.expert_ids.flatten().tolist(), *head.always_on_ids.tolist()]) == list(range(VOCAB_SIZE))
-    routed = {token for token in textless if token not in head.always_on_ids}
+    routed = {token for token in unused if token not in head.always_on_ids}
     of_them = [expert for expert in head.expert_ids.tolist() if routed & set(expert)]
     others = [int(token) for token in rarest if token not in head.always_on_ids and int(token) not in routed]
     count = -(-len(routed) // 16) * 16 - len(routed)

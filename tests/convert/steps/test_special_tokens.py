@@ -10,7 +10,7 @@ from transformers import AddedToken, GenerationConfig
 
 from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert, processes
-from hf_topk.convert.steps.special_tokens import check_ends_always_on, special_ids, textless_ids
+from hf_topk.convert.steps.special_tokens import check_ends_always_on, special_ids, unused_ids
 
 
 def converted(dense: Any, tokenizer: Any, num_always_on: int, text: Path) -> TopKExpertsForCausalLM:
@@ -54,13 +54,13 @@ def test_some_of_the_ends_alone_are_refused(tmp_path: Path) -> None:
 
 def test_ids_that_no_text_has_are_those_without_a_token() -> None:
     tokenizer = tiny_tokenizer()
-    assert textless_ids(tokenizer, 100) == []
-    assert textless_ids(tokenizer, 98) == []  # some tokens are beyond the head
-    assert textless_ids(tokenizer, 104) == [100, 101, 102, 103]
+    assert unused_ids(tokenizer, 100) == []
+    assert unused_ids(tokenizer, 98) == []  # some tokens are beyond the head
+    assert unused_ids(tokenizer, 104) == [100, 101, 102, 103]
     tokenizer.add_tokens(["new"])
-    assert textless_ids(tokenizer, 104) == [101, 102, 103]
-    assert textless_ids(character_tokenizer(), 100) == [97, 98, 99]
-    assert textless_ids(None, 104) == []
+    assert unused_ids(tokenizer, 104) == [101, 102, 103]
+    assert unused_ids(character_tokenizer(), 100) == [97, 98, 99]
+    assert unused_ids(None, 104) == []
 
 
 def test_ends_beyond_the_vocabulary_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""How many experts and exact logits it takes to agree with the dense head: what is chosen, and what is refused."""
+"""The choice of k and R: which operating point is chosen, and what is refused."""
 
 import json
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.convert import convert
 from hf_topk.convert.recipe import Recipe
-from hf_topk.convert.steps import calibrate
-from hf_topk.convert.steps.calibrate import (
-    DenseChoices,
-    Setting,
+from hf_topk.convert.steps import choose_operating_point as operating_point
+from hf_topk.convert.steps.choose_operating_point import (
+    DenseArgmax,
+    OperatingPoint,
     Target,
     TargetNotReachedError,
     agrees,
-    choose,
     choose_num_rescored,
-    dense_choices,
-    reach,
+    choose_operating_point,
+    dense_argmax,
+    rank_argmax,
 )
 from hf_topk.convert.steps.distill import expert_masses, groups_of, start_router
 from hf_topk.convert.steps.fit_packed_rows import fit_tail, metric_of, pack_router
@@ -46,14 +46,14 @@ def some_windows(documents: tuple[int, ...] = (5, 5, 0, 2), seed: int = 3) -> li
     ]
 
 
-def some_choices(head: TopKExpertsHead, positions: int = 400) -> DenseChoices:
-    """What a dense head chooses at random states of ten documents."""
+def random_argmax(head: TopKExpertsHead, positions: int = 400) -> DenseArgmax:
+    """The dense argmax at random states of ten documents."""
     states = torch.randn(positions, 32, generator=torch.Generator().manual_seed(8))
-    return DenseChoices(states, F.linear(states, head.weight, head.bias).argmax(dim=-1), torch.arange(positions) % 10)
+    return DenseArgmax(states, F.linear(states, head.weight, head.bias).argmax(dim=-1), torch.arange(positions) % 10)
 
 
 def fitted(**sizes: int) -> TopKExpertsForCausalLM:
-    """A head whose router and screen know something of the dense head, but not all."""
+    """A model whose router and screen approximate the dense head roughly."""
     model = tiny_converted(**{"router_rank": 12, "tail_rank": 12, **sizes})
     head = model.head.requires_grad_(False)
     head.weight.mul_(0.05)
@@ -71,28 +71,28 @@ def model() -> TopKExpertsForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def dense(model: TopKExpertsForCausalLM) -> DenseChoices:
-    return some_choices(model.head)
+def dense(model: TopKExpertsForCausalLM) -> DenseArgmax:
+    return random_argmax(model.head)
 
 
-def settings_of(head: TopKExpertsHead) -> Iterator[Setting]:
+def settings_of(head: TopKExpertsHead) -> Iterator[OperatingPoint]:
     """All that may be chosen for a few experts, each of which is tried."""
     for k in range(1, head.num_experts + 1):
         most, rescored = k * head.expert_size, 16
         while rescored < most:
-            yield Setting(k, rescored)
+            yield OperatingPoint(k, rescored)
             rescored = max(rescored + 1, round(rescored * 1.15))
-        yield Setting(k, most)
+        yield OperatingPoint(k, most)
 
 
 @torch.no_grad()
-def gets_exact_logit(head: TopKExpertsHead, dense: DenseChoices) -> Tensor:
+def gets_exact_logit(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
     """Whether the dense argmax gets an exact logit, as the head itself has it."""
     ids = head.score(dense.states).ids.flatten(1)
     return (ids == dense.best.unsqueeze(-1)).any(dim=-1) | torch.isin(dense.best, head.always_on_ids)
 
 
-def tried_out(model: TopKExpertsForCausalLM, dense: DenseChoices) -> list[tuple[float, float, float, Setting]]:
+def tried_out(model: TopKExpertsForCausalLM, dense: DenseArgmax) -> list[tuple[float, float, float, OperatingPoint]]:
     """Bytes read, lower bound and share of what gets an exact logit, and the setting, of all settings."""
     found = []
     for setting in settings_of(model.head):
@@ -103,23 +103,23 @@ def tried_out(model: TopKExpertsForCausalLM, dense: DenseChoices) -> list[tuple[
     return found
 
 
-def chosen_by(model: TopKExpertsForCausalLM) -> Setting:
+def chosen_by(model: TopKExpertsForCausalLM) -> OperatingPoint:
     head, config = model.head, model.config
     assert (config.num_experts_per_tok, config.num_rescored) == (head.num_experts_per_tok, head.num_rescored)
-    return Setting(head.num_experts_per_tok, head.num_rescored)
+    return OperatingPoint(head.num_experts_per_tok, head.num_rescored)
 
 
-def as_run(setting: Setting) -> Setting:
+def as_run(setting: OperatingPoint) -> OperatingPoint:
     """With all experts picked there is no screen, whatever R is."""
-    return Setting(9, 99) if setting.num_experts_per_tok == 9 else setting
+    return OperatingPoint(9, 99) if setting.num_experts_per_tok == 9 else setting
 
 
 # What the dense head chooses
 
 
-def test_dense_choices_are_those_of_each_window() -> None:
+def test_the_dense_argmax_is_that_of_each_window() -> None:
     model, windows = tiny_converted(), some_windows()
-    dense = dense_choices(model, windows)
+    dense = dense_argmax(model, windows)
     states, best = [], []
     with torch.no_grad():
         for window in windows:
@@ -133,7 +133,7 @@ def test_dense_choices_are_those_of_each_window() -> None:
 @pytest.mark.parametrize(("k", "rescored"), [(1, 256), (3, 20), (6, 256)])
 def test_agreement_and_its_bound_are_what_is_measured_as_fidelity(k: int, rescored: int) -> None:
     model, windows = tiny_converted(num_experts_per_tok=k, num_rescored=rescored), some_windows()
-    dense, fidelity = dense_choices(model, windows), measure_fidelity(model, windows)
+    dense, fidelity = dense_argmax(model, windows), measure_fidelity(model, windows)
     agreed = agrees(model.head, dense)
     assert float(agreed.double().mean()) == pytest.approx(fidelity.agreement)
     assert dense.bound(agreed) == pytest.approx(fidelity.agreement_lower_bound)
@@ -141,7 +141,7 @@ def test_agreement_and_its_bound_are_what_is_measured_as_fidelity(k: int, rescor
 
 
 @pytest.mark.parametrize(("count", "left"), [(400, 400), (399, 200), (130, 100), (1, 1)])
-def test_fewer_positions_are_spread_over_all(count: int, left: int, dense: DenseChoices) -> None:
+def test_fewer_positions_are_spread_over_all(count: int, left: int, dense: DenseArgmax) -> None:
     some = dense.evenly_spaced(count)
     step = 400 // left
     assert torch.equal(some.states, dense.states[::step])
@@ -156,11 +156,11 @@ def test_fewer_positions_are_spread_over_all(count: int, left: int, dense: Dense
 def test_ranks_are_what_counting_one_by_one_gives(
     always_on: int, experts: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "ESTIMATES_AT_ONCE", 7 * VOCAB_SIZE)  # so that blocks have edges
+    monkeypatch.setattr(operating_point, "ESTIMATES_AT_ONCE", 7 * VOCAB_SIZE)  # so that blocks have edges
     head = fitted(num_always_on=always_on, num_experts=experts, expert_size=size).head
-    dense = some_choices(head, 40)
-    reached = reach(head, dense)
-    assert (reached.tried[0], reached.tried[-1]) == (1, experts)
+    dense = random_argmax(head, 40)
+    ranks = rank_argmax(head, dense)
+    assert (ranks.tried[0], ranks.tried[-1]) == (1, experts)
     scores, everything = head.router(dense.states), torch.arange(experts).expand(40, -1)
     screened = head.tail.screen(dense.states, everything)
     for position, best in enumerate(dense.best.tolist()):
@@ -172,9 +172,9 @@ def test_ranks_are_what_counting_one_by_one_gives(
             within = torch.tensor(list(first.values())).log_softmax(dim=-1) + scores[position, expert]
             estimates.append(dict(zip(first, within.tolist(), strict=True)))
         order = scores[position].argsort(descending=True).tolist()
-        for which, k in enumerate(reached.tried):
+        for which, k in enumerate(ranks.tried):
             tokens = {token: value for expert in order[:k] for token, value in estimates[expert].items()}
-            rank = int(reached.ranks[position, which])
+            rank = int(ranks.ranks[position, which])
             if best in head.always_on_ids:
                 assert rank == -1
             elif best not in tokens:
@@ -187,17 +187,17 @@ def test_ranks_are_what_counting_one_by_one_gives(
 @pytest.mark.parametrize(("always_on", "experts", "size"), LAYOUTS)
 def test_ranks_tell_what_gets_an_exact_logit(always_on: int, experts: int, size: int) -> None:
     model = fitted(num_always_on=always_on, num_experts=experts, expert_size=size)
-    dense = some_choices(model.head)
-    reached = reach(model.head, dense)
+    dense = random_argmax(model.head)
+    ranks = rank_argmax(model.head, dense)
     found = set()
-    for which, k in enumerate(reached.tried):
+    for which, k in enumerate(ranks.tried):
         for rescored in (1, 3, 16, 30, 50, k * size - 1, k * size):
             if not 1 <= rescored <= k * size:
                 continue
-            Setting(k, rescored).apply(model)
+            OperatingPoint(k, rescored).apply(model)
             expected = gets_exact_logit(model.head, dense)
             if k < experts or rescored == k * size:
-                assert torch.equal(reached.agrees(which, rescored), expected)
+                assert torch.equal(ranks.agrees(which, rescored), expected)
                 found.add(int(expected.sum()))
     assert len(found) > 5
     assert max(found) == len(dense.best)
@@ -210,21 +210,21 @@ def test_ranks_tell_what_gets_an_exact_logit(always_on: int, experts: int, size:
 def test_reads_the_fewest_bytes_of_all_that_reach_the_target(tail_rank: int) -> None:
     """For every bound that there is; a poor screen makes it better to leave the screen out."""
     model = fitted(**SIZES, tail_rank=tail_rank)
-    dense = some_choices(model.head, 200)
+    dense = random_argmax(model.head, 200)
     everything = tried_out(model, dense)
     for target in {bound for _, bound, _, _ in everything}:
         expected = min(share for share, bound, _, _ in everything if bound >= target)
-        choose(model, dense, reach(model.head, dense), Target(target))
+        choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(target))
         assert model.head.bytes_read() / model.head.dense_bytes() == pytest.approx(expected)
         assert dense.bound(gets_exact_logit(model.head, dense)) >= target
 
 
 def test_neither_few_experts_nor_few_exact_logits_alone_are_the_fewest_bytes(
-    model: TopKExpertsForCausalLM, dense: DenseChoices
+    model: TopKExpertsForCausalLM, dense: DenseArgmax
 ) -> None:
     settings = []
     for share in (0.2, 0.5, 0.7, 0.8, 0.9, 0.95):
-        choose(model, dense, reach(model.head, dense), Target(share))
+        choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(share))
         settings.append(chosen_by(model))
     assert any(1 < one.num_experts_per_tok < 9 for one in settings)
     assert any(one.num_rescored < one.num_experts_per_tok * 11 for one in settings)
@@ -232,68 +232,68 @@ def test_neither_few_experts_nor_few_exact_logits_alone_are_the_fewest_bytes(
 
 
 def test_a_limit_of_bytes_that_is_not_in_the_way_changes_nothing(
-    model: TopKExpertsForCausalLM, dense: DenseChoices
+    model: TopKExpertsForCausalLM, dense: DenseArgmax
 ) -> None:
-    choose(model, dense, reach(model.head, dense), Target(0.8))
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.8))
     expected, share = chosen_by(model), model.head.bytes_read() / model.head.dense_bytes()
-    choose(model, dense, reach(model.head, dense), Target(0.8, max_bytes_read=share + 1e-9))
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.8, max_bytes_read=share + 1e-9))
     assert chosen_by(model) == expected
 
 
 @pytest.mark.parametrize("place", [0.1, 0.4, 0.7])
 def test_within_the_bytes_what_agrees_most_often_comes_nearest(
-    place: float, model: TopKExpertsForCausalLM, dense: DenseChoices
+    place: float, model: TopKExpertsForCausalLM, dense: DenseArgmax
 ) -> None:
     everything = tried_out(model, dense)
-    choose(model, dense, reach(model.head, dense), Target(0.95))
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.95))
     least, most = min(one[0] for one in everything), model.head.bytes_read() / model.head.dense_bytes()
     limit = least + place * (most - least)
     within = [one for one in everything if one[0] <= limit]
     assert max(one[1] for one in within) < 0.95
     *_, expected = max(within, key=lambda one: (min(0.95, one[2]), -one[0]))
-    choose(model, dense, reach(model.head, dense), Target(0.95, max_bytes_read=limit))
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.95, max_bytes_read=limit))
     assert as_run(chosen_by(model)) == as_run(expected)
     assert model.head.bytes_read() / model.head.dense_bytes() <= limit
 
 
 def test_the_smallest_of_all_where_nothing_is_within_the_bytes(
-    model: TopKExpertsForCausalLM, dense: DenseChoices
+    model: TopKExpertsForCausalLM, dense: DenseArgmax
 ) -> None:
-    choose(model, dense, reach(model.head, dense), Target(0.5, max_bytes_read=1e-9))
-    assert chosen_by(model) == Setting(1, 16)
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.5, max_bytes_read=1e-9))
+    assert chosen_by(model) == OperatingPoint(1, 16)
 
 
 def test_what_was_expected_is_tried(
-    model: TopKExpertsForCausalLM, dense: DenseChoices, monkeypatch: pytest.MonkeyPatch
+    model: TopKExpertsForCausalLM, dense: DenseArgmax, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A setting that falls short of what the ranks promise, as the tail may make it, is passed over."""
-    reaching: dict[int, tuple[float, Setting]] = {}  # the fewest bytes for each number of experts
+    reaching: dict[int, tuple[float, OperatingPoint]] = {}  # the fewest bytes for each number of experts
     for share, bound, _, setting in tried_out(model, dense):
         if bound >= 0.5:
             reaching.setdefault(setting.num_experts_per_tok, (share, setting))
     best, second, *_ = [setting for _, setting in sorted(reaching.values(), key=lambda one: one[0])]
 
-    def passing(head: TopKExpertsHead, _: DenseChoices) -> Tensor:
+    def passing(head: TopKExpertsHead, _: DenseArgmax) -> Tensor:
         falls_short = head.num_experts_per_tok == best.num_experts_per_tok
         return torch.full_like(dense.best, not falls_short, dtype=torch.bool)
 
-    monkeypatch.setattr(calibrate, "agrees", passing)
-    choose(model, dense, reach(model.head, dense), Target(0.5))
+    monkeypatch.setattr(operating_point, "agrees", passing)
+    choose_operating_point(model, dense, rank_argmax(model.head, dense), Target(0.5))
     assert chosen_by(model) == second != best
 
 
 @pytest.mark.parametrize("k", range(1, 10))
 def test_at_a_given_k_the_fewest_exact_logits_that_lose_next_to_nothing(
-    k: int, model: TopKExpertsForCausalLM, dense: DenseChoices
+    k: int, model: TopKExpertsForCausalLM, dense: DenseArgmax
 ) -> None:
     at_k = [one for one in tried_out(model, dense) if one[3].num_experts_per_tok == k]
     if k == 9:  # the head does not screen then, but the screen is what would decide
-        reached = reach(model.head, dense)
-        shares = [float(reached.agrees(k - 1, one[3].num_rescored).double().mean()) for one in at_k]
+        ranks = rank_argmax(model.head, dense)
+        shares = [float(ranks.agrees(k - 1, one[3].num_rescored).double().mean()) for one in at_k]
     else:
         shares = [one[2] for one in at_k]
     expected = next(one[3] for one, share in zip(at_k, shares, strict=True) if share >= max(shares) - 0.001)
-    Setting(k, 1).apply(model)
+    OperatingPoint(k, 1).apply(model)
     choose_num_rescored(model, dense)
     assert chosen_by(model) == expected
     assert (expected.num_rescored < 11 * k) == (k > 1)
@@ -301,9 +301,9 @@ def test_at_a_given_k_the_fewest_exact_logits_that_lose_next_to_nothing(
 
 def test_a_given_k_stays_where_only_others_are_ranked() -> None:
     model = fitted(num_always_on=0, num_experts=25, expert_size=4)
-    assert 11 not in reach(model.head, some_choices(model.head)).tried
+    assert 11 not in rank_argmax(model.head, random_argmax(model.head)).tried
     model.num_experts_per_tok = 11
-    choose_num_rescored(model, some_choices(model.head))
+    choose_num_rescored(model, random_argmax(model.head))
     chosen = chosen_by(model)
     assert chosen.num_experts_per_tok == 11
     assert 16 <= chosen.num_rescored <= 44
@@ -325,13 +325,13 @@ def test_a_target_that_was_asked_for_has_to_be_reached(choices: dict[str, int]) 
 
 def test_without_a_target_what_comes_nearest_is_taken() -> None:
     report = convert(tiny_dense(), None, Recipe.from_dict(QUICK), windows=quick_windows())
-    figures = report.figures()
-    assert figures["agreement_lower_bound"] < 0.995  # so few positions cannot show it
-    assert figures["target_reached"] is False
-    assert float(agrees(report.model.head, report.choices).double().mean()) == pytest.approx(figures["agreement"])
+    metrics = report.metrics()
+    assert metrics["agreement_lower_bound"] < 0.995  # so few positions cannot show it
+    assert metrics["target_reached"] is False
+    assert float(agrees(report.model.head, report.dense_argmax).double().mean()) == pytest.approx(metrics["agreement"])
     given = convert(tiny_dense(), None, Recipe.from_dict({**QUICK, "num_experts_per_tok": 2}), windows=quick_windows())
-    assert given.figures()["target_reached"] is None
-    assert given.figures()["agreement"] <= figures["agreement"]
+    assert given.metrics()["target_reached"] is None
+    assert given.metrics()["agreement"] <= metrics["agreement"]
     assert given.model.head.num_experts_per_tok == 2
 
 
@@ -358,19 +358,19 @@ def test_converts_with_the_fewest_bytes(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, *ARGUMENTS, "--target-agreement", 0.9) == 0
-    figures = json.loads(capsys.readouterr().out)
-    chosen = figures["num_experts_per_tok"]
+    metrics = json.loads(capsys.readouterr().out)
+    chosen = metrics["num_experts_per_tok"]
     assert 1 < chosen < 25
-    assert figures["agreement_lower_bound"] >= 0.9
-    assert figures["target_reached"]
+    assert metrics["agreement_lower_bound"] >= 0.9
+    assert metrics["target_reached"]
     written = json.loads((here / "out" / "config.json").read_text())
-    assert (written["num_experts_per_tok"], written["num_rescored"]) == (chosen, figures["num_rescored"])
+    assert (written["num_experts_per_tok"], written["num_rescored"]) == (chosen, metrics["num_rescored"])
     recipe = Recipe.from_yaml(here / "out" / "recipe.yaml")
     assert (recipe.num_experts_per_tok, recipe.num_rescored, recipe.target_agreement) == (None, None, 0.9)
     card = (here / "out" / "README.md").read_text()
-    assert f"{100 * figures['agreement_lower_bound']:.2f} %" in card
-    assert "the settings are those that read the fewest bytes of all that reach 90.00 %" in card
-    assert f"{figures['positions']:,} positions of held-out documents of the sample (text.jsonl)" in card
+    assert f"{100 * metrics['agreement_lower_bound']:.2f} %" in card
+    assert "k and R are those that read the fewest bytes among all that reach 90.00 %" in card
+    assert f"{metrics['positions']:,} positions of held-out documents of the calibration text (text.jsonl)" in card
     # A single one is refused.
     options = ("--target-agreement", 0.9, "--num-experts-per-tok", 1, "--overwrite")
     assert run_main(monkeypatch, *ARGUMENTS, *options) == 1
@@ -392,7 +392,7 @@ def test_writes_nothing_below_the_target(
     assert "--allow-below-target" in message
     assert contents(here) == before
     assert run_main(monkeypatch, *ARGUMENTS, *options, "--allow-below-target") == 0
-    figures = json.loads(capsys.readouterr().out)
-    assert figures["agreement_lower_bound"] < 0.9
-    assert not figures["target_reached"]
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["agreement_lower_bound"] < 0.9
+    assert not metrics["target_reached"]
     assert "the target of 90.00 % is **not reached**" in (here / "out" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The last step: how many experts and exact logits it takes to agree with the dense head, on documents held out."""
+"""The last step: choose k and R, the operating point, by the agreement with the dense head on held-out documents."""
 
 import math
 import random
@@ -24,24 +24,24 @@ from .hidden_states import states_of_batch
 
 STATES_AT_ONCE = 256
 ESTIMATES_AT_ONCE = 1 << 22
-GROWTH = 1.15  # from one number of experts tried, or of exact logits, to the next
+GROWTH = 1.15  # ratio of one k tried, or one R tried, to the one before
 FEWEST_RESCORED = 16
-# Where nothing is promised, at most this share of the positions may lose the dense argmax to the screen.
+# Without a target, the screen may lose the dense argmax at no more than this share of the positions.
 LOST_TO_SCREEN = 0.001
 
 
 class TargetNotReachedError(TopKExpertsError):
-    """No setting that was allowed reaches the target agreement."""
+    """No allowed operating point reaches the target agreement."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a conversion promises.
+    """The agreement that a conversion has to reach.
 
     Attributes:
-        agreement: what the lower bound of the agreement is to reach, between 0 and 1.
-        max_bytes_read: most bytes read for a position, as a share of the dense head's; None for no limit.
-        or_nearest: whether to take what comes nearest where nothing reaches it.
+        agreement: the least lower bound of the agreement, between 0 and 1.
+        max_bytes_read: the most bytes to read per position, as a share of the dense head's; None for no limit.
+        or_nearest: whether to take the nearest operating point if none reaches it.
     """
 
     agreement: float
@@ -50,19 +50,19 @@ class Target:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
-        """What a recipe promises, or comes as near to as it can where it names no target."""
+        """The target of a recipe; the default, or the nearest to it, where the recipe names none."""
         is_named = recipe.target_agreement is not None
         agreement = recipe.target_agreement if recipe.target_agreement is not None else TARGET_AGREEMENT
         return cls(agreement, recipe.max_bytes_read, recipe.allow_below_target or not is_named)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Numbers of experts and exact logits.
+class OperatingPoint:
+    """A choice of k and R.
 
     Attributes:
-        num_experts_per_tok: k.
-        num_rescored: R.
+        num_experts_per_tok: k, experts picked per position.
+        num_rescored: R, exact logits per position.
     """
 
     num_experts_per_tok: int
@@ -73,29 +73,29 @@ class Setting:
         model.config.num_experts_per_tok, model.config.num_rescored = self.num_experts_per_tok, self.num_rescored
 
     def share_of_bytes(self, head: TopKExpertsHead) -> float:
-        """What a head reads for a position with this k and R, which are set, as a share of the dense head's bytes."""
+        """Set a head's k and R; return the bytes it then reads per position, as a share of the dense head's."""
         head.num_experts_per_tok, head.num_rescored = self.num_experts_per_tok, self.num_rescored
         return head.bytes_read() / head.dense_bytes()
 
 
 def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
-    """Split windows into those to distil on and those to measure on, no document in both.
+    """Split the windows by document: some to distil on, the rest held out to measure on.
 
-    A single document is split at the end of its first part instead.
+    A single document is cut in two.
 
     Args:
         windows: at least two.
-        held_out: share of the documents to measure on; at least one document.
-        seed: of the choice.
+        held_out: share of the documents to hold out; at least one document is.
+        seed: of the random split.
 
     Returns:
-        Windows to distil on and windows to measure on, neither of them empty.
+        The windows to distil on and the held-out windows; neither is empty.
 
     Raises:
         InputError: when there is only one window.
     """
     if len(windows) < 2:
-        raise InputError("the sample is a single window of tokens, which cannot be split: give more text")
+        raise InputError("the calibration text fills only one window, which cannot be split: give more text")
     documents = sorted({window.document for window in windows})
     if len(documents) == 1:
         first = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
@@ -109,43 +109,43 @@ def split_by_document(windows: list[Window], held_out: float, seed: int) -> tupl
 
 
 @dataclass(frozen=True)
-class DenseChoices:
-    """What the dense head chooses at each position, read once for every setting.
+class DenseArgmax:
+    """The dense head's argmax at each held-out position, computed once for all operating points.
 
     Attributes:
         states: hidden states, [N, d].
-        best: the dense argmax, int64 [N].
-        documents: number of the document that a position is in, from 0 up, int64 [N].
+        best: argmax of the dense logits, int64 [N].
+        documents: index of each position's document, from 0, int64 [N].
     """
 
     states: Tensor
     best: Tensor
     documents: Tensor
 
-    def evenly_spaced(self, count: int) -> "DenseChoices":
-        """The same at `count` positions or fewer."""
+    def evenly_spaced(self, count: int) -> "DenseArgmax":
+        """A subset of at most `count` positions."""
         is_kept = torch.zeros_like(self.best, dtype=torch.bool)
         is_kept[:: -(-len(self.best) // count)] = True
         return self.part(is_kept)
 
-    def part(self, is_kept: Tensor) -> "DenseChoices":
-        """The same at the positions where `is_kept`, bool [N], is true."""
+    def part(self, is_kept: Tensor) -> "DenseArgmax":
+        """The positions where `is_kept`, bool [N], is true."""
         documents = self.documents[is_kept].unique(return_inverse=True)[1]
-        return DenseChoices(self.states[is_kept], self.best[is_kept], documents)
+        return DenseArgmax(self.states[is_kept], self.best[is_kept], documents)
 
     def bound(self, agrees: Tensor) -> float:
-        """The lower bound of an agreement: bool [N]."""
+        """The lower bound of the agreement; `agrees` is bool [N]."""
         positions = self.documents.bincount()
         return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
 
 
 @torch.inference_mode()
-def dense_choices(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseChoices:
-    """Run the dense model and find its argmax at each position.
+def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseArgmax:
+    """Run the dense model on the windows and take its argmax at each position.
 
     Args:
         model: the converted model.
-        windows: runs of token ids; each token is one position.
+        windows: token ids; each token is one position.
     """
     head, kept, best = model.head, [], []
     numbers = {document: number for number, document in enumerate(dict.fromkeys(one.document for one in windows))}
@@ -156,78 +156,80 @@ def dense_choices(model: TopKExpertsForCausalLM, windows: list[Window]) -> Dense
             best += [argmax(F.linear(some, head.weight, head.bias)) for some in states.split(STATES_AT_ONCE)]
             kept.append(states)
             advance(len(states))
-    return DenseChoices(torch.cat(kept), torch.cat(best), torch.tensor(documents, device=best[0].device))
+    return DenseArgmax(torch.cat(kept), torch.cat(best), torch.tensor(documents, device=best[0].device))
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Where the dense argmax stands at each position, for every number of experts that is tried.
+class ArgmaxRanks:
+    """The screen's rank of the dense argmax at each position, for each k tried.
 
     Attributes:
-        tried: numbers of experts, ascending, up to M.
-        ranks: how many tokens of the k best experts the screen puts before the dense argmax, for each number tried;
-            -1 where it is always on, and above all where none of these experts has it: int64 [N, tried].
+        tried: values of k, ascending, up to M.
+        ranks: number of tokens of the k best experts that the screen scores above the dense argmax, int64 [N, tried];
+            -1 if the argmax is an always-on token, the largest int64 if it is in none of the k experts.
     """
 
     tried: list[int]
     ranks: Tensor
 
-    def part(self, is_kept: Tensor) -> "Reach":
-        """The same at the positions where `is_kept`, bool [N], is true."""
-        return Reach(self.tried, self.ranks[is_kept])
+    def part(self, is_kept: Tensor) -> "ArgmaxRanks":
+        """The positions where `is_kept`, bool [N], is true."""
+        return ArgmaxRanks(self.tried, self.ranks[is_kept])
 
     def agrees(self, which: int, num_rescored: int) -> Tensor:
         """Whether the dense argmax gets an exact logit, bool [N].
 
         Args:
-            which: of the numbers of experts tried.
+            which: index into `tried`.
             num_rescored: R.
         """
         return self.ranks[:, which] < num_rescored
 
 
 @torch.inference_mode()
-def reach(head: TopKExpertsHead, dense: DenseChoices, k: int = 1) -> Reach:
-    """Rank the dense argmax among the tokens of the best experts.
+def rank_argmax(head: TopKExpertsHead, dense: DenseArgmax, k: int = 1) -> ArgmaxRanks:
+    """Rank the dense argmax among the tokens of the k best experts, for many k at once.
 
     Args:
         head: the sparse head.
-        dense: what the dense head chooses.
-        k: a number of experts that is to be among those tried.
+        dense: the dense argmax of each position.
+        k: a value to try besides the usual ones.
     """
-    places = torch.arange(head.expert_ids.numel(), device=head.expert_ids.device)
-    nowhere = torch.full((head.out_features,), len(places), device=places.device)
-    place_of = nowhere.scatter_reduce(0, head.expert_ids.flatten(), places, "amin")  # the first of those that repeat
-    place_of = place_of.masked_fill(place_of == len(places), -1)
+    slots = torch.arange(head.expert_ids.numel(), device=head.expert_ids.device)
+    slot_of = torch.full((head.out_features,), len(slots), device=slots.device)
+    slot_of = slot_of.scatter_reduce(
+        0, head.expert_ids.flatten(), slots, "amin"
+    )  # padding repeats an id: take the first
+    slot_of = slot_of.masked_fill(slot_of == len(slots), -1)
     tried, ranks = sorted({*_growing(1, head.num_experts), k, head.num_experts}), []
     at_once = max(1, ESTIMATES_AT_ONCE // head.out_features)
     with progress("Ranking the tokens", len(dense.states), "positions") as advance:
         for states, best in zip(dense.states.split(at_once), dense.best.split(at_once), strict=True):
-            ranks.append(_ranks(head, states, place_of[best], torch.tensor(tried, device=best.device)))
+            ranks.append(_ranks(head, states, slot_of[best], torch.tensor(tried, device=best.device)))
             advance(len(states))
-    return Reach(tried, torch.cat(ranks))
+    return ArgmaxRanks(tried, torch.cat(ranks))
 
 
-def _ranks(head: TopKExpertsHead, states: Tensor, places: Tensor, tried: Tensor) -> Tensor:
-    """Ranks of some tokens, given by their places among all experts', at each number of experts: [n, tried]."""
+def _ranks(head: TopKExpertsHead, states: Tensor, slots: Tensor, tried: Tensor) -> Tensor:
+    """Ranks of the tokens in the given slots of the experts, -1 for always-on ones: int64 [n] to [n, tried]."""
     scores = head.router(states)
     within = head.tail.products(states) + head.tail.bias.float()
     within = head.mask_padding(within, head.expert_ids)
     estimates = within - within.logsumexp(dim=-1, keepdim=True) + scores.unsqueeze(-1)  # (n, M, S)
-    own = estimates.flatten(1).gather(1, places.clamp_min(0).unsqueeze(-1)).unsqueeze(-1)
+    own = estimates.flatten(1).gather(1, slots.clamp_min(0).unsqueeze(-1)).unsqueeze(-1)
     before = (estimates > own).sum(dim=-1)  # (n, M)
     order = scores.argsort(dim=-1, descending=True)
     ranks = before.gather(1, order).cumsum(dim=-1)[:, tried - 1]
-    position = (order == (places // head.expert_size).unsqueeze(-1)).int().argmax(dim=-1, keepdim=True)
+    position = (order == (slots // head.expert_size).unsqueeze(-1)).int().argmax(dim=-1, keepdim=True)
     ranks = ranks.masked_fill(position >= tried, torch.iinfo(torch.long).max)
-    return ranks.masked_fill((places < 0).unsqueeze(-1), -1)
+    return ranks.masked_fill((slots < 0).unsqueeze(-1), -1)
 
 
 def numbers_rescored(most: int) -> list[int]:
-    """Numbers of exact logits to try, ascending.
+    """Values of R to try, ascending.
 
     Args:
-        most: tokens of all picked experts together.
+        most: k S, the tokens of all picked experts.
     """
     return [*_growing(FEWEST_RESCORED, most - 1), most]
 
@@ -239,113 +241,115 @@ def _growing(first: int, last: int) -> Iterator[int]:
         number = max(number + 1, round(number * GROWTH))
 
 
-def choose(model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target) -> None:
-    """Set k and R to what reads the fewest bytes of all that reach the target with confidence.
+def choose_operating_point(
+    model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
+) -> None:
+    """Set k and R to the operating point that reads the fewest bytes among those that reach the target.
 
     Args:
-        model: the converted model; k and R are set, to what comes nearest if nothing reaches the target.
-        dense: what the dense head chooses on documents that the router has not seen.
-        reached: where its choices stand.
-        target: what to reach.
+        model: the converted model; its k and R are set, to the nearest operating point if none reaches the target.
+        dense: the dense argmax on documents that the router was not distilled on.
+        ranks: of this argmax; see [`rank_argmax`].
+        target: the agreement to reach.
     """
-    found = sorted(_candidates(model, dense, reached, target), key=lambda one: one[0])
+    found = sorted(_candidates(model, dense, ranks, target), key=lambda one: one[0])
     for _, setting in found:
         setting.apply(model)
-        # What was expected is tried: the tail, too, has a say at rare positions.
+        # Measured, since the ranks do not show the rare positions where the tail outscores the exact logits.
         if dense.bound(agrees(model.head, dense)) >= target.agreement:
             return
-    _nearest(model, dense, reached, target).apply(model)
+    _nearest(model, dense, ranks, target).apply(model)
 
 
 def _candidates(
-    model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target
-) -> Iterator[tuple[float, Setting]]:
-    """For each number of experts the fewest exact logits that reach the target within its bytes, and those bytes."""
-    for which, k in enumerate(reached.tried):
+    model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
+) -> Iterator[tuple[float, OperatingPoint]]:
+    """Yield, for each k, the least R that reaches the target within its limit of bytes, and the share of bytes."""
+    for which, k in enumerate(ranks.tried):
         most = k * model.head.expert_size
         rescored = numbers_rescored(most)
-        if dense.bound(reached.agrees(which, most)) < target.agreement:
+        if dense.bound(ranks.agrees(which, most)) < target.agreement:
             continue
-        low, high = 0, len(rescored) - 1  # by bisection: more exact logits agree at more positions
+        low, high = 0, len(rescored) - 1  # bisection: agreement grows with R
         while low < high:
             middle = (low + high) // 2
-            if dense.bound(reached.agrees(which, rescored[middle])) >= target.agreement:
+            if dense.bound(ranks.agrees(which, rescored[middle])) >= target.agreement:
                 high = middle
             else:
                 low = middle + 1
-        # All of them, for which there is no screen, may be fewer bytes than nearly all.
+        # R = k S needs no screen, and may read fewer bytes than a slightly smaller R.
         for number in dict.fromkeys((rescored[low], most)):
-            setting = Setting(k, number)
+            setting = OperatingPoint(k, number)
             if (share := setting.share_of_bytes(model.head)) <= (target.max_bytes_read or math.inf):
                 yield share, setting
 
 
-def _nearest(model: TopKExpertsForCausalLM, dense: DenseChoices, reached: Reach, target: Target) -> Setting:
-    """What agrees so often here, if without confidence, for the fewest bytes, or else most often, within the limit."""
-    best, nearest = (-1.0, 0.0), Setting(1, FEWEST_RESCORED)
-    for which, k in enumerate(reached.tried):
+def _nearest(model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target) -> OperatingPoint:
+    """The cheapest operating point whose agreement, not its lower bound, reaches the target; else the best one."""
+    best, nearest = (-1.0, 0.0), OperatingPoint(1, FEWEST_RESCORED)
+    for which, k in enumerate(ranks.tried):
         for rescored in numbers_rescored(k * model.head.expert_size):
-            setting = Setting(k, rescored)
+            setting = OperatingPoint(k, rescored)
             share = setting.share_of_bytes(model.head)
             if share <= (target.max_bytes_read or math.inf):
-                key = min(target.agreement, float(reached.agrees(which, rescored).double().mean())), -share
+                key = min(target.agreement, float(ranks.agrees(which, rescored).double().mean())), -share
                 best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
     return nearest
 
 
-def choose_num_rescored(model: TopKExpertsForCausalLM, dense: DenseChoices) -> None:
-    """Set R, at the k that a model has, to the fewest exact logits by which hardly a position is lost.
+def choose_num_rescored(model: TopKExpertsForCausalLM, dense: DenseArgmax) -> None:
+    """Set R, at the model's own k, to the least value at which the screen loses at most 0.1 % of the positions.
 
     Args:
         model: the converted model; R is set.
-        dense: what the dense head chooses on documents that the router has not seen.
+        dense: the dense argmax on documents that the router was not distilled on.
     """
     k = model.head.num_experts_per_tok
-    reached = reach(model.head, dense, k)
-    which = reached.tried.index(k)
-    most = reached.tried[which] * model.head.expert_size
-    wanted = float(reached.agrees(which, most).double().mean()) - LOST_TO_SCREEN
+    ranks = rank_argmax(model.head, dense, k)
+    which = ranks.tried.index(k)
+    most = ranks.tried[which] * model.head.expert_size
+    wanted = float(ranks.agrees(which, most).double().mean()) - LOST_TO_SCREEN
     for rescored in numbers_rescored(most):
-        Setting(k, rescored).apply(model)
-        if float(reached.agrees(which, rescored).double().mean()) >= wanted:
+        OperatingPoint(k, rescored).apply(model)
+        if float(ranks.agrees(which, rescored).double().mean()) >= wanted:
             return
 
 
 @torch.inference_mode()
-def agrees(head: TopKExpertsHead, dense: DenseChoices) -> Tensor:
-    """Whether the sparse head, as it is set, has the dense argmax, bool [N].
+def agrees(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
+    """Whether the sparse argmax, at the head's k and R, is the dense argmax: bool [N].
 
     Args:
         head: the sparse head.
-        dense: what the dense head chooses.
+        dense: the dense argmax of each position.
     """
     chosen = [likeliest(head, head.score(states)) for states in dense.states.split(SCORED_AT_ONCE)]
     return torch.cat(chosen) == dense.best
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Where each row is largest: [N, V] to int64 [N]. In fp32, block by block, three times as fast as in bfloat16."""
+    """Argmax of each row, [N, V] to int64 [N]. Blocks in fp32 are three times as fast as bfloat16."""
     blocks = logits.split(max(1, LOGITS_AT_ONCE // logits.shape[-1]))
     return torch.cat([block.float().argmax(dim=-1) for block in blocks])
 
 
 def is_reached(fidelity: Fidelity, target: Target) -> bool:
-    """Whether the agreement's lower bound reaches a target within its bytes.
+    """Whether the lower bound of the agreement reaches the target within its limit of bytes.
 
     Args:
         fidelity: measured on held-out documents.
-        target: what the model was to reach.
+        target: of the conversion.
     """
     is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
     return fidelity.agreement_lower_bound >= target.agreement and is_within
 
 
 def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
-    """Refuse a model that falls short of its target, unless the nearest was to be taken.
+    """Refuse a model that misses its target, unless the target allows the nearest.
 
     Args:
         fidelity: measured on held-out documents.
-        target: what the model was to reach.
+        target: of the conversion.
         num_experts_per_tok: k.
 
     Raises:
@@ -358,5 +362,5 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
         f"the target agreement of {target.agreement} is not reached{within}: its lower bound is "
         f"{fidelity.agreement_lower_bound:.4f} (agreement {fidelity.agreement:.4f} on {fidelity.positions:,} held-out "
         f"positions) at num_experts_per_tok {num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; lower the "
-        "target, allow more bytes, give a larger sample, or take this with --allow-below-target"
+        "target, allow more bytes, give more calibration text, or accept this with --allow-below-target"
     )
