@@ -1,4 +1,4 @@
-"""Makes converted models: see [`convert`] for one in memory, [`convert_checkpoint`] for a folder."""
+"""Converts dense models: [`convert`] in memory, [`convert_checkpoint`] from folder to folder."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Destination", "Recipe", "Report", "convert", "convert_checkpoint"]
 
-PLACES = {
+MODULES = {
     "Destination": "hub",
     "Recipe": "recipe",
     "Report": "report",
@@ -21,9 +21,9 @@ PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import when it is first used: the command line needs the recipe alone to say what there is to choose."""
-    if name not in PLACES:
+    """Import lazily: the command line needs only the recipe for its help."""
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{PLACES[name]}", __name__), name)
+    return getattr(import_module(f".{MODULES[name]}", __name__), name)

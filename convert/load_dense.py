@@ -1,4 +1,4 @@
-"""Loads the dense model: whole on one device, or its parts where a device map sends them."""
+"""Loads the dense model, on one device or spread by a device map."""
 
 import os
 from importlib.util import find_spec
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_topk.compute_type import faster_type
+from hf_topk.compute_dtype import faster_dtype
 from hf_topk.model.dense_model import class_that_writes_text, config_for, name_of_head
 from hf_topk.model.errors import InputError, one_line
 
@@ -16,18 +16,18 @@ from .source import Source
 
 DeviceMap = str | dict[str, Any]
 
-SHARE_OF_MEMORY = 0.5  # that a model may take in a larger type than its own
+SHARE_OF_RAM = 0.5  # the most that a model may take in a larger dtype than its own
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_device_map(device_map: DeviceMap | None) -> None:
-    """Refuse a device map that cannot be used here.
+    """Refuse a device map that this machine cannot use.
 
     Args:
         device_map: as `from_pretrained` takes it.
 
     Raises:
-        InputError: when accelerate is not installed, or it names no kind of map and no device of this machine.
+        InputError: when accelerate is not installed, or the map is neither a known strategy nor a device here.
     """
     if device_map is None:
         return
@@ -43,12 +43,12 @@ def check_device_map(device_map: DeviceMap | None) -> None:
 def _is_device(name: str) -> bool:
     try:
         return torch.empty(0, device=name).device.type != "meta"
-    except (RuntimeError, AssertionError):  # no such device, or a build of torch without it
+    except (RuntimeError, AssertionError):  # no such device, or torch was built without it
         return False
 
 
 def stored_type(source: Source) -> torch.dtype:
-    """The number type of a dense checkpoint: the one that its configuration names, or else that of its first floats.
+    """The dtype of a dense checkpoint: from its configuration, or else of its first float tensor.
 
     Args:
         source: the dense checkpoint.
@@ -58,22 +58,22 @@ def stored_type(source: Source) -> torch.dtype:
     return named if isinstance(named, torch.dtype) else source.first_float_type()
 
 
-def type_to_compute_in(source: Source, device_map: DeviceMap | None) -> torch.dtype:
-    """The number type to run a dense checkpoint in: float32 where that is faster than its own, and memory suffices.
+def dtype_to_compute_in(source: Source, device_map: DeviceMap | None) -> torch.dtype:
+    """The dtype to run a dense checkpoint in: float32 if that is faster than its own and fits in RAM.
 
     Args:
         source: the dense checkpoint.
-        device_map: where its parts go; its own type does where there is one, for memory is what a map is about.
+        device_map: with one, the checkpoint's own dtype, as memory is then scarce.
     """
     own = stored_type(source)
     parameters = source.nbytes() // own.itemsize
-    if device_map is not None or torch.float32.itemsize * parameters > SHARE_OF_MEMORY * _main_memory():
+    if device_map is not None or torch.float32.itemsize * parameters > SHARE_OF_RAM * _ram():
         return own
-    return faster_type(own, torch.device("cpu"))
+    return faster_dtype(own, torch.device("cpu"))
 
 
-def _main_memory() -> int:
-    """Bytes of this machine's memory; 0 where the system does not say."""
+def _ram() -> int:
+    """Bytes of RAM of this machine; 0 if unknown."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
 
 
@@ -84,12 +84,12 @@ def load_dense(
 
     Args:
         source: the dense checkpoint.
-        device_map: where its parts go, as `from_pretrained` takes it; main memory if None. The head and the input
-            embeddings are kept in memory even where it offloads them.
-        dtype: the number type to compute in; the checkpoint's own if None.
+        device_map: as `from_pretrained` takes it; RAM if None. The head and the input embeddings stay in memory even if
+            it offloads them.
+        dtype: to compute in; the checkpoint's own if None.
 
     Raises:
-        InputError: when a tensor is missing or of the wrong shape, or memory does not suffice.
+        InputError: when a tensor is missing or has the wrong shape, or memory runs out.
     """
     config = AutoConfig.from_pretrained(source.folder)
     dense_class = class_that_writes_text(config)
@@ -128,15 +128,15 @@ def _check_complete(source: Source, dense: PreTrainedModel, found: dict[str, Any
 
 
 def keep_ends_in_memory(model: PreTrainedModel) -> None:
-    """Bring the input embeddings and the head back that a device map has offloaded, tied if they were.
+    """Load the input embeddings and the head back into memory if a device map has offloaded them; ties stay.
 
-    The head's rows are read all through a conversion, and where the embeddings are is where inputs go.
+    A conversion reads the head's rows throughout, and sends its inputs to the device of the embeddings.
 
     Args:
-        model: dense or converted, as `from_pretrained` has loaded it.
+        model: dense or converted, from `from_pretrained`.
 
     Raises:
-        InputError: when they are tied, and the map sends them to different places.
+        InputError: when they are tied, and the map puts them on different devices.
     """
     offloaded = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if _is_offloaded(end)]
     try:
@@ -146,12 +146,12 @@ def keep_ends_in_memory(model: PreTrainedModel) -> None:
             hook.offload = False
     except KeyError as error:
         raise InputError(
-            f"the device map parts {error} from what it is tied to: give head and input embeddings one place"
+            f"the device map puts {error} and the weight it is tied to on different devices: give them the same one"
         ) from error
     if offloaded:
         model.tie_weights()
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate loads a module's tensors anew for each pass."""
+    """Whether accelerate reloads a module's tensors in every forward pass."""
     return getattr(getattr(module, "_hf_hook", None), "offload", False)

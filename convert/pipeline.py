@@ -1,4 +1,4 @@
-"""A conversion in memory: hidden states, partition, distillation, calibration."""
+"""A conversion in memory: hidden states, partition, distillation, operating point."""
 
 import tempfile
 import time
@@ -16,18 +16,18 @@ from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.model.ties import check_ties
 from hf_topk.windows import Window, readable_length
 
+from .load_calibration_text import calibration_windows, check_windows
 from .processes import ALONE, Processes
 from .recipe import Recipe, ResolvedRecipe
 from .report import Report, StepClock
-from .sample import check_sample, sample_from_text
-from .steps.calibrate import (
-    DenseChoices,
+from .steps.choose_operating_point import (
+    DenseArgmax,
     Target,
     check_target,
-    choose,
     choose_num_rescored,
-    dense_choices,
-    reach,
+    choose_operating_point,
+    dense_argmax,
+    rank_argmax,
     split_by_document,
 )
 from .steps.distill import (
@@ -44,7 +44,7 @@ from .steps.fit_combiner import fit_combiner
 from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
 from .steps.hidden_states import HiddenStates, collect
 from .steps.place_tokens import place_tokens
-from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, textless_ids
+from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
 
 
 def convert(
@@ -61,20 +61,19 @@ def convert(
 
     Args:
         model: the dense model; it is not changed, and its tensors are shared with the result.
-        tokenizer: its tokenizer; only needed to read sample text.
+        tokenizer: its tokenizer; only needed to read the calibration text.
         recipe: every choice.
-        windows: the sample, already read and cut; read from `recipe.text` if None.
-        folder: where hidden states are kept as they are made, and found again by a later call with the same arguments;
-            a temporary folder if None.
-        processes: what the passes of the dense model are dealt out to; they are released when these are done.
-        stored_type: the number type that the result is to be stored in; that of `model` if None.
+        windows: of the calibration text; read from `recipe.text` if None.
+        folder: for the hidden states, which a later call with the same arguments resumes from; temporary if None.
+        processes: that share the forward passes of the dense model; released after the last one.
+        stored_type: dtype to store the result in; that of `model` if None.
 
     Returns:
-        The converted model and its figures.
+        The converted model and its metrics.
 
     Raises:
-        InputError: when model, sample and recipe do not fit one another.
-        TargetNotReachedError: when no setting that is allowed reaches the target agreement of the recipe.
+        InputError: when model, calibration text and recipe do not fit together.
+        TargetNotReachedError: when no allowed operating point reaches the target agreement of the recipe.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,8 +88,8 @@ def convert(
     resolved = recipe.resolve(head.out_features, readable_length(model.config, recipe.window_length))
     check_ends_always_on(resolved.num_always_on, end_ids(model.generation_config), head.out_features)
     if windows is None:
-        windows = sample_from_text(tokenizer, resolved)[0]
-    check_sample(windows, *head.weight.shape)
+        windows = calibration_windows(tokenizer, resolved)[0]
+    check_windows(windows, *head.weight.shape)
     with tempfile.TemporaryDirectory() as temporary:
         return convert_checked(
             model, tokenizer, resolved, windows, folder or Path(temporary), processes=processes, stored_type=stored_type
@@ -107,7 +106,7 @@ def convert_checked(
     processes: Processes = ALONE,
     stored_type: torch.dtype | None = None,
 ) -> Report:
-    """The same with all but the weights checked: arguments are those of [`convert`], and fit one another."""
+    """As [`convert`], with arguments that are already checked, all but the weights."""
     started, clock = time.monotonic(), StepClock()
     check_finite(head_of(model))
     check_causal(model)
@@ -117,11 +116,11 @@ def convert_checked(
     with clock("hidden states"):
         states = collect(model, to_distil_on, kept, processes)
     processes.release()
-    kinds = special_ids(model, tokenizer, recipe.num_always_on), textless_ids(tokenizer, recipe.vocab_size)
+    kinds = special_ids(model, tokenizer, recipe.num_always_on), unused_ids(tokenizer, recipe.vocab_size)
     converted, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
-    with clock("calibration"):
-        choices = dense_choices(converted, held_out)
-        _calibrate(converted, choices, recipe)
+    with clock("operating point"):
+        dense = dense_argmax(converted, held_out)
+        _set_operating_point(converted, dense, recipe)
         if recipe.combine == "learned":
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
@@ -132,7 +131,7 @@ def convert_checked(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
-        choices=choices,
+        dense_argmax=dense,
         num_experts=converted.head.num_experts,
         added_bytes=converted.head.added_bytes(),
         distilled_positions=states.shape[0],
@@ -145,13 +144,13 @@ def convert_checked(
 def _convert_head(
     model: PreTrainedModel,
     specials: list[int],
-    textless: list[int],
+    unused: list[int],
     states: Tensor,
     recipe: ResolvedRecipe,
     clock: StepClock,
     stored_type: torch.dtype,
 ) -> tuple[TopKExpertsForCausalLM, float]:
-    """Make the converted model; its router's KL divergence comes with it."""
+    """Make the converted model; return it with the router's KL divergence."""
     dense = head_of(model)
     weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
     with clock("token statistics"):
@@ -161,7 +160,7 @@ def _convert_head(
     head.stored_type = converted.config.dtype = stored_type
     converted.config.get_text_config().dtype = stored_type
     with clock("partition"):
-        place_tokens(head, specials, textless, statistics, recipe.seed)
+        place_tokens(head, specials, unused, statistics, recipe.seed)
     with clock("experts' masses"):
         masses = expert_masses(states, weight, bias, groups_of(head))
     metric = metric_of(evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device))
@@ -173,24 +172,24 @@ def _convert_head(
         pack_router(head.router, metric, stored_type)
         converted.config.router_packed = True
     with clock("tail"):
-        fit_tail(head, metric, statistics.probabilities, textless)
+        fit_tail(head, metric, statistics.probabilities, unused)
     cast_additions(head)
     return converted, router_kl
 
 
-def _calibrate(converted: TopKExpertsForCausalLM, choices: DenseChoices, recipe: ResolvedRecipe) -> None:
-    """Choose k and R where the recipe leaves them open."""
+def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> None:
+    """Choose k and R unless the recipe gives them."""
     if recipe.num_experts_per_tok is None:
-        choose(converted, choices, reach(converted.head, choices), Target.of(recipe))
+        choose_operating_point(converted, dense, rank_argmax(converted.head, dense), Target.of(recipe))
     elif recipe.num_rescored is None:
-        choose_num_rescored(converted, choices)
+        choose_num_rescored(converted, dense)
     converted.head.requires_grad_(True)
-    for added in converted.head.children():  # is trained in joint training alone
+    for added in converted.head.children():  # trained only in joint training
         cast(Any, added).requires_grad_(False)
 
 
 def config_of(model: PreTrainedModel, recipe: ResolvedRecipe) -> TopKExpertsConfig:
-    """The configuration that a resolved recipe gives a dense model."""
+    """The configuration of the model that a resolved recipe makes of a dense one."""
     copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine", "sparse_max_positions"]
     choices = recipe.to_dict()
     copied += ["num_rescored"] if recipe.num_rescored is not None else []
@@ -203,6 +202,6 @@ def config_of(model: PreTrainedModel, recipe: ResolvedRecipe) -> TopKExpertsConf
 
 
 def cast_additions(head: TopKExpertsHead) -> None:
-    """Round what was fitted in fp32 to the type that it is stored in, and bring it to the type of the dense head."""
+    """Round the added tensors, fitted in fp32, to their stored dtype, and cast them to the dtype of the dense head."""
     for module in head.children():
         module.to(head.stored_type).to(head.weight.dtype)

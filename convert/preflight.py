@@ -1,4 +1,4 @@
-"""All that can be refused before weights are read, and before anything is written."""
+"""Checks of a conversion before any weights are read or anything is written."""
 
 import json
 import os
@@ -17,28 +17,28 @@ from hf_topk.model.errors import InputError, one_line
 from hf_topk.windows import Window, readable_length
 
 from .hub import Destination, check_destination
+from .load_calibration_text import calibration_windows, check_windows
 from .recipe import Recipe, ResolvedRecipe
-from .sample import check_sample, sample_from_text
 from .source import Source, find_folder, open_source, read_json
 from .steps.special_tokens import check_ends_always_on, end_ids
 
-SMALLEST_SHARE_OF_HEAD = 0.5  # of the head's rows that a tokenizer of the same model has tokens for
+SMALLEST_SHARE_OF_HEAD = 0.5  # of the head's rows: fewer tokens mean another model's tokenizer
 SHARE_ADDED = 0.2  # of the head's bytes: more than any router and tail of usual sizes add
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that nothing speaks against.
+    """A conversion that has passed all checks.
 
     Attributes:
         source: the dense checkpoint.
         out: the folder to write.
         recipe: every choice, with none left open.
         tokenizer: the model's, or None if it has none.
-        windows: the sample.
-        text_fingerprint: of the sample text.
-        destination: where on the Hub the folder goes, if it does, with the owner named.
+        windows: of the calibration text.
+        text_fingerprint: of the calibration text.
+        destination: on the Hub, with its owner; None if the folder is not uploaded.
     """
 
     source: Source
@@ -65,10 +65,10 @@ def preflight(
         out: the folder to write.
         recipe: every choice.
         overwrite: whether `out` may be an earlier converted model.
-        destination: where on the Hub it is to be uploaded to, if it is.
+        destination: on the Hub; None if the folder is not uploaded.
 
     Raises:
-        InputError: when anything speaks against the conversion; nothing has been written then.
+        InputError: when a check fails; nothing is written then.
     """
     folder = find_folder(model)
     name = "the bundled demo model" if model is None else model
@@ -83,14 +83,14 @@ def preflight(
     tokenizer = load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(tokenizer, vocab_size)
-    windows, text_fingerprint = sample_from_text(tokenizer, resolved)
-    check_sample(windows, vocab_size, hidden_size)
+    windows, text_fingerprint = calibration_windows(tokenizer, resolved)
+    check_windows(windows, vocab_size, hidden_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
 
 
 def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
-    """The configuration of a dense causal language model, or the reason why there is none."""
+    """The configuration of a dense causal language model; raises InputError for any other."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} is not a model: there is no config.json in {folder}")
     choices = read_json(folder / "config.json")
@@ -123,7 +123,7 @@ def _check_class(name: str, config: PreTrainedConfig) -> None:
 
 
 def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """V and d, from a model without memory."""
+    """V and d, from a model on the meta device."""
     with torch.device("meta"):
         dense = random_dense_model(config)
     weight = cast(torch.Tensor, dense.get_submodule(name_of_head(dense)).weight)
@@ -131,10 +131,10 @@ def _head_shape(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _end_ids(config: PreTrainedConfig, folder: Path) -> list[int]:
-    """Ids that end a text, as the model is going to have them once it is loaded."""
+    """Ids that end a text, as the loaded model will have them."""
     try:
         return end_ids(GenerationConfig.from_pretrained(folder))
-    except OSError:  # there is no such file, or none that can be read
+    except OSError:  # missing or unreadable
         return end_ids(GenerationConfig.from_model_config(config))
 
 
@@ -155,18 +155,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    # A few added tokens may lie beyond the head (Gemma 3's image token does), and heads are padded.
+    # A few added tokens may have no row in the head (Gemma 3's image token), and heads may be padded.
     tokens = tokenizer.vocab_size
     if not SMALLEST_SHARE_OF_HEAD * vocab_size <= max(tokens, len(tokenizer)) or tokens > vocab_size:
         raise InputError(
-            f"the tokenizer has {tokens} tokens but the head has {vocab_size} rows: they are not of one model, "
+            f"the tokenizer has {tokens} tokens but the head has {vocab_size} rows, so it is another model's: "
             "put the model's own tokenizer in its folder"
         )
 
 
 def _check_out(out: Path, folder: Path, overwrite: bool) -> None:
     if out.resolve() == folder.resolve():
-        raise InputError(f"the output folder {out} is the model's own: choose another one")
+        raise InputError(f"the output folder {out} is the model's own folder: choose another")
     if out.exists() or out.is_symlink():
         _check_existing(out, overwrite)
     parent = _existing_parent(out)
@@ -182,7 +182,7 @@ def _check_existing(out: Path, overwrite: bool) -> None:
     config = out / "config.json"
     is_ours = config.is_file() and read_json(config).get("model_type") == TopKExpertsConfig.model_type
     if any(out.iterdir()) and not is_ours:
-        raise InputError(f"{out} holds something else than a converted model, which is not overwritten: choose another")
+        raise InputError(f"{out} is not a converted model and is not overwritten: choose another folder")
 
 
 def _check_disk(out: Path, source: Source, vocab_size: int, hidden_size: int, positions: int) -> None:
@@ -199,5 +199,5 @@ def _check_disk(out: Path, source: Source, vocab_size: int, hidden_size: int, po
 
 
 def _existing_parent(out: Path) -> Path:
-    """The folder in which folders down to `out` would be made."""
+    """The nearest existing parent of `out`."""
     return next(parent for parent in out.resolve().parents if parent.exists())

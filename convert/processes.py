@@ -1,7 +1,7 @@
-"""The processes of a conversion: one, or several that `accelerate launch` starts, of which the first leads.
+"""The processes of a conversion: one, or a main process and workers that `accelerate launch` starts.
 
-It deals out calls on the dense model in rounds, one to each process, and takes the results in their order, so that
-they do not depend on the number of processes. All else it does alone.
+The main process distributes calls on the dense model in rounds, one per process, and takes the results in order, so
+they do not depend on the number of processes. It does everything else alone.
 """
 
 import os
@@ -21,18 +21,18 @@ from hf_topk.model.errors import InputError, TopKExpertsError
 from .load_dense import DeviceMap, load_dense
 from .source import Source
 
-PATIENCE = timedelta(days=1)  # of helpers with a first process that reads text; if it ends, they notice
+TIMEOUT = timedelta(days=1)  # of workers, while the main process reads text; they notice at once if it ends
 
 
 class ProcessEndedError(TopKExpertsError):
-    """One of several processes is gone, so that the others cannot go on."""
+    """Another process of the conversion has ended, so this one cannot go on."""
 
 
 class Processes:
-    """A single process, which does all the work itself."""
+    """A single process, which does all the work."""
 
     def place(self, device_map: DeviceMap | None) -> DeviceMap | None:
-        """The device map to load the dense model with, where `device_map` is asked for."""
+        """The device map to load the dense model with, given the user's."""
         return device_map
 
     def load(self, source: Source, device_map: DeviceMap | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -42,46 +42,48 @@ class Processes:
     def run(
         self, function: Callable[..., Any], dense: PreTrainedModel, arguments: Iterable[tuple[Any, ...]]
     ) -> Iterator[Any]:
-        """Results of `function(dense, *one)` for each of the arguments, in their order.
+        """Yield `function(dense, *one)` for each of the arguments, in order.
 
         Args:
-            function: of a module's top level, since it goes to other processes by name.
-            dense: the dense model of this process; others use theirs.
-            arguments: need not end.
+            function: at the top level of a module, as it is pickled by name.
+            dense: the dense model of this process; workers use their own.
+            arguments: of the calls; read lazily.
 
         Raises:
-            TopKExpertsError: as the function does, in whichever process.
+            TopKExpertsError: when the function raises it, in any process.
         """
         for one in arguments:
             yield function(dense, *one)
 
     def release(self) -> None:
-        """Let the other processes end; there is no more work for them."""
+        """Let the workers end."""
 
 
 ALONE = Processes()
 
 
 class LaunchedProcesses(Processes):
-    """Several processes, seen from the first one."""
+    """The main process, with workers."""
 
     def __init__(self) -> None:
-        """Meet the other processes.
+        """Connect to the workers.
 
         Raises:
             InputError: when accelerate is not installed.
         """
-        self._state = _meet()
-        self._has_helpers = True
+        self._state = _connect()
+        self._has_workers = True
 
     def place(self, device_map: DeviceMap | None) -> DeviceMap | None:
-        """The first process's own device; see [`Processes.place`]."""
+        """The main process's own device; see [`Processes.place`]."""
         if device_map is not None:
-            raise InputError("a device map spreads one process over all devices: leave it out, or launch only one")
+            raise InputError(
+                "--device-map spreads one process over all devices: leave it out, or launch a single process"
+            )
         return _place(self._state)
 
     def load(self, source: Source, device_map: DeviceMap | None, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the dense model in all processes at once; see [`Processes.load`]."""
+        """Load the dense model in all processes in parallel; see [`Processes.load`]."""
         _broadcast((source, dtype))
         dense, error = _attempt(load_dense, source, device_map, dtype)
         for _, one in _gather((None, error)):
@@ -92,7 +94,7 @@ class LaunchedProcesses(Processes):
     def run(
         self, function: Callable[..., Any], dense: PreTrainedModel, arguments: Iterable[tuple[Any, ...]]
     ) -> Iterator[Any]:
-        """Deal the calls out; see [`Processes.run`]."""
+        """Distribute the calls; see [`Processes.run`]."""
         left = iter(arguments)
         while calls := list(islice(left, self._state.num_processes)):
             _broadcast((function, calls))
@@ -102,22 +104,22 @@ class LaunchedProcesses(Processes):
                 yield result
 
     def release(self) -> None:
-        """Let the other processes end; see [`Processes.release`]."""
-        if self._has_helpers:
-            self._has_helpers = False
+        """Let the workers end; see [`Processes.release`]."""
+        if self._has_workers:
+            self._has_workers = False
             _broadcast(None)
             self._state.destroy_process_group()
 
 
 @contextmanager
 def launched_processes() -> Iterator[Processes]:
-    """The processes that this one, the first, was launched with; they are released at the end.
+    """The processes of this conversion, from the main process; workers are released at the end.
 
     Raises:
-        InputError: when there are several and accelerate is not installed, or this is not the first.
+        InputError: when there are workers and accelerate is not installed, or this process is a worker.
     """
-    if is_helper():
-        raise InputError("only the first of several processes converts: call `help_first_process` in the others")
+    if is_worker():
+        raise InputError("only the main process converts: call `run_worker` in the others")
     if _from_environment("WORLD_SIZE", 1) == 1:
         yield ALONE
         return
@@ -132,28 +134,28 @@ def launched_processes() -> Iterator[Processes]:
     processes.release()
 
 
-def is_helper() -> bool:
-    """Whether this process was launched to help another one."""
+def is_worker() -> bool:
+    """Whether this process is a worker."""
     return _from_environment("WORLD_SIZE", 1) > 1 and _from_environment("RANK", 0) > 0
 
 
-def help_first_process() -> None:
-    """Do what the first process deals out until it needs no more help. Prints nothing: the first process does.
+def run_worker() -> None:
+    """Run the calls that the main process sends, until it releases this worker. Only the main process prints.
 
     Raises:
         InputError: when accelerate is not installed.
-        SystemExit: when the first process has ended before its time.
+        SystemExit: when another process ends early.
     """
     logging.disable_progress_bar()
-    state = _meet()
+    state = _connect()
     try:
         model = _broadcast()
         if model is not None:
             source, dtype = model
             dense, error = _attempt(load_dense, source, _place(state), dtype)
             _gather((None, error))
-            while (dealt := _broadcast()) is not None:
-                function, calls = dealt
+            while (sent := _broadcast()) is not None:
+                function, calls = sent
                 mine = calls[state.process_index :][:1]
                 _gather(_attempt(function, dense, *mine[0]) if mine else (None, None))
     except (ProcessEndedError, KeyboardInterrupt):
@@ -161,14 +163,14 @@ def help_first_process() -> None:
     state.destroy_process_group()
 
 
-def _meet() -> Any:
+def _connect() -> Any:
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise InputError("several processes need accelerate: pip install 'hf-topk[accelerate]'") from error
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or accelerator in (None, torch.device("mps"))
-    return PartialState(cpu=is_cpu, timeout=PATIENCE)
+    return PartialState(cpu=is_cpu, timeout=TIMEOUT)
 
 
 def _place(state: Any) -> DeviceMap | None:
@@ -176,7 +178,7 @@ def _place(state: Any) -> DeviceMap | None:
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, TopKExpertsError | None]:
-    """What a function returns, or the error that is for the first process to print."""
+    """A function's result, or the error for the main process to print."""
     try:
         return function(*arguments), None
     except TopKExpertsError as error:
@@ -184,7 +186,7 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> tuple[Any, TopKEx
 
 
 def _broadcast(value: Any = None) -> Any:
-    """The first process's value, in every process."""
+    """The main process's value, in every process."""
     from accelerate.utils import broadcast_object_list
 
     with _noticing_an_end():
@@ -205,11 +207,11 @@ def _noticing_an_end() -> Iterator[None]:
         yield
     except RuntimeError as error:  # of torch.distributed
         raise ProcessEndedError(
-            "another process of the conversion has ended; mend what it says, and run the same command with --resume"
+            "another process of the conversion failed: fix the error that it printed, then run this with --resume"
         ) from error
 
 
 def _from_environment(name: str, default: int) -> int:
-    """A number that launchers set."""
+    """A number that the launcher sets."""
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else default

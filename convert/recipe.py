@@ -17,24 +17,24 @@ from hf_topk.model.errors import InputError
 MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"
 ALWAYS_ON = 256
-LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; what small ones are held to
-TARGET_AGREEMENT = 0.995  # where neither it nor k is given
+LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; limits small ones
+TARGET_AGREEMENT = 0.995  # unless it or k is given
 
 
 def _choice(default: Any, what: str, *, unset: str | None = None, flags: tuple[str, ...] | None = None) -> Any:
-    """A field of the recipe, of which its documentation and the command line's option are made.
+    """A field of the recipe, with the text of its documentation and of its command-line option.
 
     Args:
-        default: its value unless given.
-        what: what it is.
-        unset: what None stands for.
-        flags: further names of its option on the command line, which may be none; None if it is no option.
+        default: the default value.
+        what: a description.
+        unset: the meaning of None.
+        flags: further names of its command-line option, possibly none; None if it has no option.
     """
     return dataclasses.field(default=default, metadata={"what": what, "unset": unset, "flags": flags})
 
 
 def _documented(recipe: type) -> type:
-    """Add the fields to the documentation of the class."""
+    """Add the fields to the docstring of the class."""
     lines = []
     for field in dataclasses.fields(recipe):
         unset = f" None: {field.metadata['unset']}." if field.metadata["unset"] else ""
@@ -77,7 +77,7 @@ class Recipe:
     num_experts_per_tok: int | None = _choice(
         None,
         "experts picked for a position (k): more agree better, fewer are faster",
-        unset="what the target takes",
+        unset="chosen for the target",
         flags=("-k",),
     )
     target_agreement: float | None = _choice(
@@ -96,28 +96,28 @@ class Recipe:
     allow_below_target: bool = _choice(False, "convert even if the target is not reached", flags=())
     num_always_on: int | None = _choice(
         None,
-        "tokens scored at every position (A); 0: none, not even those that end a text",
+        "tokens scored at every position (A), the special ones first; 0: none, not even those that end a text",
         unset="about 256",
         flags=(),
     )
-    router_rank: int = _choice(384, "numbers kept to score an expert: three take a byte", flags=())
-    tail_rank: int = _choice(288, "numbers kept to screen a token: three take a byte", flags=())
+    router_rank: int = _choice(384, "dimensions kept to score an expert, at 3 per byte", flags=())
+    tail_rank: int = _choice(288, "dimensions kept to screen a token, at 3 per byte", flags=())
     num_rescored: int | None = _choice(
-        None, "how many of the picked experts' tokens get exact logits (R)", unset="what the target takes"
+        None, "tokens of the picked experts that get exact logits (R)", unset="chosen for the target"
     )
     combine: CombineType = _choice("exact", "how scored logits are made: exact, router or learned", flags=())  # noqa: RUF009
     sparse_max_positions: int | None = _choice(
         None,
-        'most positions of a call that head mode "auto" runs sparse',
-        unset="as many as it is the faster one for where the model runs",
+        'most positions of a forward pass that head mode "auto" runs sparse',
+        unset="measured where the model runs",
     )
-    distill_steps: int = _choice(300, "steps that the router is trained for once it is fitted")
+    distill_steps: int = _choice(300, "training steps of the router after its closed-form fit")
     batch_size: int = _choice(256, "positions in one training step")
-    learning_rate: float = _choice(1e-3, "of the first training step; it falls to zero along a cosine")
+    learning_rate: float = _choice(1e-3, "of the first training step; decays to zero along a cosine")
     seed: int = _choice(0, "seed of all random choices", flags=())
 
     def validate_ranges(self) -> None:
-        """Check each number on its own.
+        """Check each value by itself.
 
         Raises:
             ValueError: when one is out of range.
@@ -151,7 +151,7 @@ class Recipe:
             choices: values by name.
 
         Raises:
-            InputError: when a name is unknown or a value is not allowed; names what was likely meant.
+            InputError: when a name is unknown or a value is not allowed; suggests the nearest one.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in choices:
@@ -181,18 +181,18 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """Every choice as YAML, in the order in which they are documented."""
+        """Every choice as YAML, in the documented order."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def resolve(self, vocab_size: int, longest_window: int | None = None) -> "ResolvedRecipe":
-        """Fill in what depends on the dense model.
+        """Fill in the choices that depend on the dense model.
 
         Args:
             vocab_size: V, the rows of the head.
-            longest_window: tokens that the model reads at most in one pass; None if there is no such limit.
+            longest_window: most tokens of a forward pass of the model; None if unlimited.
 
         Returns:
-            A recipe that leaves nothing open but what calibration decides.
+            A recipe that leaves open only k and R.
 
         Raises:
             InputError: when the sizes do not fit the vocabulary.
@@ -226,7 +226,7 @@ class Recipe:
 @strict
 @dataclasses.dataclass(kw_only=True)
 class ResolvedRecipe(Recipe):
-    """A recipe that was checked against a dense model, and leaves nothing open but what calibration decides.
+    """A recipe that was checked against a dense model, and leaves open only k and R.
 
     Attributes:
         num_always_on: A.
@@ -242,27 +242,27 @@ class ResolvedRecipe(Recipe):
         return math.ceil((self.vocab_size - self.num_always_on) / self.expert_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every choice by name, as a recipe has them."""
+        """Every choice by name, without the vocabulary size."""
         choices = super().to_dict()
         del choices["vocab_size"]
         return choices
 
 
 def public_name(text: str) -> str:
-    """The sample text's name without the folders that it is in; a data set's name as it is.
+    """The name of the calibration text without its parent folders; a data set's name as it is.
 
     Args:
-        text: as the recipe names it.
+        text: as in the recipe.
     """
     path = Path(text).expanduser()
     return path.name if path.is_absolute() or path.exists() else text
 
 
-def sample_name(text: str) -> str:
-    """What a sample is, in words.
+def calibration_text_name(text: str) -> str:
+    """The name of the calibration text for people.
 
     Args:
-        text: as the recipe names it.
+        text: as in the recipe.
     """
     return "the bundled texts" if text == MIXED else public_name(text)
 
@@ -287,14 +287,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _default_always_on(vocab_size: int, expert_size: int) -> int:
-    """256 or a small share of the vocabulary, and what makes the experts come out even."""
+    """256, or less in a small vocabulary, plus the remainder that would leave an expert incomplete."""
     wanted = min(ALWAYS_ON, int(vocab_size * LARGEST_SHARE_ALWAYS_ON))
     over = (vocab_size - wanted) % expert_size
     return wanted + over if wanted + over < vocab_size else wanted
 
 
 def _at_least(name: str, value: float, least: int) -> None:
-    if isinstance(value, bool):  # which older versions of huggingface_hub take for a whole number
+    if isinstance(value, bool):  # older versions of huggingface_hub accept it as a whole number
         raise ValueError(f"{name} is {value}, must be a number")
     if value < least:
         raise ValueError(f"{name} is {value}, must be at least {least}")

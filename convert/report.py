@@ -1,4 +1,4 @@
-"""What a conversion made, how good it is, and how long its steps took."""
+"""The result of a conversion: the model, its metrics, and the time of each step."""
 
 import dataclasses
 import time
@@ -12,33 +12,33 @@ from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from .checkpoint.agreement_plot import Point
 from .hub import Uploaded
 from .recipe import ResolvedRecipe
-from .steps.calibrate import DenseChoices, Target, is_reached
+from .steps.choose_operating_point import DenseArgmax, Target, is_reached
 
 
 @dataclasses.dataclass
 class Report:
-    """What a conversion made and how good it is.
+    """The converted model and its metrics.
 
     Attributes:
         model: the converted model, in memory.
-        recipe: every choice, with none left open but what is chosen by calibration: k and R.
-        fidelity: measured at k on held-out documents of the sample.
-        choices: what the dense head chooses at their positions.
+        recipe: every choice; k and R as the user gave them.
+        fidelity: measured on held-out documents of the calibration text.
+        dense_argmax: of the same positions.
         num_experts: M.
-        added_bytes: bytes that conversion adds to the model on disk.
+        added_bytes: that conversion adds to the model on disk.
         distilled_positions: positions that the router was distilled on.
-        router_kl: KL divergence of the router's from the dense head's distribution over experts, in nats, at the end
-            of distillation.
+        router_kl: KL divergence of the router's from the dense head's distribution over experts after distillation,
+            in nats.
         seconds: wall time of the conversion.
         step_seconds: wall time of each step, by name.
-        curve: agreement and bytes read around k; empty where only k was measured.
-        uploaded: where the model is on the Hub, if it was pushed.
+        curve: agreement and bytes read around k; empty if only k was measured.
+        uploaded: the model on the Hub, if it was pushed.
     """
 
     model: TopKExpertsForCausalLM
     recipe: ResolvedRecipe
     fidelity: Fidelity
-    choices: DenseChoices
+    dense_argmax: DenseArgmax
     num_experts: int
     added_bytes: int
     distilled_positions: int
@@ -48,8 +48,8 @@ class Report:
     curve: list[Point] = dataclasses.field(default_factory=list)
     uploaded: Uploaded | None = None
 
-    def figures(self) -> dict[str, Any]:
-        """All figures, ready for JSON but that some may not be finite."""
+    def metrics(self) -> dict[str, Any]:
+        """All metrics, for JSON; some floats may not be finite."""
         head, target = self.model.head, Target.of(self.recipe)
         has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
         return {
@@ -68,19 +68,19 @@ class Report:
 
 
 class StepClock:
-    """Takes the wall time of steps.
+    """Measures the wall time of steps.
 
     Attributes:
-        seconds: of each step, by name.
+        seconds: by name of the step.
     """
 
     def __init__(self) -> None:
-        """Begin with no steps."""
+        """Start with no steps."""
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:
-        """Take the time of what runs within.
+        """Measure the code within the context.
 
         Args:
             step: its name.

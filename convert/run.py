@@ -1,4 +1,4 @@
-"""A conversion from folder to folder: preflight, convert, write, with what it takes to resume."""
+"""A conversion from folder to folder: preflight, convert, write, resumable."""
 
 import contextlib
 import shutil
@@ -10,13 +10,13 @@ from hf_topk.model.errors import InputError, TopKExpertsError
 from .checkpoint.agreement_plot import measure_around
 from .checkpoint.write import write_checkpoint
 from .hub import Destination, upload
-from .load_dense import DeviceMap, check_device_map, stored_type, type_to_compute_in
+from .load_dense import DeviceMap, check_device_map, dtype_to_compute_in, stored_type
 from .pipeline import convert_checked
 from .preflight import Plan, preflight
 from .processes import Processes, launched_processes
 from .recipe import Recipe
 from .report import Report
-from .steps.calibrate import TargetNotReachedError
+from .steps.choose_operating_point import TargetNotReachedError
 from .steps.hidden_states import read_record, write_record
 
 FINGERPRINT_FILE = "fingerprint.json"
@@ -34,26 +34,26 @@ def convert_checkpoint(
 ) -> Report:
     """Convert a dense checkpoint into a folder that loads with `AutoModelForCausalLM.from_pretrained`.
 
-    Where `accelerate launch` has started several processes, call this in the first one, and
-    [`processes.help_first_process`] in those where [`processes.is_helper`] is true.
+    With several processes of `accelerate launch`, call this in the main process, and [`processes.run_worker`] where
+    [`processes.is_worker`] is true.
 
     Args:
         model: a folder, a repository of the Hub, or None for the bundled demo model.
-        out: the folder to write: whole or not at all.
+        out: the folder to write, completely or not at all.
         recipe: every choice.
-        overwrite: whether to replace an earlier converted model, and to throw away an interrupted conversion.
-        resume: whether to go on with an interrupted conversion of the same model, text and recipe.
-        device_map: where the dense model goes, as `from_pretrained` takes it; main memory if None.
-        destination: where on the Hub the folder is uploaded to, if it is.
+        overwrite: replace an earlier converted model, and discard an interrupted conversion.
+        resume: continue an interrupted conversion of the same model, text and recipe.
+        device_map: of the dense model, as `from_pretrained` takes it; RAM if None.
+        destination: on the Hub; None to upload nothing.
 
     Returns:
-        The converted model and its figures.
+        The converted model and its metrics.
 
     Raises:
-        InputError: when an input is refused; nothing has been written then.
-        TargetNotReachedError: when the target agreement is not reached; nothing has been written then.
-        TopKExpertsError: when writing fails; what was computed is kept for `resume`.
-        UploadError: when the upload fails; the folder is whole then.
+        InputError: when an input is refused; nothing is written then.
+        TargetNotReachedError: when the target agreement is not reached; nothing is written then.
+        TopKExpertsError: when writing fails; the hidden states are kept for `resume`.
+        UploadError: when the upload fails; the folder is complete then.
     """
     check_device_map(device_map)
     with launched_processes() as processes:
@@ -70,20 +70,22 @@ def _convert_checkpoint(
     destination: Destination | None,
     processes: Processes,
 ) -> Report:
-    if not out.name or ".." in out.parts:  # '.', 'a/../b': what lies beside it needs the folder's own name
+    if not out.name or ".." in out.parts:  # '.', 'a/../b': the work folder beside it needs its real name
         out = out.resolve()
     work = work_folder(out)
     missing = [folder for folder in work.parents if not folder.exists()]
     if work.exists() and not (resume or overwrite):
-        raise InputError(f"a conversion to {out} was interrupted: go on with --resume, or start anew with --overwrite")
+        raise InputError(
+            f"a conversion to {out} was interrupted: continue it with --resume, or start over with --overwrite"
+        )
     plan = preflight(model, out, recipe, overwrite=overwrite, destination=destination)
     fingerprint = _fingerprint(plan)
-    goes_on = resume and _can_resume(work, fingerprint)
+    resumes = resume and _can_resume(work, fingerprint)
     place = processes.place(device_map)
-    dense = processes.load(plan.source, place, type_to_compute_in(plan.source, place))
+    dense = processes.load(plan.source, place, dtype_to_compute_in(plan.source, place))
     try:
-        if not goes_on:
-            _start_anew(work, fingerprint)
+        if not resumes:
+            _start_over(work, fingerprint)
         report = convert_checked(
             dense,
             plan.tokenizer,
@@ -93,16 +95,16 @@ def _convert_checkpoint(
             processes=processes,
             stored_type=stored_type(plan.source),
         )
-        report.curve = measure_around(report.model, report.choices)
+        report.curve = measure_around(report.model, report.dense_argmax)
     except (InputError, TargetNotReachedError):
         shutil.rmtree(work)  # the same input would be refused again
-        with contextlib.suppress(OSError):  # somebody else put something there
+        with contextlib.suppress(OSError):  # not empty: someone else uses it
             for folder in missing:
                 folder.rmdir()
         raise
     except OSError as error:
         raise TopKExpertsError(
-            f"cannot write to {work}: {error.strerror}; mend that and run the same command with --resume"
+            f"cannot write to {work}: {error.strerror}; fix this and run the same command with --resume"
         ) from error
     write_checkpoint(report, plan.source, plan.out, place)
     shutil.rmtree(work)
@@ -112,7 +114,7 @@ def _convert_checkpoint(
 
 
 def work_folder(out: Path) -> Path:
-    """Where a conversion keeps what it needs to be resumed: beside its output folder."""
+    """The folder of a conversion's resumable state, beside its output folder."""
     return out.parent / f".{out.name}.work"
 
 
@@ -121,7 +123,7 @@ def _fingerprint(plan: Plan) -> dict[str, Any]:
 
 
 def _can_resume(work: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether there is an interrupted conversion; refuses one of something else."""
+    """Whether there is an interrupted conversion; raises InputError if its inputs differ."""
     record = read_record(work / FINGERPRINT_FILE)
     if not record:
         return False
@@ -129,13 +131,13 @@ def _can_resume(work: Path, fingerprint: dict[str, Any]) -> bool:
     changed += [name for name, value in fingerprint["recipe"].items() if record["recipe"].get(name) != value]
     if changed:
         raise InputError(
-            f"cannot resume, since this has changed: {', '.join(dict.fromkeys(changed))}; "
-            "use what the interrupted conversion was started with, or start anew with --overwrite"
+            f"cannot resume, since these inputs have changed: {', '.join(dict.fromkeys(changed))}; "
+            "use the inputs of the interrupted conversion, or start over with --overwrite"
         )
     return True
 
 
-def _start_anew(work: Path, fingerprint: dict[str, Any]) -> None:
+def _start_over(work: Path, fingerprint: dict[str, Any]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_record(work / FINGERPRINT_FILE, fingerprint)

@@ -1,4 +1,4 @@
-"""Where a dense model comes from: a folder or a repository on the Hub, and what it must hold."""
+"""Finds the dense checkpoint, in a folder or on the Hub, and checks its files."""
 
 import hashlib
 import json
@@ -29,9 +29,9 @@ class Source:
     """A dense checkpoint on this machine.
 
     Attributes:
-        name: what the user called it.
-        folder: where its files are.
-        shards: its safetensors files, in the order of their names.
+        name: as the user gave it.
+        folder: of its files.
+        shards: its safetensors files, sorted by name.
         weight_map: file name of each tensor.
     """
 
@@ -41,7 +41,7 @@ class Source:
     weight_map: dict[str, str]
 
     def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of all that a conversion depends on: configurations, tokenizer and weights."""
+        """SHA-256, in hexadecimal, of the files that a conversion depends on: configurations, tokenizer and weights."""
         digest = hashlib.sha256()
         for companion in sorted(self.folder.iterdir()):
             if companion.suffix in (".json", ".txt", ".model") and companion.is_file():
@@ -55,16 +55,16 @@ class Source:
         return digest.hexdigest()
 
     def first_float_type(self) -> torch.dtype:
-        """The number type of the first tensor that holds floats; float32 if none does."""
+        """The dtype of the first float tensor; float32 if there is none."""
         for shard in self.shards:
             with safe_open(shard, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if (dtype := tensors.get_slice(name)[:0].dtype).is_floating_point:
                         return dtype
         return torch.float32
 
     def nbytes(self) -> int:
-        """Bytes of all shards together."""
+        """Bytes of all shards."""
         return sum(shard.stat().st_size for shard in self.shards)
 
 
@@ -75,7 +75,7 @@ def find_folder(model: str | None) -> Path:
         model: a folder, a repository of the Hub, or None for the bundled demo model.
 
     Raises:
-        InputError: when there is no such model or it cannot be reached.
+        InputError: when there is no such model, or it cannot be downloaded.
     """
     if model is None:
         return DEMO
@@ -83,25 +83,25 @@ def find_folder(model: str | None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise InputError(f"{model} is a file, not a model: give the folder that it is in")
+        raise InputError(f"{model} is a file, not a model: give its folder")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise InputError(f"no such model: there is no folder {model}")
     return _download(model, NOT_WEIGHTS)
 
 
 def open_source(name: str, folder: Path) -> Source:
-    """Look at a folder's weights without reading them.
+    """Find the weights of a model without reading them.
 
     Args:
-        name: what the user called the model.
-        folder: its files; weights that are on the Hub and not yet here are fetched.
+        name: as the user gave it.
+        folder: of its files; missing weights are downloaded from the Hub.
 
     Raises:
         InputError: when there are no safetensors weights, or they are damaged.
     """
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not Path(name).expanduser().is_dir() and folder != DEMO:  # though some be there: a download may have broken off
-        # By name: there may be the same weights once more for other programs, such as in consolidated.safetensors.
+    if not Path(name).expanduser().is_dir() and folder != DEMO:  # even if it has weights: a download may be incomplete
+        # By name: the same weights may be there twice, for other programs, such as in consolidated.safetensors.
         named = set(_weight_map(index).values()) if index.is_file() else set()
         folder = _download(name, (*NOT_WEIGHTS, SAFE_WEIGHTS_NAME, *named))
         index = folder / SAFE_WEIGHTS_INDEX_NAME
@@ -115,7 +115,7 @@ def open_source(name: str, folder: Path) -> Source:
     if index.is_file() and shards[0].name != SAFE_WEIGHTS_NAME:
         missing = sorted(set(_weight_map(index)) - set(weight_map))
         if missing:
-            raise InputError(f"{index} names the tensor '{missing[0]}', but no shard has it: fetch the model again")
+            raise InputError(f"{index} lists the tensor '{missing[0]}', but no shard has it: fetch the model again")
     return Source(name, folder, tuple(shards), weight_map)
 
 
@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        InputError: when the file is missing or is no JSON object.
+        InputError: when the file is missing or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}): fetch the model again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (no JSON object): fetch the model again")
+        raise InputError(f"{path} is damaged (not a JSON object): fetch the model again")
     return value
 
 
@@ -157,7 +157,7 @@ def _no_weights(name: str, folder: Path) -> InputError:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_ENDINGS)
     if pickles:
         return InputError(
-            f"{name} has its weights as a pickle ({pickles[0]}), which can run code when it is read: convert it first "
+            f"{name} has pickled weights ({pickles[0]}), which can run code when they are loaded: convert them first "
             'with python -c "from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
         )
@@ -169,15 +169,15 @@ def _download(repository: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns)))
     except HFValidationError as error:
-        raise InputError(f"{no_model}, and it is no name of a repository") from error
+        raise InputError(f"{no_model}, and it is not a valid name of a repository") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(
-            f"{no_model}, and the Hub cannot be reached for a repository of that name: check the name and the network"
+            f"{no_model}, and the Hub cannot be reached to look for a repository: check the name and the network"
         ) from error
     except HfHubHTTPError as error:
-        raise InputError(f"{no_model}, and the Hub does not give it out ({_first_line(error)})") from error
+        raise InputError(f"{no_model}, and the Hub refuses it ({_first_line(error)})") from error
     except OSError as error:
-        raise InputError(f"{no_model}, and fetching it from the Hub failed ({_first_line(error)})") from error
+        raise InputError(f"{no_model}, and the download from the Hub failed ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Agreement against bytes read: measured at a few k around the model's own, and drawn."""
+"""The plot of agreement against bytes read, measured at a few k around the model's own."""
 
 import math
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 
-from ..steps.calibrate import DenseChoices, agrees
+from ..steps.choose_operating_point import DenseArgmax, agrees
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
-POSITIONS = 2048  # about so many at most
-WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # pixels; the last four are margins
+POSITIONS = 2048  # at most, about
+WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # in pixels; the last four are margins
 TICKS = 5
 
 
 @dataclass(frozen=True)
 class Point:
-    """What the sparse head reaches at one k.
+    """Agreement and bytes read at one k.
 
     Attributes:
         num_experts_per_tok: k.
-        agreement: on held-out documents of the sample.
-        bytes_read: for a position, as a share of the dense head's.
+        agreement: top-1, on held-out documents of the calibration text.
+        bytes_read: per position, as a share of the dense head's.
         positions: number of positions measured.
     """
 
@@ -36,21 +36,21 @@ class Point:
 
 
 @torch.inference_mode()
-def measure_around(model: TopKExpertsForCausalLM, choices: DenseChoices) -> list[Point]:
-    """Agreement and bytes read at a quarter to four times the model's own k, on some of the positions.
+def measure_around(model: TopKExpertsForCausalLM, dense: DenseArgmax) -> list[Point]:
+    """Measure agreement and bytes read from a quarter to four times the model's own k, on some of the positions.
 
     Args:
-        model: the converted model; its k is as it was once this returns.
-        choices: what the dense head chooses on documents that the router has not seen.
+        model: the converted model; its k is restored at the end.
+        dense: the dense argmax on documents that the router was not distilled on.
 
     Returns:
-        A point for each k, in their order.
+        A point for each k, in ascending order.
     """
     head, chosen = model.head, model.head.num_experts_per_tok
-    dense = choices.evenly_spaced(POSITIONS)
+    dense = dense.evenly_spaced(POSITIONS)
     numbers = sorted({min(max(1, round(factor * chosen)), head.num_experts) for factor in FACTORS})
     points = []
-    with progress("Measuring at fewer and more experts", len(numbers), "numbers") as advance:
+    with progress("Measuring at other k", len(numbers), "values") as advance:
         for k in numbers:
             model.num_experts_per_tok = k
             agreement = float(agrees(head, dense).double().mean())
@@ -61,11 +61,11 @@ def measure_around(model: TopKExpertsForCausalLM, choices: DenseChoices) -> list
 
 
 def draw(points: list[Point], chosen: int) -> str:
-    """The points as an SVG image.
+    """Draw the points as an SVG image.
 
     Args:
-        points: in the order of their bytes.
-        chosen: the model's own k, which stands out.
+        points: in ascending order of bytes read.
+        chosen: the model's own k, which is highlighted.
     """
     x_ticks = _ticks([100 * point.bytes_read for point in points])
     y_ticks = _ticks([100 * point.agreement for point in points], most=100)
@@ -91,7 +91,7 @@ def draw(points: list[Point], chosen: int) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Takes values to pixels."""
+    """Maps values to pixels."""
 
     low: float
     high: float
@@ -103,7 +103,7 @@ class _Scale:
 
 
 def _ticks(values: list[float], most: float = math.inf) -> list[float]:
-    """Round numbers, evenly spaced, from below the least to above the largest value."""
+    """Evenly spaced round numbers that cover the values."""
     low, high = min(values), min(most, max(values))
     rough = max(high - low, 1e-3) / TICKS
     size = 10.0 ** math.floor(math.log10(rough))

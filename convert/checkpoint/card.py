@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hf_topk.model.dense_model import looks_at_images
 from hf_topk.model.hub_card import CARD_FILE, PLOT_FILE, TAGS
 
-from ..recipe import TARGET_AGREEMENT, public_name, sample_name
+from ..recipe import TARGET_AGREEMENT, calibration_text_name, public_name
 from ..report import Report
 from ..source import DEMO, Source
 from .agreement_plot import draw
@@ -21,44 +21,44 @@ from .agreement_plot import draw
 DEMO_NAME = "books"
 INHERITED = ("base_model", "license", "license_name", "license_link", "language")
 CACHED_REPOSITORY = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
-METRICS = {  # key in figures: its type and name among the card's results
-    "agreement": ("agreement", "Agreement with the dense head"),
-    "top5_containment": ("top5_containment", "Dense argmax among the five likeliest"),
+METRICS = {  # key in figures.json: type and name in the card's metadata
+    "agreement": ("agreement", "Top-1 agreement with the dense head"),
+    "top5_containment": ("top5_containment", "Top-5 recall of the dense argmax"),
     "kl": ("kl", "KL divergence from the dense head, nats"),
     "perplexity_sparse": ("perplexity", "Perplexity"),
-    "bytes_read": ("bytes_read", "Bytes of the head read for a position, share"),
+    "bytes_read": ("bytes_read", "Share of the head's bytes read per position"),
 }
 
 
 def write_card(report: Report, source: Source, folder: Path) -> None:
-    """Write the card, README.md, and the plot that it shows, from what was measured.
+    """Write the card, README.md, and its plot, from the metrics of a conversion.
 
-    Licence and languages come from the dense model's card, and so does the base model where its own repository is not
-    known.
+    Licence and languages come from the dense model's card, and so does the base model if the dense model's own
+    repository is unknown.
 
     Args:
-        report: what was converted.
+        report: of the conversion.
         source: the dense checkpoint.
-        folder: where the card goes.
+        folder: to write to.
     """
     base = _base_metadata(source.folder)
     name, repository = _names(source)
     if repository:
         base["base_model"] = repository
     title = f"{name}-topk"
-    sample = sample_name(report.recipe.text)
-    figures = report.figures()
+    text_name = calibration_text_name(report.recipe.text)
+    metrics = report.metrics()
     takes_images = looks_at_images(report.model.base)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text" if takes_images else "text-generation",
         tags=list(TAGS),
         model_name=title,
-        eval_results=_results(figures, f"held-out part of {sample}"),
+        eval_results=_results(metrics, f"held-out part of {text_name}"),
         **base,
     )
     if report.curve:
-        plot = draw(report.curve, figures["num_experts_per_tok"])
+        plot = draw(report.curve, metrics["num_experts_per_tok"])
         (folder / PLOT_FILE).write_text(plot, encoding="utf-8")
     text = _template().render(
         title=title,
@@ -69,8 +69,8 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         vocab_size=report.model.head.out_features,
         recipe=report.recipe,
         recipe_yaml=dataclasses.replace(report.recipe, text=public_name(report.recipe.text)).to_yaml(),
-        figures=figures,
-        sample=sample,
+        metrics=metrics,
+        text_name=text_name,
         target_agreement=report.recipe.target_agreement or TARGET_AGREEMENT,
         plot=PLOT_FILE if report.curve else None,
     )
@@ -89,19 +89,19 @@ def _template() -> Any:
 
 
 def _base_metadata(folder: Path) -> dict[str, Any]:
-    """What the dense model's card tells of its origin."""
+    """Licence, languages and base model in the dense model's card."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError, yaml.YAMLError):  # a card without readable metadata is no reason not to convert
+    except (ValueError, OSError, yaml.YAMLError):  # an unreadable card does not stop the conversion
         return {}
     return {key: data[key] for key in INHERITED if data.get(key)}
 
 
 def _names(source: Source) -> tuple[str, str | None]:
-    """The dense model's short name and, if it is known, its repository on the Hub."""
+    """The dense model's short name and, if known, its repository on the Hub."""
     if source.folder == DEMO:
         return DEMO_NAME, None
     path = Path(source.name).expanduser()
@@ -114,7 +114,7 @@ def _names(source: Source) -> tuple[str, str | None]:
     return path.resolve().name, None
 
 
-def _results(figures: dict[str, Any], dataset: str) -> list[EvalResult]:
+def _results(metrics: dict[str, Any], dataset: str) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
@@ -122,8 +122,8 @@ def _results(figures: dict[str, Any], dataset: str) -> list[EvalResult]:
             dataset_name=dataset,
             metric_type=kind,
             metric_name=name,
-            metric_value=round(figures[key], 4),
+            metric_value=round(metrics[key], 4),
         )
         for key, (kind, name) in METRICS.items()
-        if math.isfinite(figures[key])
+        if math.isfinite(metrics[key])
     ]

@@ -1,4 +1,4 @@
-"""Writes a converted model's folder: whole or not at all."""
+"""Writes the folder of a converted model, completely or not at all."""
 
 import json
 import shutil
@@ -29,24 +29,24 @@ from .card import write_card
 COMPANION_ENDINGS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab", ".merges")
 COMPANION_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 WRITTEN_ANEW = ("config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME)
-FIGURES_FILE = "figures.json"
-PROBE_LENGTH = 8  # tokens that the reloaded model is tried on
+METRICS_FILE = "figures.json"
+PROBE_LENGTH = 8  # tokens to compare the reloaded model on
 
 
 def write_checkpoint(report: Report, source: Source, out: Path, device_map: DeviceMap | None = None) -> None:
-    """Write a converted model beside its place, load it again to see that it is the same, and move it there.
+    """Write a converted model to a temporary folder, verify that it reloads, and move it into place.
 
-    The dense shards are copied byte for byte and get a new number only; what conversion added is a shard of its own,
-    so the folder loads as the dense model too. Copies, not links: saving over a link would change the dense checkpoint.
+    The dense shards are copied byte for byte and only renumbered; the tensors that conversion added get a shard of
+    their own, so the folder loads as the dense model too. Not links: saving over one would change the dense checkpoint.
 
     Args:
-        report: what was converted.
+        report: of the conversion.
         source: the dense checkpoint.
-        out: the folder to write; one that is there is replaced at the very end.
-        device_map: what the dense model was loaded with.
+        out: the folder to write; an existing one is replaced in the last step.
+        device_map: that the dense model was loaded with.
 
     Raises:
-        TopKExpertsError: when the disk is full or the folder that was written does not load as the same model.
+        TopKExpertsError: when writing fails, or the folder does not load as the same model.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -65,7 +65,7 @@ def _whole_or_nothing(partial: Path) -> Iterator[None]:
     except OSError as error:
         raise TopKExpertsError(
             f"cannot write {error.filename or partial.parent}: {error.strerror}; "
-            "mend that and run the same command again with --resume"
+            "fix this and run the same command with --resume"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,18 +92,18 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     custom_object_save(report.model, folder, config=cast(Any, report.model.config))
     report.model.config.save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
-    (folder / FIGURES_FILE).write_text(as_json(report.figures()) + "\n", encoding="utf-8")
+    (folder / METRICS_FILE).write_text(as_json(report.metrics()) + "\n", encoding="utf-8")
     write_card(report, source, folder)
 
 
 def _tensor_bytes(shard: Path) -> int:
-    """Bytes of a safetensors file less those of its header, the length of which stands in the first eight."""
+    """Bytes of a safetensors file without its header, whose length is in the first eight bytes."""
     with shard.open("rb") as file:
         return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _is_companion(file: Path) -> bool:
-    """Whether a file of the dense checkpoint comes along: tokenizer, generation config, chat template, licence."""
+    """Whether to copy a file of the dense checkpoint: tokenizer, generation config, chat template, licence."""
     if not file.is_file() or file.name in WRITTEN_ANEW or file.name.startswith("."):
         return False
     return file.suffix in COMPANION_ENDINGS or file.name.upper().startswith(COMPANION_STARTS)
@@ -117,7 +117,7 @@ def _copy(file: Path, target: Path, advance: Advance) -> None:
 
 
 def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
-    """What conversion added, under the names that it has on disk."""
+    """The tensors that conversion added, by their names on disk."""
     prefix = f"{model.base_model_prefix}.{model.head_name}."
     additions = {f"{prefix}{name}": tensor for name, tensor in model.head.additions().items()}
     dtype = model.head.stored_type
@@ -129,7 +129,7 @@ def additions_of(model: TopKExpertsForCausalLM) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
-    """Load what was written, and compare its sparse and dense logits with those of the model in memory."""
+    """Load the folder, and compare its sparse and dense logits with those of the model in memory."""
     if isinstance(device_map, dict):
         prefix = report.model.base_model_prefix
         device_map = {f"{prefix}.{name}" if name else name: device for name, device in device_map.items()}
@@ -138,20 +138,20 @@ def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
     )
     reloaded, found = loaded
     keep_ends_in_memory(reloaded)
-    # Tensors that the dense model has no use for lie in its shards, and come along; it warned of them itself.
+    # Other unexpected keys are unused tensors of the dense shards; loading the dense model has warned of them.
     prefix = f"{reloaded.base_model_prefix}.{reloaded.head_name}."
     added = {f"{prefix}{name}" for name in report.model.head.additions()}
     wrong = found["missing_keys"] or found["unexpected_keys"] & added or found["mismatched_keys"]
     if wrong:
-        raise TopKExpertsError(f"the model that was written does not load whole ({min(wrong)}): please report this")
+        raise TopKExpertsError(f"the written model does not load completely ({min(wrong)}): please report this")
     token_ids = torch.arange(PROBE_LENGTH).unsqueeze(0) % reloaded.head.out_features
     for mode in ("sparse", "dense"):
         expected, got = (_logits(model, token_ids, mode) for model in (report.model, reloaded))
         if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
-            raise TopKExpertsError(f"the model that was written gives other {mode} logits: please report this")
+            raise TopKExpertsError(f"the written model gives different {mode} logits: please report this")
     ties = [model.head.weight is model.get_input_embeddings().weight for model in (report.model, reloaded)]
     if ties[0] != ties[1]:
-        raise TopKExpertsError("the model that was written ties its embeddings differently: please report this")
+        raise TopKExpertsError("the written model ties its embeddings differently: please report this")
 
 
 def _logits(model: TopKExpertsForCausalLM, token_ids: Tensor, mode: Any) -> Tensor:

@@ -1,1 +1,1 @@
-"""What measures the project rather than a user's model: run in a checkout, by `make study`."""
+"""Studies of the project itself: run in a checkout by `make study`."""

@@ -1,4 +1,4 @@
-"""Converts a tiny random model of every type that Transformers has, and tells what comes of it.
+"""Converts a tiny random model of every type in Transformers, and reports the results.
 
 `make study NAME=architectures` prints the table of docs/architectures.md.
 """
@@ -61,9 +61,9 @@ RECIPE = Recipe(
     sparse_max_positions=16,
 )
 NEW_TOKENS = 12
-SECONDS = 120  # that one type may take
+SECONDS = 120  # timeout of one type
 REASON_LENGTH = 160
-# What Transformers raises where a model cannot be made from its configuration, or cannot read text alone.
+# Raised by Transformers when a tiny model cannot be built, or needs more inputs than text.
 NOT_BUILT = (
     ArithmeticError,
     AssertionError,
@@ -80,13 +80,13 @@ NOT_BUILT = (
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a type.
+    """The result of a model type.
 
     Attributes:
-        model_type: as Transformers calls it.
+        model_type: its name in Transformers.
         class_name: of the dense model.
-        outcome: whether there is such a model at all, and then whether it was converted and passed.
-        reason: why not.
+        outcome: whether the model was built, converted, and passed the checks.
+        reason: if not, why.
     """
 
     model_type: str
@@ -96,25 +96,25 @@ class Result:
 
 
 def model_types(kind: Kind) -> dict[str, str]:
-    """Names of the classes of all model types of a kind."""
+    """Class names of all model types of a kind."""
     if kind == "text":
         return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
-    """Convert a dense model on disk, and check that the result is what it has to be.
+    """Convert a dense model on disk, and check the result.
 
-    With all experts it is the dense model, logits and text; saved again it is the same; ties stay; lossless decoding
+    With all experts its logits and text are the dense model's; it can be saved again; ties stay; lossless decoding
     gives the dense model's tokens; and its folder loads as the dense model.
 
     Args:
         dense: a tiny dense model.
-        folder: an empty one.
+        folder: an empty folder.
 
     Raises:
         InputError: when the model is refused.
-        TopKExpertsError: when the result is not what it has to be.
+        TopKExpertsError: when a check fails.
     """
     expected, is_tied = _logits(dense), _is_tied(dense)
     dense.save_pretrained(folder / "dense")
@@ -124,11 +124,14 @@ def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
     converted.head_mode = "sparse"
     converted.save_pretrained(folder / "again")
     again = _load(folder / "again", AutoModelForCausalLM)
-    _check(_are_close(_logits(again), _logits(converted)), "saved and loaded again it gives other logits")
+    _check(_are_close(_logits(again), _logits(converted)), "saved and loaded again it gives different logits")
     _check(_is_tied(converted) == _is_tied(again) == is_tied, "its embeddings are tied differently")
     for one in (folder / "converted", folder / "again"):
         config = AutoConfig.from_pretrained(one).text_config
-        _check(_are_close(_logits(_load(one, type(dense), config=config)), expected), "as dense model it gives others")
+        _check(
+            _are_close(_logits(_load(one, type(dense), config=config)), expected),
+            "loaded as the dense model it gives different logits",
+        )
     converted.head.num_experts_per_tok = converted.head.num_experts
     _check(_are_close(_logits(converted), expected), "with all experts its logits are not the dense model's")
     text = _text(dense)
@@ -137,10 +140,10 @@ def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
 
 
 def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
-    """Write a tokenizer of one token a character beside the dense model, and a file of random documents."""
+    """Write a tokenizer of single characters beside the dense model, and a file of random documents."""
     vocab_size = getattr(dense.config.get_text_config(), "vocab_size", None) or VOCAB_SIZE
     characters = [chr(ord("A") + number) for number in range(vocab_size)]
-    # Byte-pair encoding without pairs: the classes that AutoTokenizer has for a model's type read it, too.
+    # BPE without merges: the tokenizer classes of all model types can read it.
     vocabulary = {character: number for number, character in enumerate(characters)}
     tokenizer = Tokenizer(BPE(vocabulary, merges=[], unk_token=characters[0]))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "dense")
@@ -154,7 +157,7 @@ def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
 
 
 def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) -> None:
-    """Check that drafts are made wherever they could be taken back, and change nothing: right ones and wrong ones."""
+    """Check that lossless decoding drafts wherever the cache can be rolled back, and gives the dense model's tokens."""
     converted.head.num_experts_per_tok = converted.head.num_experts // 2
     with _every_draft():
         written = _continued(converted, lossless=True, return_dict_in_generate=True)
@@ -166,7 +169,7 @@ def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) ->
 
 @contextmanager
 def _every_draft() -> Iterator[None]:
-    """Have lossless decoding draft where the router is unsure as well, as that of a tiny model is throughout."""
+    """Let lossless decoding draft where the router is unsure, too, as a tiny model's router always is."""
     before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
     try:
         yield
@@ -214,11 +217,11 @@ def _check(is_right: bool, what_else: str) -> None:
 
 
 def try_type(kind: Kind, model_type: str) -> Result:
-    """Build, convert and check a type in this process.
+    """Build, convert and check a model type in this process.
 
     Args:
-        kind: what it reads.
-        model_type: as Transformers calls it.
+        kind: its inputs.
+        model_type: its name in Transformers.
     """
     name = model_types(kind)[model_type]
     try:
@@ -241,11 +244,11 @@ def _one_line(error: Exception) -> str:
 
 
 def try_types(kind: Kind, names: Iterable[str]) -> list[Result]:
-    """Try types, each in a process of its own, so that one that crashes or hangs does not stop the others.
+    """Try model types, each in a process of its own, so that a crash or a hang does not stop the others.
 
     Args:
-        kind: what they read.
-        names: as Transformers calls them.
+        kind: their inputs.
+        names: of the types in Transformers.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([convert_checkpoint.__module__])
@@ -268,7 +271,7 @@ def _in_a_process(context: Any, kind: Kind, model_type: str) -> Result:
             return receiver.recv()
         reason = f"takes more than {SECONDS} s"
     except EOFError:
-        reason = "its process died"
+        reason = "its process crashed"
     finally:
         process.kill()
         process.join()
@@ -335,7 +338,7 @@ def architectures(
     ] = None,
     write: Annotated[Path | None, typer.Option(help="The file to write the table to.")] = None,
 ) -> None:
-    """Print what comes of converting each model type, as a table."""
+    """Convert each model type, and print the results as a table."""
     kinds: tuple[Kind, ...] = ("text", "images and text")
     known = {name for kind in kinds for name in model_types(kind)}
     unknown = [name for name in types or () if name not in known]

@@ -1,9 +1,9 @@
 """A conversion at the size of real models, without their weights: `make study NAME=at_size ARGS="--shape SHAPE"`.
 
-The head is random but built as those of language models are: rows lie in clusters of very unequal sizes, their energy
-decays along the directions, and likely tokens lie further along one direction in which all states have a part. The
-body is a stand-in without layers. Its state at a token lies near that token's row, so that the token, its cluster and
-likely tokens share out most of the probability. Everything behind the body is the pipeline's own.
+The head is random but has the structure of real ones: rows form clusters of very unequal sizes, the energy decays over
+the directions, and frequent tokens lie further along a direction that all states share. The decoder is a stand-in
+without layers. Its state at a token is near that token's row, so that the token, its cluster and frequent tokens get
+most of the probability. Everything after the decoder is the real pipeline.
 """
 
 import json
@@ -26,36 +26,36 @@ from hf_topk.model.errors import InputError
 from hf_topk.progress import progress
 from hf_topk.windows import Window
 
-BYTES_BESIDE_HEADS = 2 * 10**9  # what a conversion may take on top of twice the head
+BYTES_BESIDE_HEADS = 2 * 10**9  # RAM that a conversion may take on top of twice the head
 WINDOW_LENGTH = 200
 ROWS_AT_ONCE = 4096
 NOISE_VECTORS = 4096
-DIRECTIONS_AT_HALF = 64  # from here on directions have less than half the energy of the first one
+DIRECTIONS_AT_HALF = 64  # the direction with half the energy of the first
 SHARE_OF_CLUSTER, SHARE_OF_LIKELIHOOD = 0.6, 0.1  # of a row's energy
-LOGIT_DEVIATION, LIKELIHOOD_DEVIATION = 2.0, 1.5  # of logits far from a state's own token, and of what frequency adds
-NEARNESS = (1.0, 2.2)  # how far a state goes towards its row, over what makes it as likely as all others together
+LOGIT_DEVIATION, LIKELIHOOD_DEVIATION = 2.0, 1.5  # of logits of unrelated tokens, and of the part from the frequency
+NEARNESS = (1.0, 2.2)  # of a state to its row, relative to that of probability one half
 
 
 class StatesNearRows(nn.Embedding):
-    """In place of a body: a state near the row of each token, from the token and the one before it alone."""
+    """A stand-in for the decoder: a state near the row of each token, from this token and the one before it."""
 
     noise: Tensor
 
     def __init__(self, vocab_size: int, hidden_size: int, noise: Tensor, nearness: float) -> None:
-        """Make states of rows that are set later.
+        """Prepare; the rows are set later.
 
         Args:
             vocab_size: V.
             hidden_size: d.
-            noise: what is mixed to the rows, [number of vectors, d], norm 1.
-            nearness: the cosine of state and row at which a token has half of the probability.
+            noise: vectors to add to the rows, [number of vectors, d], norm 1.
+            nearness: the cosine of state and row at which the token has a probability of one half.
         """
         super().__init__(vocab_size, hidden_size, device="meta")
         self.register_buffer("noise", noise, persistent=False)
         self.nearness = nearness
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        """States, not normalised: token ids [B, T] to [B, T, d]."""
+        """States, before the final norm: token ids [B, T] to [B, T, d]."""
         before = nn.functional.pad(token_ids, (1, 0))[:, :-1]
         low, high = NEARNESS
         drawn = (token_ids * 7919 + before * 104_729) % 1009 / 1009
@@ -66,15 +66,15 @@ class StatesNearRows(nn.Embedding):
 
 
 def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedModel, Tensor]:
-    """Make a model in bfloat16 of a given head size.
+    """Make a bfloat16 model with a head of a given size.
 
     Args:
         vocab_size: V.
         hidden_size: d.
-        seed: of all that is random.
+        seed: of all random numbers.
 
     Returns:
-        The model, and how often each token is drawn, [V].
+        The model, and the frequency of each token, not normalised, [V].
     """
     generator = torch.Generator().manual_seed(seed)
     spectrum = (1 + torch.arange(hidden_size) / DIRECTIONS_AT_HALF).rsqrt()
@@ -96,7 +96,7 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
     likelihood = frequencies.log()
     likelihood = ((likelihood - likelihood.mean()) / likelihood.std()).unsqueeze(-1)
     clusters = vectors(vocab_size // 100)
-    sizes = 1 / torch.arange(1, len(clusters) + 1)  # in shares of the tokens
+    sizes = 1 / torch.arange(1, len(clusters) + 1)  # relative
     common = vectors(1)
     own = 1 - SHARE_OF_CLUSTER - SHARE_OF_LIKELIHOOD
     norm = LOGIT_DEVIATION / float(spectrum.pow(4).mean().sqrt())  # of a row
@@ -110,7 +110,7 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
             rows += SHARE_OF_LIKELIHOOD**0.5 * likelihood[start : start + ROWS_AT_ONCE] * common
             part.copy_(rows * norm / hidden_size**0.5)
             advance(len(part))
-    # All logits but one are nearly normal around zero: the log of the sum of their exponentials is this.
+    # The log-sum-exp of all other logits, which are nearly normal around zero.
     log_sum = torch.tensor(float(vocab_size)).log() + LOGIT_DEVIATION**2 / 2
     common *= LIKELIHOOD_DEVIATION / (norm * (SHARE_OF_LIKELIHOOD * hidden_size) ** 0.5)
     noise = nn.functional.normalize(vectors(NOISE_VECTORS) + 0.5**0.5 * common, dim=-1).to(torch.bfloat16)
@@ -121,13 +121,13 @@ def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedMo
     return model.eval(), frequencies
 
 
-def sample_windows(frequencies: Tensor, positions: int, seed: int) -> list[Window]:
+def random_windows(frequencies: Tensor, positions: int, seed: int) -> list[Window]:
     """Draw token ids, every window a document of its own.
 
     Args:
-        frequencies: how often each token is drawn, in any unit, [V].
-        positions: tokens of all windows together.
-        seed: of the drawing.
+        frequencies: of the tokens, not normalised, [V].
+        positions: tokens of all windows.
+        seed: of the random draws.
     """
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.multinomial(frequencies, positions, replacement=True, generator=generator)
@@ -135,7 +135,7 @@ def sample_windows(frequencies: Tensor, positions: int, seed: int) -> list[Windo
 
 
 def convert_at_size(vocab_size: int, hidden_size: int, recipe: Recipe) -> dict[str, object]:
-    """Convert a stand-in model and say what it took.
+    """Convert a stand-in model and measure the cost.
 
     Args:
         vocab_size: V.
@@ -143,10 +143,10 @@ def convert_at_size(vocab_size: int, hidden_size: int, recipe: Recipe) -> dict[s
         recipe: every choice; its text is not read.
 
     Returns:
-        Seconds of each step, peak memory of this process, and the figures of the conversion.
+        Seconds per step, peak memory of this process, and the metrics of the conversion.
     """
     model, frequencies = stand_in(vocab_size, hidden_size, recipe.seed)
-    windows = sample_windows(frequencies, recipe.positions, recipe.seed)
+    windows = random_windows(frequencies, recipe.positions, recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
         report = convert(model, None, recipe, windows=windows, folder=Path(folder))
     head_bytes = report.model.head.dense_bytes()
@@ -162,7 +162,7 @@ def convert_at_size(vocab_size: int, hidden_size: int, recipe: Recipe) -> dict[s
         "head_bytes": head_bytes,
         "peak_bytes": peak,
         "peak_share": peak / allowed,
-        **{name: value for name, value in report.figures().items() if name not in ("seconds", "positions")},
+        **{name: value for name, value in report.metrics().items() if name not in ("seconds", "positions")},
     }
 
 
@@ -171,14 +171,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def at_size(
-    shape: Annotated[str | None, typer.Option(help=f"Of the head: {', '.join(SHAPES)}.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Rows of the head, in place of a shape.")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Columns of the head, in place of a shape.")] = None,
+    shape: Annotated[str | None, typer.Option(help=f"Shape of the head: {', '.join(SHAPES)}.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Rows of the head, instead of a shape.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Columns of the head, instead of a shape.")] = None,
     positions: Annotated[int, typer.Option(help="Hidden states, a tenth of them held out.")] = 100_000,
     target_agreement: Annotated[float, typer.Option(help="The agreement that k is chosen for.")] = 0.995,
-    threads: Annotated[int | None, typer.Option(help="Processor cores to use; as many as there are.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: torch's own choice]")] = None,
 ) -> None:
-    """Convert a random head of the size of a real one; print seconds of each step, peak memory and agreement."""
+    """Convert a random head of a real size; print seconds per step, peak memory and agreement."""
     if shape is not None:
         config = shape_config(shape)
         vocab_size, hidden_size = config.vocab_size, config.hidden_size

@@ -1,9 +1,9 @@
-"""The frontier of agreement against bytes read: a converted model beside the methods of others, on the same text.
+"""The frontier of agreement against bytes read: a converted model and other methods on the same text.
 
     make study NAME=frontier ARGS="CONVERTED --text TEXT"
 
-A position agrees if the dense argmax is among the tokens that get an exact logit, which then wins. A tail that puts
-another token first by chance is left out of it.
+A position agrees if the dense argmax gets an exact logit. Positions where the tail still outscores it are not
+subtracted.
 """
 
 import copy
@@ -22,7 +22,13 @@ from hf_topk.bench.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageErr
 from hf_topk.bench.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.bench.timing import head_seconds
 from hf_topk.cli import main
-from hf_topk.convert.steps.calibrate import DenseChoices, Setting, dense_choices, numbers_rescored, reach
+from hf_topk.convert.steps.choose_operating_point import (
+    DenseArgmax,
+    OperatingPoint,
+    dense_argmax,
+    numbers_rescored,
+    rank_argmax,
+)
 from hf_topk.convert.steps.partition import partition
 from hf_topk.documents import read_documents
 from hf_topk.loading import load_converted
@@ -34,7 +40,7 @@ from hf_topk.windows import WINDOW_LENGTH, make_windows, readable_length
 LEVELS = (0.99, 0.995, 0.998, 0.999)
 POSITIONS = 6000
 STATES_AT_ONCE = 256
-ROUNDS = 100  # of the clock
+ROUNDS = 100  # of the timing
 DENSE, OURS, FLASHHEAD, INT8, HNSW = "dense", "hf-topk", "FlashHead", "int8", "HNSW"
 
 Run = Callable[[Tensor], Any]
@@ -42,15 +48,15 @@ Run = Callable[[Tensor], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting of a method, and what it reaches.
+    """A method at one setting.
 
     Attributes:
-        method: whose.
-        setting: what was set.
+        method: its name.
+        setting: its parameters.
         agreement: share of the positions that agree.
-        bytes_read: for a position, as a share of the dense head's in the type that it is stored in; None where it
-            depends on the walk through an index.
-        milliseconds: for the next token of one position.
+        bytes_read: per position, as a share of the dense head's in its stored dtype; None if it depends on the search
+            in an index.
+        milliseconds: for the next token at batch 1.
     """
 
     method: str
@@ -61,17 +67,17 @@ class Point:
 
 
 @torch.inference_mode()
-def measure_frontier(head: TopKExpertsHead, dense: DenseChoices, seed: int = 0) -> list[Point]:
-    """Find what reads the fewest bytes at each level of agreement, method by method, and time it.
+def measure_frontier(head: TopKExpertsHead, dense: DenseArgmax, seed: int = 0) -> list[Point]:
+    """Find each method's setting of fewest bytes at each level of agreement, and time it.
 
     Args:
         head: of a converted model.
-        dense: what the dense head chooses on text that nothing was learned from.
+        dense: the dense argmax on text that the conversion has not seen.
         seed: of FlashHead's clustering.
 
     Returns:
-        The dense head, points of ours and of FlashHead's at each of `LEVELS` that they reach, int8 rows (timed if
-        torchao is installed), and HNSW if hnswlib is installed.
+        Points of the dense head; of hf-topk and FlashHead, at each of `LEVELS` that they reach; of int8, timed if
+        torchao is installed; and of HNSW, if hnswlib is installed.
     """
     measured: list[tuple[Point, Run | None]] = [(Point(DENSE, "", 1.0, 1.0), head.dense_logits)]
     measured += _envelope(_points_of_ours(head, dense))
@@ -86,16 +92,16 @@ def measure_frontier(head: TopKExpertsHead, dense: DenseChoices, seed: int = 0) 
 
 
 def _or_none(name: str, build: Callable[[], Run]) -> Run | None:
-    """What is built, unless its package is missing."""
+    """Build a head; None if its package is missing."""
     try:
         return build()
     except MissingPackageError as error:
-        print(f"{name} is left out: {error}", file=sys.stderr)
+        print(f"{name} is skipped: {error}", file=sys.stderr)
         return None
 
 
 def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]]:
-    """The point of fewest bytes at each level."""
+    """Yield the point of fewest bytes at each level."""
     measured = list(points)
     for level in LEVELS:
         reaching = [one for one in measured if one[0].agreement >= level]
@@ -103,24 +109,24 @@ def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]
             yield min(reaching, key=lambda one: one[0].bytes_read or 0.0)
 
 
-def _points_of_ours(head: TopKExpertsHead, dense: DenseChoices) -> Iterator[tuple[Point, Run]]:
-    reached = reach(head, dense)
-    for which, k in enumerate(reached.tried):
+def _points_of_ours(head: TopKExpertsHead, dense: DenseArgmax) -> Iterator[tuple[Point, Run]]:
+    ranks = rank_argmax(head, dense)
+    for which, k in enumerate(ranks.tried):
         for rescored in numbers_rescored(k * head.expert_size):
-            agreement = float(reached.agrees(which, rescored).double().mean())
-            point = Point(OURS, f"k = {k}, R = {rescored}", agreement, Setting(k, rescored).share_of_bytes(head))
+            agreement = float(ranks.agrees(which, rescored).double().mean())
+            point = Point(OURS, f"k = {k}, R = {rescored}", agreement, OperatingPoint(k, rescored).share_of_bytes(head))
             yield point, _set_to(head, k, rescored)
 
 
 def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
-    """The next token by a head with another k and R."""
+    """A function from hidden states to the next tokens, at another k and R."""
     twin = copy.copy(head)
     twin.config = copy.copy(head.config)
     twin.num_experts_per_tok, twin.num_rescored = k, rescored
     return lambda hidden: likeliest(twin, twin.score(hidden))
 
 
-def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) -> Iterator[tuple[Point, Run]]:
+def _points_of_flashhead(head: TopKExpertsHead, dense: DenseArgmax, seed: int) -> Iterator[tuple[Point, Run]]:
     clusters = partition(F.normalize(head.weight.float(), dim=-1), min(CLUSTER_SIZE, head.out_features), seed)
     flash = FlashHead(head.weight, head.bias, clusters.to(head.weight.device))
     cluster_of = torch.empty(head.out_features, dtype=torch.long, device=head.weight.device)
@@ -141,8 +147,8 @@ def _points_of_flashhead(head: TopKExpertsHead, dense: DenseChoices, seed: int) 
         yield Point(FLASHHEAD, setting, agreement, read / head.dense_bytes()), copy.copy(flash).next_tokens
 
 
-def _point_of_int8(head: TopKExpertsHead, dense: DenseChoices) -> Point:
-    """Rows rounded to int8 with a scale each; the hidden state is not."""
+def _point_of_int8(head: TopKExpertsHead, dense: DenseArgmax) -> Point:
+    """Rows rounded to int8 with one scale each; hidden states are not rounded."""
     rows = head.weight.float()
     scales = rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
     rounded = (rows / scales).round() * scales
@@ -151,10 +157,10 @@ def _point_of_int8(head: TopKExpertsHead, dense: DenseChoices) -> Point:
     for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
         agreed += int((F.linear(states.float(), rounded, bias).argmax(dim=-1) == best).sum())
     read = head.weight.numel() + (1 + (bias is not None)) * len(rows) * head.stored_type.itemsize
-    return Point(INT8, "a scale a row", agreed / len(dense.best), read / head.dense_bytes())
+    return Point(INT8, "one scale per row", agreed / len(dense.best), read / head.dense_bytes())
 
 
-def _point_of_hnsw(index: Run, dense: DenseChoices) -> Point:
+def _point_of_hnsw(index: Run, dense: DenseArgmax) -> Point:
     hits = 0
     with progress("Searching the HNSW index", len(dense.states), "positions") as advance:
         for states, best in zip(dense.states.split(STATES_AT_ONCE), dense.best.split(STATES_AT_ONCE), strict=True):
@@ -164,10 +170,10 @@ def _point_of_hnsw(index: Run, dense: DenseChoices) -> Point:
 
 
 def as_markdown(points: list[Point]) -> str:
-    """Points as a table in Markdown.
+    """Format points as a Markdown table.
 
     Args:
-        points: in the order in which they were measured.
+        points: the rows, in order.
     """
     lines = ["| method | setting | agreement | bytes read | ms |", "|---|---|---|---|---|"]
     for point in points:
@@ -187,11 +193,11 @@ def frontier(
     positions: Annotated[int, typer.Option(help="Tokens to measure on.")] = POSITIONS,
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
-    """Print the fewest bytes that reach each agreement: a converted model beside FlashHead's method, int8 and HNSW."""
+    """Print the fewest bytes that reach each agreement, for a converted model, FlashHead, int8 and HNSW."""
     converted, tokenizer = load_converted(model, dtype="float32")
     length = readable_length(converted.config, WINDOW_LENGTH)
     windows = make_windows(read_documents(text), tokenizer, length, positions, seed=0)
-    points = measure_frontier(converted.head, dense_choices(converted, windows))
+    points = measure_frontier(converted.head, dense_argmax(converted, windows))
     print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of any type that Transformers knows, made from its configuration class alone."""
+"""Tiny random models of any type in Transformers, made from its configuration class."""
 
 import dataclasses
 import re
@@ -13,13 +13,13 @@ WIDTH, HEADS, KEY_VALUE_HEADS = 32, 4, 2
 HEAD_WIDTH = WIDTH // HEADS
 LAYERS, MOST_LAYERS = 2, 4
 MOST_POSITIONS = 128
-LARGEST_KEPT = 64  # whole numbers up to it stay, unless their names say what they are
+LARGEST_KEPT = 64  # integers up to this are kept, unless a pattern matches their names
 LOGIT_DEVIATION = 2.0
 END, PADDING, FIRST_OTHER_ID = 0, 1, 2
-PROBE = torch.tensor([[75, 67, 92, 58, 73, 81], [99, 63, 64, 82, 77, 96]])  # ids that stand for nothing
+PROBE = torch.tensor([[75, 67, 92, 58, 73, 81], [99, 63, 64, 82, 77, 96]])  # ids of ordinary tokens
 TOKEN_IDS = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PADDING}
 
-# What a whole number becomes at most, by the first pattern that is found in its field's name.
+# The limit of an integer field, by the first pattern that matches its name.
 SIZES = (
     (r"max_position|n_positions|n_ctx|max_seq|seq_len|max_target|max_source|model_max_length", MOST_POSITIONS),
     (r"vocab|n_words|n_token", VOCAB_SIZE),
@@ -34,7 +34,7 @@ SIZES = (
     (r"period|interval|every_n", 2),
     (r"window|chunk|block_size", 8),
 )
-# Fields without which a model cannot be made, although their classes have no value for them.
+# Fields that a model needs although their default is None.
 NEEDED: dict[str, Any] = {
     "head_dim": HEAD_WIDTH,
     "num_key_value_heads": KEY_VALUE_HEADS,
@@ -42,8 +42,8 @@ NEEDED: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
 }
-FLAGS = {"causal": True, "is_decoder": True}  # some classes are encoders unless told
-# What the configuration class of a type (also one within another) asks for beyond what can be told from its fields.
+FLAGS = {"causal": True, "is_decoder": True}  # some classes are encoders by default
+# Values that a configuration class needs, also nested, and that its fields do not tell.
 HINTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blt": {"num_hidden_layers": LAYERS},
@@ -88,13 +88,13 @@ HINTS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """A configuration of a type with every size as small as it can be.
+    """Make a configuration of a model type with the smallest sizes.
 
     Args:
-        model_type: as Transformers calls it.
+        model_type: its name in Transformers.
 
     Raises:
-        Exception: whatever the configuration's own class raises where it takes no such sizes.
+        Exception: whatever the configuration class raises if it rejects the sizes.
     """
     config_class = CONFIG_MAPPING[model_type]
     return config_class(**_smaller(config_class()))
@@ -102,15 +102,15 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def tiny_model(auto_class: Any, model_type: str) -> PreTrainedModel:
-    """A random model of a type that reads and writes text, with logits far enough apart to be told from noise.
+    """Make a random model of a type, with logits far enough apart to exceed rounding errors.
 
     Args:
         auto_class: one of Transformers' Auto classes of models.
-        model_type: as Transformers calls it.
+        model_type: its name in Transformers.
 
     Raises:
-        Exception: whatever Transformers raises where there can be no such model, or it does not read text alone, or
-            does not generate.
+        Exception: whatever Transformers raises if the model cannot be built, needs more inputs than text, or cannot
+            generate.
     """
     torch.manual_seed(0)
     dense = auto_class.from_config(tiny_config(model_type)).eval()
@@ -123,12 +123,12 @@ def tiny_model(auto_class: Any, model_type: str) -> PreTrainedModel:
 
 
 def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
-    """Choices for a configuration that is like another one, but tiny."""
+    """Arguments for a tiny version of a configuration."""
     hints = HINTS.get(default.model_type, {})
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     fields = [field for field in dataclasses.fields(default) if field.name not in inherited]
     alias = {own: name for name, own in default.attribute_map.items()}
-    # Not through its attributes: a value that differs from layer to layer cannot be asked for by name.
+    # Not through attributes: values that differ by layer cannot be read there.
     values = {
         field.name: vars(default).get(default.attribute_map.get(field.name, field.name), field.default)
         for field in fields
@@ -143,7 +143,7 @@ def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
         name, value = alias.get(field.name, field.name), values[field.name]
         if isinstance(value, PreTrainedConfig):
             choices[field.name] = type(value)(**_smaller(value))
-        elif field.name in kinds:  # each kind of layer, the last ones where there are too many
+        elif field.name in kinds:  # every kind of layer, or the last ones if there are too many
             choices[field.name] = (kinds[field.name][:1] * layers + kinds[field.name])[-layers:]
         elif name == "rope_parameters" and "mrope_section" in default.ignore_keys_at_rope_validation:
             choices[field.name] = {**value, "mrope_section": _sections(value.get("partial_rotary_factor", 1.0))}
@@ -161,18 +161,18 @@ def _smaller(default: PreTrainedConfig) -> dict[str, Any]:
             choices[field.name] = layers
         elif name == "num_key_value_heads" and value == named.get("num_attention_heads"):
             choices[field.name] = HEADS
-        elif _is_number(field.default):  # others follow from these
+        elif _is_number(field.default):  # other fields are derived from these
             choices[field.name] = _smaller_number(name, field.default)
     return {**choices, **hints}
 
 
 def _is_of_layers(value: Any, depth: Any) -> bool:
-    """Whether a value says of each layer what kind it is."""
+    """Whether a value is a list of layer types."""
     return isinstance(value, list | tuple) and len(value) == depth and isinstance(value[0], str)
 
 
 def _sections(rotary_share: float) -> list[int]:
-    """How the pairs of a head that are rotated are shared out among the three axes of an image."""
+    """The rotary pairs of an attention head for each of the three axes of an image."""
     pairs = int(HEAD_WIDTH * rotary_share) // 2
     return [pairs // 3, pairs // 3, pairs - 2 * (pairs // 3)]
 

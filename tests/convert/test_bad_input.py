@@ -107,7 +107,11 @@ def test_refuses_an_encoder_whose_config_does_not_say_so(tmp_path: Path, refused
     tiny_tokenizer().save_pretrained(tmp_path / "other")
     options = ("--expert-size", 16, "--positions", 600)
     refused(
-        "convert", "other", "out", *options, parts=("BertLMHeadModel looks ahead", "choose a causal language model")
+        "convert",
+        "other",
+        "out",
+        *options,
+        parts=("BertLMHeadModel attends to later tokens", "choose a causal language model"),
     )
 
 
@@ -117,11 +121,13 @@ def test_refuses_a_folder_that_is_not_there(name: str, refused: Refused) -> None
 
 
 def test_refuses_a_name_that_no_repository_can_have(refused: Refused) -> None:
-    refused("convert", "what is this", "out", parts=("no such model", "'what is this'", "no name of a repository"))
+    refused(
+        "convert", "what is this", "out", parts=("no such model", "'what is this'", "not a valid name of a repository")
+    )
 
 
 def test_refuses_a_file_in_place_of_a_folder(model: Path, refused: Refused) -> None:
-    refused("convert", "model/model.safetensors", "out", parts=("is a file", "give the folder that it is in"))
+    refused("convert", "model/model.safetensors", "out", parts=("is a file", "give its folder"))
 
 
 def test_refuses_an_already_converted_model(converted: Path, refused: Refused) -> None:
@@ -196,7 +202,10 @@ def other_tokenizer(folder: Path, tokens: int) -> None:
 NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ("is not a model", "no config.json in")),
     "config cut short": (lambda folder: truncate(folder / "config.json"), ("config.json is damaged", "fetch")),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[1]"), ("is damaged (no JSON object)",)),
+    "config is a list": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        ("is damaged (not a JSON object)",),
+    ),
     "unknown model type": (lambda folder: edit_config(folder, model_type="zorglub"), ("cannot read", "'zorglub'")),
     "no model type": (lambda folder: (folder / "config.json").write_text("{}"), ("cannot read the configuration",)),
     "wrong type in the config": (
@@ -208,7 +217,7 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("is quantised", "give the checkpoint it was made from"),
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("has no weights", "model.safetensors")),
-    "only a pickle": (only_a_pickle, ("pickle (pytorch_model.bin)", "convert it first", "save_pretrained(")),
+    "only a pickle": (only_a_pickle, ("pickled weights (pytorch_model.bin)", "convert them first", "save_pretrained(")),
     "random bytes": (
         lambda folder: (folder / "model.safetensors").write_bytes(os.urandom(4096)),
         ("model.safetensors is damaged or cut short", "fetch the model again"),
@@ -243,7 +252,7 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda folder: edit_tensors(folder, lambda tensors: tensors["model.embed_tokens.weight"][50].fill_(torch.nan)),
         ("the head's weight holds NaN", "fetch it again"),
     ),
-    "NaN in the body": (
+    "NaN in the decoder": (
         lambda folder: edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.nan)),
         ("hidden states are not finite", "check its weights"),
     ),
@@ -300,7 +309,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "one word": (lambda file: file.write_text("w1"), ("too short", "give more text")),
     "too few positions": (
         lambda file: file.write_text("w1 w2 " * 10),
-        ("the sample has 20 positions, fewer than the 32 numbers of a hidden state", "give more text"),
+        ("the calibration text has 20 positions, fewer than the 32 dimensions of a hidden state", "give more text"),
     ),
 }
 
@@ -320,7 +329,7 @@ def test_refuses_conversations_without_a_chat_template(model: Path, tmp_path: Pa
 
 def test_refuses_too_few_positions_of_the_bundled_texts(model: Path, refused: Refused) -> None:
     arguments = ("convert", "model", "out", "--positions", 20, "--expert-size", 16)
-    refused(*arguments, parts=("the sample has 20 positions, fewer than the 32", "raise `positions`"))
+    refused(*arguments, parts=("the calibration text has 20 positions, fewer than the 32", "raise `positions`"))
 
 
 # Choices

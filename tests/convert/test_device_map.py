@@ -1,4 +1,4 @@
-"""A dense model whose parts lie where a device map sends them: the conversion is that of one in main memory."""
+"""A dense model spread by a device map converts to the same result as one in RAM."""
 
 import json
 from functools import partial
@@ -45,9 +45,9 @@ def test_offloaded_parts_change_nothing(
 def result(folder: Path) -> dict[str, bytes | None]:
     """What was written, but for how long it took."""
     files = contents(folder)
-    figures = json.loads(files.pop("figures.json"))
-    assert figures.pop("seconds") >= 0
-    return {**files, "figures": json.dumps(figures).encode()}
+    metrics = json.loads(files.pop("figures.json"))
+    assert metrics.pop("seconds") >= 0
+    return {**files, "metrics": json.dumps(metrics).encode()}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -63,7 +63,7 @@ def test_head_and_embeddings_stay_in_memory(tied: bool, tmp_path: Path) -> None:
 def test_refuses_to_part_tied_tensors(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, tiny_dense())
     source = open_source(str(tmp_path), tmp_path)
-    with pytest.raises(InputError, match=r"parts 'lm_head\.weight' from what it is tied to"):
+    with pytest.raises(InputError, match=r"puts 'lm_head\.weight' and the weight it is tied to on different devices"):
         dense.load_dense(source, {**LLAMA_MAPS["the ends"], "model.embed_tokens": "cpu"})
 
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_topk.convert import Recipe, Report, convert
-from hf_topk.convert.sample import PROMPTS, TEXTS, bundled_documents, sample_from_text
+from hf_topk.convert.load_calibration_text import PROMPTS, TEXTS, bundled_documents, calibration_windows
 from hf_topk.convert.steps import distill as distillation
-from hf_topk.convert.steps.calibrate import split_by_document
+from hf_topk.convert.steps.choose_operating_point import split_by_document
 from hf_topk.convert.steps.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.steps.find_head import head_of
 from hf_topk.convert.steps.fit_combiner import fit_combiner
@@ -95,19 +95,19 @@ def test_models_that_chat_read_prompts_behind_the_texts(chats: bool) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE if chats else None
     texts, prompts = read_documents(str(TEXTS)), read_documents(str(PROMPTS))
     assert bundled_documents(tokenizer) == [*texts, *(prompts if chats else [])]
-    windows, fingerprint = sample_from_text(tokenizer, Recipe(positions=9000, window_length=32))
+    windows, fingerprint = calibration_windows(tokenizer, Recipe(positions=9000, window_length=32))
     assert 8999 <= sum(len(window.token_ids) for window in windows) <= 9000
     documents = {window.document for window in windows}
     assert set(range(len(texts))) <= documents  # each has a window
     assert (max(documents) >= len(texts)) == chats
-    assert fingerprint == sample_from_text(tokenizer, Recipe(positions=99))[1]
+    assert fingerprint == calibration_windows(tokenizer, Recipe(positions=99))[1]
     tokenizer.chat_template = None if chats else CHAT_TEMPLATE
-    assert fingerprint != sample_from_text(tokenizer, Recipe(positions=99))[1]
+    assert fingerprint != calibration_windows(tokenizer, Recipe(positions=99))[1]
 
 
 def test_a_sample_of_ones_own_is_read_in_its_place(tmp_path: Path) -> None:
     recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), positions=200, window_length=32)
-    windows, _ = sample_from_text(tiny_tokenizer(), recipe)
+    windows, _ = calibration_windows(tiny_tokenizer(), recipe)
     assert {window.document for window in windows} == {0, 1, 2, 3}
     assert sum(len(window.token_ids) for window in windows) == 200
 
@@ -118,7 +118,7 @@ def test_conversations_of_ones_own_are_read_through_the_chat_template(tmp_path: 
     recipe = Recipe(text=str(tmp_path / "chats.jsonl"), positions=200, window_length=32)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}<pad> {{ message.content }} {% endfor %}"
-    windows, _ = sample_from_text(tokenizer, recipe)
+    windows, _ = calibration_windows(tokenizer, recipe)
     assert [tokenizer.decode(window.token_ids) for window in windows] == ["<pad> w5 w6 <pad> w7"] * 3
 
 
@@ -233,7 +233,7 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
 ) -> None:
     monkeypatch.setattr("hf_topk.convert.steps.fit_packed_rows.TEMPER", power)
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6))
-    probabilities[head.expert_ids[3, 5]] = 0  # what the sample never shows
+    probabilities[head.expert_ids[3, 5]] = 0  # never in the calibration text
     probabilities /= probabilities.sum()
     fit_tail(head, metric_of(some_states()), probabilities, [])
     for expert, ids in enumerate(head.expert_ids.tolist()):
@@ -247,12 +247,12 @@ def test_ids_that_no_text_has_keep_their_share_of_an_expert(head: TopKExpertsHea
     """And the others are tempered among themselves."""
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6)).pow(3)
     probabilities /= probabilities.sum()
-    textless = [*head.expert_ids[2, :5].tolist(), *head.expert_ids[3].tolist()]
-    fit_tail(head, metric_of(some_states()), probabilities, textless)
+    unused = [*head.expert_ids[2, :5].tolist(), *head.expert_ids[3].tolist()]
+    fit_tail(head, metric_of(some_states()), probabilities, unused)
     for expert, ids in enumerate(head.expert_ids):
-        own, is_textless = probabilities[ids], torch.isin(ids, torch.tensor(textless))
-        tempered = own.sqrt() * ~is_textless
-        expected = torch.where(is_textless, own, tempered / tempered.sum() * own[~is_textless].sum())
+        own, is_unused = probabilities[ids], torch.isin(ids, torch.tensor(unused))
+        tempered = own.sqrt() * ~is_unused
+        expected = torch.where(is_unused, own, tempered / tempered.sum() * own[~is_unused].sum())
         repeats = torch.cat([torch.tensor([False]), ids[1:] == ids[0]])
         if not repeats.any():
             torch.testing.assert_close(head.tail.log_prior[expert].exp(), expected / own.sum())
@@ -297,7 +297,7 @@ def test_both_sides_hold_something(held_out: float) -> None:
         windows = [Window(number % documents, (1, 2)) for number in range(10)]
         distil_on, rest = split_by_document(windows, held_out, 0)
         assert 0 < len(distil_on) == 10 - len(rest) < 10
-    with pytest.raises(InputError, match="a single window"):
+    with pytest.raises(InputError, match="only one window"):
         split_by_document([Window(0, (1, 2))], held_out, 0)
 
 
@@ -305,14 +305,14 @@ def test_both_sides_hold_something(held_out: float) -> None:
 @pytest.mark.parametrize(("k", "rescored"), [(3, 20), (3, None), (None, None), (6, 99)])
 def test_every_combination_converts_and_evaluates(k: int | None, rescored: int | None, combine: str) -> None:
     report = quick(num_experts_per_tok=k, num_rescored=rescored, combine=combine, num_always_on=9)
-    figures, head = report.figures(), report.model.head
-    assert 0.2 < figures["agreement"] <= figures["top5_containment"] <= 1
-    assert -1e-6 < figures["kl"] < 5
-    assert figures["num_experts"] == head.num_experts == 6
+    metrics, head = report.metrics(), report.model.head
+    assert 0.2 < metrics["agreement"] <= metrics["top5_containment"] <= 1
+    assert -1e-6 < metrics["kl"] < 5
+    assert metrics["num_experts"] == head.num_experts == 6
     assert head.num_always_on == 9
-    assert figures["num_experts_per_tok"] == head.num_experts_per_tok == report.model.config.num_experts_per_tok
+    assert metrics["num_experts_per_tok"] == head.num_experts_per_tok == report.model.config.num_experts_per_tok
     exact = head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size
-    assert figures["num_rescored"] == exact
+    assert metrics["num_rescored"] == exact
     assert head.num_rescored == report.model.config.num_rescored
     assert k in (None, head.num_experts_per_tok)
     assert k is None or rescored in (None, head.num_rescored)  # both are chosen together
@@ -320,7 +320,7 @@ def test_every_combination_converts_and_evaluates(k: int | None, rescored: int |
     assert report.model.config.router_packed
     assert head.sparse_logits(some_states()).isfinite().all()
     if k == 6 and combine == "exact":
-        assert (figures["agreement"], figures["kl"]) == (1, pytest.approx(0, abs=1e-5))
+        assert (metrics["agreement"], metrics["kl"]) == (1, pytest.approx(0, abs=1e-5))
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, tuple[int, Tensor]]:
@@ -374,7 +374,9 @@ def test_refuses_ids_that_the_head_does_not_have() -> None:
 
 def test_refuses_a_sample_of_fewer_positions_than_numbers_of_a_state() -> None:
     windows = [Window(0, tuple(range(15))), Window(1, tuple(range(16)))]
-    with pytest.raises(InputError, match="the sample has 31 positions, fewer than the 32 numbers of a hidden state"):
+    with pytest.raises(
+        InputError, match="the calibration text has 31 positions, fewer than the 32 dimensions of a hidden state"
+    ):
         convert(tiny_dense(), None, Recipe(**QUICK), windows=windows)
     enough = [*windows, Window(1, (1, 2))]
     assert convert(tiny_dense(), None, Recipe(**QUICK), windows=enough).fidelity.positions > 0
@@ -395,10 +397,10 @@ def test_more_numbers_are_nearer_to_the_dense_head(name: str) -> None:
     assert many.added_bytes > few.added_bytes
 
 
-def test_figures_are_those_of_the_model() -> None:
+def test_metrics_are_those_of_the_model() -> None:
     report = quick(num_experts_per_tok=2)
     _, held_out = split_by_document(some_windows(), report.recipe.held_out, report.recipe.seed)
     assert measure_fidelity(report.model, held_out) == report.fidelity
-    assert report.fidelity.positions == len(report.choices.best) == sum(len(one.token_ids) for one in held_out)
+    assert report.fidelity.positions == len(report.dense_argmax.best) == sum(len(one.token_ids) for one in held_out)
     assert report.distilled_positions == sum(len(one.token_ids) for one in some_windows()) - report.fidelity.positions
     assert report.added_bytes == report.model.head.added_bytes()

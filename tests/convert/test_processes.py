@@ -84,9 +84,9 @@ def in_trouble(folder: Path, trouble: str) -> str:
 def result(folder: Path) -> dict[str, bytes | None]:
     """What was written, but for how long it took."""
     files = contents(folder)
-    figures = json.loads(files.pop("figures.json"))
-    assert figures.pop("seconds") >= 0
-    return {**files, "figures": json.dumps(figures).encode()}
+    metrics = json.loads(files.pop("figures.json"))
+    assert metrics.pop("seconds") >= 0
+    return {**files, "metrics": json.dumps(metrics).encode()}
 
 
 def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +106,8 @@ def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pyt
     assert done.returncode == 0, done.stderr
     assert result(folder / "out") == result(folder / "mixed")
     assert not (folder / ".out.work").exists()
-    figures = json.loads(done.stdout)
-    assert figures["agreement"] == json.loads((folder / "mixed" / "figures.json").read_text())["agreement"]
+    metrics = json.loads(done.stdout)
+    assert metrics["agreement"] == json.loads((folder / "mixed" / "figures.json").read_text())["agreement"]
     lines = own_lines(done.stderr)
     assert all(PROGRESS_LINE.fullmatch(line) for line in lines), done.stderr
     for step, times in (("Reading the checkpoint", 1), ("Running the dense model", 2)):  # then on what is held out
@@ -152,20 +152,20 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     told: list[Any] = []
     state = SimpleNamespace(num_processes=2, device=torch.device("cpu"), destroy_process_group=lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(processes, "_meet", lambda: state)
+    monkeypatch.setattr(processes, "_connect", lambda: state)
     monkeypatch.setattr(processes, "_broadcast", told.append)
     return told
 
 
 def test_refuses_a_device_map_for_several_processes(folder: Path, launched: list[Any]) -> None:
-    with pytest.raises(InputError, match="launch only one"):
+    with pytest.raises(InputError, match="launch a single process"):
         convert_here(folder, "mapped", "text", device_map="auto")
     assert launched == [None]
 
 
 def test_only_the_first_process_converts(folder: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(InputError, match="help_first_process"):
+    with pytest.raises(InputError, match="run_worker"):
         convert_here(folder, "second", "text")
     assert launched == []
 

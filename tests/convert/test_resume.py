@@ -29,7 +29,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["text.jsonl", "mixed"])
 def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A current folder with a dense model, a text and a recipe that takes the sample from one of both."""
+    """A current folder with a dense model, a calibration text and a recipe that names it."""
     tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False), chats=True)
     tiny_text(tmp_path / "text.jsonl")
     write_recipe(tmp_path, text=request.param)
@@ -71,9 +71,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 def result(here: Path) -> dict[str, bytes | None]:
     """What was written, but for how long it took."""
     files = contents(here / "out")
-    figures = json.loads(files.pop("figures.json"))
-    assert figures.pop("seconds") >= 0
-    return {**files, "figures": json.dumps(figures).encode()}
+    metrics = json.loads(files.pop("figures.json"))
+    assert metrics.pop("seconds") >= 0
+    return {**files, "metrics": json.dumps(metrics).encode()}
 
 
 @pytest.fixture
@@ -137,9 +137,7 @@ def interrupted(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     with monkeypatch.context() as patched:
         Passes(patched, interrupt_at=4)
         assert run(patched) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "hf-topk: interrupted; an interrupted conversion goes on with --resume"
-    )
+    assert capsys.readouterr().err.splitlines()[-1] == ("hf-topk: interrupted; continue a conversion with --resume")
     return here
 
 
@@ -225,7 +223,7 @@ def test_refuses_to_go_on_with_something_else(
 ) -> None:
     CHANGES[change](interrupted)
     name = NAMED.get(change, change)
-    refused(*ARGUMENTS, "--resume", parts=("cannot resume", f"has changed: {name};", "--overwrite"))
+    refused(*ARGUMENTS, "--resume", parts=("cannot resume", f"have changed: {name};", "--overwrite"))
     assert run(monkeypatch, "--overwrite") == 0
     assert not (interrupted / ".out.work").exists()
 
@@ -243,7 +241,7 @@ def test_refuses_a_text_of_another_name(interrupted: Path, refused: Any) -> None
     """The recipe names the file, so that a resumed conversion's card and recipe name the one that was read."""
     (interrupted / "text.jsonl").rename(interrupted / "moved.jsonl")
     write_recipe(interrupted, text="moved.jsonl")
-    refused(*ARGUMENTS, "--resume", parts=("has changed: text;",))
+    refused(*ARGUMENTS, "--resume", parts=("have changed: text;",))
 
 
 def test_two_conversions_side_by_side_do_not_meet(here: Path) -> None:

@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         ("convert", "model", "new", "--recipe", "recipe.yaml", "--private"),
         lambda hub: None,
         TOKEN,
-        ("give --push-to-hub REPO",),
+        ("need --push-to-hub REPO",),
     ),
 }
 

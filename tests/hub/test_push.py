@@ -113,7 +113,7 @@ def test_a_download_that_broke_off_is_taken_up(run: Run, hub: Hub, here: Path, s
     hub.faults.append(Fault("GET", shards[-1], 403, message="out of order"))
     done = run(*command)
     assert done.code == 2
-    assert "fetching it from the Hub failed" in done.err or "does not give it out" in done.err
+    assert "the download from the Hub failed" in done.err or "the Hub refuses it" in done.err
     hub.faults.clear()
     hub.requests.clear()
     done = run(*command)

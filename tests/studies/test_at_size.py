@@ -19,7 +19,7 @@ def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits()
     model, frequencies = at_size.stand_in(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert frequencies.max() > 10 * frequencies.median()
-    windows = at_size.sample_windows(frequencies, 650, seed=0)
+    windows = at_size.random_windows(frequencies, 650, seed=0)
     assert sum(len(window.token_ids) for window in windows) == 650
     token_ids = torch.tensor([window.token_ids for window in windows[:3]])
     with torch.inference_mode(), tapped_head(model) as tap:
@@ -31,17 +31,17 @@ def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits()
     assert 0.2 < float(probabilities.amax(dim=-1).mean()) < 0.95
 
 
-def test_the_figures_are_of_a_conversion() -> None:
+def test_the_metrics_are_of_a_conversion() -> None:
     recipe = Recipe.from_dict({**QUICK, "positions": 2000, "target_agreement": 0.8, "allow_below_target": True})
-    figures = at_size.convert_at_size(VOCAB_SIZE, HIDDEN_SIZE, recipe)
-    steps = figures["step_seconds"]
+    metrics = at_size.convert_at_size(VOCAB_SIZE, HIDDEN_SIZE, recipe)
+    steps = metrics["step_seconds"]
     assert list(steps) == [
-        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail", "calibration",
+        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail", "operating point",
     ]  # fmt: skip
-    assert figures["head_bytes"] == 2 * VOCAB_SIZE * HIDDEN_SIZE
-    assert figures["peak_share"] == figures["peak_bytes"] / (2 * figures["head_bytes"] + 2 * 10**9)
-    assert figures["agreement"] > 0.5
-    assert json.dumps(figures)
+    assert metrics["head_bytes"] == 2 * VOCAB_SIZE * HIDDEN_SIZE
+    assert metrics["peak_share"] == metrics["peak_bytes"] / (2 * metrics["head_bytes"] + 2 * 10**9)
+    assert metrics["agreement"] > 0.5
+    assert json.dumps(metrics)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_topk.cli import main
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.convert.steps.calibrate import DenseChoices
+from hf_topk.convert.steps.choose_operating_point import DenseArgmax
 from hf_topk.model.head import TopKExpertsHead
 from studies import frontier
 from studies.frontier import DENSE, FLASHHEAD, HNSW, INT8, LEVELS, OURS, Point, as_markdown, measure_frontier
@@ -23,14 +23,14 @@ def head() -> TopKExpertsHead:
 
 
 @pytest.fixture(scope="module")
-def choices(head: TopKExpertsHead) -> DenseChoices:
+def choices(head: TopKExpertsHead) -> DenseArgmax:
     states = torch.randn(200, head.in_features, generator=torch.Generator().manual_seed(5))
     best = F.linear(states, head.weight.detach(), head.bias).argmax(dim=-1)
-    return DenseChoices(states, best, torch.zeros(200, dtype=torch.long))
+    return DenseArgmax(states, best, torch.zeros(200, dtype=torch.long))
 
 
 @pytest.fixture(scope="module")
-def points(head: TopKExpertsHead, choices: DenseChoices) -> list[Point]:
+def points(head: TopKExpertsHead, choices: DenseArgmax) -> list[Point]:
     return measure_frontier(head, choices)
 
 
@@ -50,7 +50,7 @@ def test_every_level_is_reached_for_no_fewer_bytes_than_a_lower_one(points: list
 
 
 def test_a_point_of_ours_agrees_as_often_as_the_head_that_is_set_so(
-    head: TopKExpertsHead, choices: DenseChoices, points: list[Point]
+    head: TopKExpertsHead, choices: DenseArgmax, points: list[Point]
 ) -> None:
     for point in of(points, OURS):
         k, rescored = (int(part.split(" = ")[1]) for part in point.setting.split(", "))

@@ -9,16 +9,16 @@ from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_tex
 from torch.nn import functional as F
 
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.convert.steps.calibrate import DenseChoices, agrees, reach
+from hf_topk.convert.steps.choose_operating_point import DenseArgmax, agrees, rank_argmax
 from hf_topk.model.errors import InputError
 from studies import promise
 
 
-def some_choices(model: object, documents: int) -> DenseChoices:
+def random_argmax(model: object, documents: int) -> DenseArgmax:
     head = model.head
     states = torch.randn(40 * documents, head.in_features, generator=torch.Generator().manual_seed(5))
     best = F.linear(states, head.weight.detach()).argmax(dim=-1)
-    return DenseChoices(states, best, torch.arange(documents).repeat_interleave(40))
+    return DenseArgmax(states, best, torch.arange(documents).repeat_interleave(40))
 
 
 def test_the_promise_is_summed_up_over_splits() -> None:
@@ -37,34 +37,34 @@ def test_the_promise_is_summed_up_over_splits() -> None:
 
 def test_a_split_is_measured_on_documents_that_nothing_was_chosen_on() -> None:
     model = tiny_converted(num_always_on=4)
-    choices = some_choices(model, 8)
-    reached = reach(model.head, choices)
-    asked: list[DenseChoices] = []
+    dense = random_argmax(model, 8)
+    ranks = rank_argmax(model.head, dense)
+    asked: list[DenseArgmax] = []
 
-    def watched(model: object, some: DenseChoices, *others: object) -> None:
+    def watched(model: object, some: DenseArgmax, *others: object) -> None:
         asked.append(some)
         promise_choose(model, some, *others)
 
-    promise_choose = promise.choose
+    promise_choose = promise.choose_operating_point
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(promise, "choose", watched)
-        outcome = promise.try_split(model, choices, reached, 0.8, seed=3)
+        patched.setattr(promise, "choose_operating_point", watched)
+        outcome = promise.try_split(model, dense, ranks, 0.8, seed=3)
     (seen,) = asked
-    is_seen = (choices.states.unsqueeze(1) == seen.states[::40]).all(dim=-1).any(dim=1)  # the first of each document
+    is_seen = (dense.states.unsqueeze(1) == seen.states[::40]).all(dim=-1).any(dim=1)  # the first of each document
     assert outcome.positions == len(seen.best) == 160
-    others = choices.part(~torch.isin(choices.documents, choices.documents[is_seen]))
+    others = dense.part(~torch.isin(dense.documents, dense.documents[is_seen]))
     assert len(others.best) == 160
     assert outcome.agreement == float(agrees(model.head, others).double().mean())
     assert outcome.bound == seen.bound(agrees(model.head, seen)) >= 0.8
     assert (outcome.num_experts_per_tok, outcome.num_rescored) == (model.num_experts_per_tok, model.head.num_rescored)
-    assert promise.try_split(model, choices, reached, 0.8, seed=3) == outcome
+    assert promise.try_split(model, dense, ranks, 0.8, seed=3) == outcome
 
 
 def test_too_few_documents_are_refused() -> None:
     model = tiny_converted()
-    choices = some_choices(model, 3)
+    dense = random_argmax(model, 3)
     with pytest.raises(InputError, match="3 documents, too few to split"):
-        promise.try_split(model, choices, reach(model.head, choices), 0.9, seed=0)
+        promise.try_split(model, dense, rank_argmax(model.head, dense), 0.9, seed=0)
 
 
 def test_the_command_prints_a_line_for_each_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.convert.checkpoint import agreement_plot
 from hf_topk.convert.checkpoint.agreement_plot import Point, draw, measure_around
 from hf_topk.convert.checkpoint.card import write_card
-from hf_topk.convert.sample import sample_from_text
+from hf_topk.convert.load_calibration_text import calibration_windows
 from hf_topk.convert.source import open_source
-from hf_topk.convert.steps.calibrate import split_by_document
+from hf_topk.convert.steps.choose_operating_point import split_by_document
 from hf_topk.model.hub_card import named
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     recipe = Recipe(text=str(tiny_text(folder / "text.jsonl")), num_experts_per_tok=2, **QUICK)
     report = convert_checkpoint(str(folder / "model"), folder / "out", recipe)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    _, held_out = split_by_document(sample_from_text(tokenizer, recipe)[0], recipe.held_out, recipe.seed)
+    _, held_out = split_by_document(calibration_windows(tokenizer, recipe)[0], recipe.held_out, recipe.seed)
     card = ModelCard.load(folder / "out" / "README.md")
     return SimpleNamespace(folder=folder, report=report, held_out=held_out, card=card)
 
@@ -49,11 +49,11 @@ def card_of(made: SimpleNamespace, dense: Path, name: str | None = None) -> Mode
     return ModelCard.load(dense.parent / "out" / "README.md")
 
 
-def test_the_results_are_the_figures(made: SimpleNamespace) -> None:
-    figures = made.report.figures()
+def test_the_results_are_the_metrics(made: SimpleNamespace) -> None:
+    metrics = made.report.metrics()
     results = {result.metric_type: result for result in made.card.data.eval_results}
     for kind, key in (("agreement", "agreement"), ("perplexity", "perplexity_sparse"), ("bytes_read", "bytes_read")):
-        assert results[kind].metric_value == pytest.approx(figures[key], abs=1e-4)
+        assert results[kind].metric_value == pytest.approx(metrics[key], abs=1e-4)
         assert results[kind].task_type == "text-generation"
         assert results[kind].dataset_name == "held-out part of text.jsonl"
     assert made.card.data.model_name == "model-topk"
@@ -129,8 +129,8 @@ def test_the_curve_is_measured_around_k(made: SimpleNamespace) -> None:
         assert below.agreement <= above.agreement
     assert curve[0].agreement < 1
     assert head.num_experts_per_tok == report.model.config.num_experts_per_tok == 2
-    figures = json.loads((made.folder / "out" / "figures.json").read_text())
-    assert [Point(**point) for point in figures["curve"]] == curve
+    metrics = json.loads((made.folder / "out" / "figures.json").read_text())
+    assert [Point(**point) for point in metrics["curve"]] == curve
 
 
 def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> None:
@@ -147,7 +147,7 @@ def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> N
 def test_a_long_text_is_measured_in_part(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     total = made.report.fidelity.positions
     monkeypatch.setattr(agreement_plot, "POSITIONS", total // 3)
-    curve = measure_around(made.report.model, made.report.choices)
+    curve = measure_around(made.report.model, made.report.dense_argmax)
     assert 0 < curve[0].positions <= total // 2
 
 

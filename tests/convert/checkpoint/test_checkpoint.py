@@ -124,9 +124,9 @@ def bytes_of(shard: Path) -> int:
 
 def test_the_added_bytes_are_counted_right(folders: SimpleNamespace) -> None:
     *dense, added = map(bytes_of, shards_of(folders.out))
-    figures = json.loads((folders.out / "figures.json").read_text())
-    assert figures["added_bytes"] == added
-    assert figures["added_bytes_share"] == added / folders.report.model.head.dense_bytes()
+    metrics = json.loads((folders.out / "figures.json").read_text())
+    assert metrics["added_bytes"] == added
+    assert metrics["added_bytes_share"] == added / folders.report.model.head.dense_bytes()
     index = json.loads((folders.out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(dense) + added
 
@@ -302,7 +302,7 @@ def test_a_model_that_does_not_load_the_same_is_not_left_behind(here: Path, monk
             name: tensor.flip(0) if name.endswith("expert_ids") else tensor for name, tensor in honest(model).items()
         },
     )
-    with pytest.raises(TopKExpertsError, match="gives other sparse logits"):
+    with pytest.raises(TopKExpertsError, match="gives different sparse logits"):
         convert_checkpoint("model", "out", Recipe.from_dict({**QUICK, "text": "text.jsonl"}))
     assert not (here / "out").exists()
     assert not (here / ".out.partial").exists()
@@ -382,13 +382,13 @@ def test_refuses_an_output_that_is_there(here: Path, refused: Any, monkeypatch: 
     refused(".", parts=("exists", "--overwrite"))
     refused("model", "--overwrite", parts=("model is the model's own", "choose another"))
     (here / "out" / "thesis.txt").write_text("precious")
-    refused("out", "--overwrite", parts=("out holds something else", "choose another"))
+    refused("out", "--overwrite", parts=("out is not a converted model", "choose another"))
     refused("text.jsonl", "--overwrite", parts=("text.jsonl is not a folder", "choose another"))
-    refused(".", "--overwrite", parts=("holds something else", "choose another"))
+    refused(".", "--overwrite", parts=("is not a converted model", "choose another"))
     (here / "link").symlink_to("out")
     refused("link", "--overwrite", parts=("link is not a folder", "choose another"))
     shutil.copytree(here / "model", here / "other")
-    refused("other", "--overwrite", parts=("other holds something else", "choose another"))
+    refused("other", "--overwrite", parts=("other is not a converted model", "choose another"))
 
 
 def test_refuses_a_place_below_a_file(here: Path, refused: Any) -> None:

@@ -1,4 +1,4 @@
-"""The calibration text: what a recipe names, or else bundled texts of many kinds, and prompts for a chat model."""
+"""Loads the calibration text: the recipe's, or else bundled texts of many kinds, and prompts for a chat model."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ PROMPTS = Path(__file__).parent / "calibration_text" / "prompts.jsonl"
 
 
 def bundled_documents(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """The texts and, where the tokenizer has a chat template, the prompts behind them.
+    """The bundled texts and, if the tokenizer has a chat template, the bundled prompts.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -24,35 +24,35 @@ def bundled_documents(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     return [*texts, *read_documents(str(PROMPTS))] if tokenizer.chat_template else texts
 
 
-def sample_from_text(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
-    """Read and cut the sample text that a recipe names.
+def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
+    """Read the calibration text of a recipe and cut it into windows.
 
     Returns:
-        Its windows, and a fingerprint of the whole text.
+        The windows, and a fingerprint of the whole text.
 
     Raises:
         InputError: when there is no tokenizer, or the text cannot be read.
     """
     if tokenizer is None:
         raise InputError(
-            "sample text needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
+            "the calibration text needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
         )
     documents = bundled_documents(tokenizer) if recipe.text == MIXED else read_documents(recipe.text)
     windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
     return windows, fingerprint(documents)
 
 
-def check_sample(windows: list[Window], vocab_size: int, hidden_size: int) -> None:
-    """Refuse a sample that is too short for the size of a hidden state, or has ids that the head does not.
+def check_windows(windows: list[Window], vocab_size: int, hidden_size: int) -> None:
+    """Refuse calibration text with fewer positions than hidden dimensions, or with ids outside the head.
 
     Raises:
-        InputError: when it is either.
+        InputError: in either case.
     """
     positions = sum(len(window.token_ids) for window in windows)
     if positions < hidden_size:
         raise InputError(
-            f"the sample has {positions} positions, fewer than the {hidden_size} numbers of a hidden state, which is "
-            "too few to learn from: give more text, or raise `positions`"
+            f"the calibration text has {positions} positions, fewer than the {hidden_size} dimensions of a hidden "
+            "state: give more text, or raise `positions`"
         )
     largest = max(max(window.token_ids) for window in windows)
     if largest >= vocab_size:
