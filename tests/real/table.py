@@ -1,10 +1,10 @@
-"""The table of a model: a row is one line here, whose value is a format string over the raw figures."""
+"""The table of a model: each row has a format string over the raw metrics."""
 
 from typing import Any
 
 ROWS = (
-    ("agreement", "{prose[agreement]:.2%}"),
-    ("top-5", "{prose[top5_containment]:.2%}"),
+    ("top-1 agreement", "{prose[agreement]:.2%}"),
+    ("top-5 recall", "{prose[top5_containment]:.2%}"),
     ("perplexity, dense", "{prose[perplexity_dense]:.2f}"),
     ("perplexity, sparse", "{prose[perplexity_sparse]:.2f}"),
     ("perplexity over dense", "{prose[perplexity_over_dense]:+.2%}"),
@@ -17,18 +17,18 @@ ROWS = (
     ("perplexity over dense: French", "{french[perplexity_over_dense]:+.2%}"),
     ("perplexity over dense: German", "{german[perplexity_over_dense]:+.2%}"),
     ("agreement along its own chat answers", "{chat[agreement]:.2%} of {chat[tokens]:,} tokens"),
-    ("chat answers the same to the end", "{chat[identical]} of {chat[answers]}"),
+    ("identical chat answers", "{chat[identical]} of {chat[answers]}"),
     ("tokens up to the first difference, mean", "{chat[tokens_before_first_difference]:.1f}"),
     ("bytes read, of the dense head as stored", "{conversion[bytes_read]:.2%}"),
     ("added on disk, bytes", "{conversion[added_bytes]:,}"),
     ("added on disk, of the dense head", "{conversion[added_bytes_share]:.2%}"),
     ("experts", "{conversion[num_experts]:,}"),
-    ("k, experts picked for a position", "{conversion[num_experts_per_tok]:,}"),
-    ("R, exact logits of their tokens", "{conversion[num_rescored]:,}"),
+    ("k, experts picked per position", "{conversion[num_experts_per_tok]:,}"),
+    ("R, exact logits per position", "{conversion[num_rescored]:,}"),
     ("conversion, seconds", "{conversion[seconds]:,.0f}"),
     ("lossless: tokens identical", "{prose[lossless_identical]:,} of {prose[lossless_tokens]:,}"),
-    ("lossless: dense passes a token", "{prose[dense_passes_per_token]:.3f}"),
-    ("lossless: body steps a token", "{prose[forward_passes_per_token]:.3f}"),
+    ("lossless: verification passes per token", "{prose[dense_passes_per_token]:.3f}"),
+    ("lossless: forward passes per token", "{prose[forward_passes_per_token]:.3f}"),
     ("head, dense, ms", "{speed[head][dense_ms]:.3f}"),
     ("head, sparse, ms", "{speed[head][sparse_ms]:.3f}"),
     ("head, sparse, with top-p sampling, ms", "{speed[head][sampling_ms]:.3f}"),
@@ -38,30 +38,29 @@ ROWS = (
     ("end to end without a head, tokens/s", "{speed[e2e][no_head_tok_s]:.1f}"),
     ("top-p sampling end to end, dense, tokens/s", "{speed[sampling][dense_tok_s]:.1f}"),
     ("top-p sampling end to end, sparse, tokens/s", "{speed[sampling][sparse_tok_s]:.1f}"),
-    ("processor", "{speed[machine]}"),
+    ("CPU", "{speed[machine]}"),
     ("threads", "{speed[threads]}"),
-    ("type measured in", "{speed[dtype]}"),
+    ("dtype measured in", "{speed[dtype]}"),
 )
 NONE = "-"
 
 
-def markdown_table(title: str, figures: dict[str, dict[str, Any]]) -> str:
-    """Print the figures of a model.
+def markdown_table(title: str, metrics: dict[str, dict[str, Any]]) -> str:
+    """Format the metrics of a model.
 
     Args:
         title: the model's name.
-        figures: raw figures by what they are of, as [`measure`] returns them; a row whose figures a model does not have
-            shows a dash.
+        metrics: raw metrics by subject, from [`measure`]; a row without its metric shows a dash.
 
     Returns:
-        A Markdown table, without a line break at its end.
+        A Markdown table, without a final line break.
     """
-    rows = [(name, _value(template, figures)) for name, template in ROWS]
+    rows = [(name, _value(template, metrics)) for name, template in ROWS]
     return "\n".join([f"| | {title} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _value(template: str, figures: dict[str, dict[str, Any]]) -> str:
+def _value(template: str, metrics: dict[str, dict[str, Any]]) -> str:
     try:
-        return template.format_map(figures)
+        return template.format_map(metrics)
     except (KeyError, TypeError):  # no such figure, or null
         return NONE

@@ -1,4 +1,4 @@
-"""What docs/architectures.md says of each type of model, and the check that it is still so."""
+"""The results in docs/architectures.md, and the check that they still hold."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def outcomes(kind: Kind) -> dict[str, str]:
 
 
 def check_as_the_page_says(kind: Kind, model_type: str, folder: Path) -> None:
-    """Convert a type; what the page calls not built is passed over, and so is what another version has not got."""
+    """Convert a model type and compare with the page; skip types that are not built in this version."""
     outcome = outcomes(kind).get(model_type)
     try:
         dense = tiny_model(AUTO_CLASSES[kind], model_type)
@@ -37,7 +37,7 @@ def check_as_the_page_says(kind: Kind, model_type: str, folder: Path) -> None:
 
 
 def check_the_table(kind: Kind) -> None:
-    """It has every type, none fails, and nearly all that are built pass."""
+    """Check that the table has every type, none fails, and nearly all that are built pass."""
     found = outcomes(kind)
     if IS_OF_THIS_VERSION:
         assert found.keys() == model_types(kind).keys()

@@ -1,4 +1,4 @@
-"""A Python environment in which all is installed that is here, but for hf-topk."""
+"""A Python environment with all packages of this one except hf-topk."""
 
 import sysconfig
 import venv
@@ -8,7 +8,7 @@ from pathlib import Path
 def python_without_the_package(folder: Path) -> Path:
     """Make the environment and return its interpreter.
 
-    Its one path file leads to the packages here; their own path files, one of which leads to hf-topk, are not read.
+    Its .pth file adds the site-packages of this environment. Their .pth files, one of which adds hf-topk, are not read.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     packages = next(folder.glob("lib/python*/site-packages"))

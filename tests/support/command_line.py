@@ -1,4 +1,4 @@
-"""The command line, run in the process of a test."""
+"""Runs the command line in the process of a test."""
 
 import re
 import sys
@@ -20,12 +20,12 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def own_lines(stderr: str) -> list[str]:
-    """What a command wrote there, without what torchao says where `make test-tools` has installed it."""
+    """The lines of a command's stderr, without those of torchao, which `make test-tools` installs."""
     return [line for line in stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """All there is in a folder, in depth and with hidden files: the bytes of each file, None for a folder."""
+    """The contents of a folder, recursive and with hidden files: the bytes of each file, None for a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -35,7 +35,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 def check_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object, parts: tuple[str, ...]
 ) -> None:
-    """Check that a command is refused in one line that has these parts, and leaves the current folder as it was."""
+    """Check that a command is refused in one line with these parts, and that the current folder is unchanged."""
     before = contents(Path())
     capsys.readouterr()
     code = run_main(monkeypatch, *arguments)

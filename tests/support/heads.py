@@ -1,4 +1,4 @@
-"""Small heads of random experts, and what is to be expected of them, worked out one by one."""
+"""Small heads with random experts, and plain references for their results."""
 
 import math
 from typing import Any
@@ -17,7 +17,7 @@ DENSE = {
     for dtype in (torch.float32, torch.bfloat16)
 }
 COMBINES = ("exact", "router", "learned")
-# Half a unit in the last place of the products' sums, more or less, at logits of up to 10.
+# About half a unit in the last place of the products, at logits of up to 10.
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 2e-2, "atol": 6e-2}}
 
 seeds = st.integers(0, 2**16)
@@ -25,7 +25,7 @@ seeds = st.integers(0, 2**16)
 
 @st.composite
 def sizes(draw: st.DrawFn) -> dict[str, int]:
-    """Experts that share out the vocabulary, the last one short or not, and some of them picked."""
+    """Sizes of a partition of the vocabulary, with or without padding, and k."""
     num_always_on, expert_size = draw(st.integers(0, 30)), draw(st.integers(1, 40))
     num_experts = math.ceil((VOCAB_SIZE - num_always_on) / expert_size)
     return {
@@ -54,12 +54,12 @@ def unique_ids(head: TopKExpertsHead, expert: int) -> Tensor:
 
 
 def picked_experts(head: TopKExpertsHead, hidden: Tensor) -> list[list[int]]:
-    """The likeliest experts of each position, by the router."""
+    """The k best experts of each position, by the router."""
     return [row.argsort(descending=True)[: head.num_experts_per_tok].tolist() for row in head.router(hidden)]
 
 
 def scored_mask(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
-    """Which tokens are to be scored without a screen, [N, V], worked out one by one."""
+    """The mask of tokens that are scored without a screen, bool [N, V], one position at a time."""
     mask = torch.zeros(hidden.shape[0], head.out_features, dtype=torch.bool)
     mask[:, head.always_on_ids] = True
     for position, experts in enumerate(picked_experts(head, hidden)):

@@ -1,4 +1,4 @@
-"""Tiny models that look at images, each with a prompt that has one."""
+"""Tiny models that take images, each with a prompt that has one."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ VISION = {
 
 
 def tiny_llava() -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Its images become 4 tokens each."""
+    """A model with 4 tokens per image."""
     config = AutoConfig.for_model(
         "llava",
         text_config={"model_type": "llama", **TEXT},
@@ -40,12 +40,12 @@ def tiny_llava() -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def tiny_gemma3() -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Its images become 4 tokens each, which attend to one another both ways."""
+    """A model with 4 tokens per image, with bidirectional attention among them."""
     config = AutoConfig.for_model(
         "gemma3",
         text_config={**TEXT, "sliding_window": 4},
         vision_config=VISION,
-        tie_word_embeddings=False,  # else it repeats one token
+        tie_word_embeddings=False,  # tied, it would repeat one token
         mm_tokens_per_image=4,
         image_token_index=IMAGE_TOKEN,
         boi_token_index=8,
@@ -56,7 +56,7 @@ def tiny_gemma3() -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def tiny_qwen2_vl() -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Its positions have three axes, which `generate` finds out."""
+    """A model whose position ids have three axes, which `generate` computes."""
     text = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     config = AutoConfig.for_model(
         "qwen2_vl",
@@ -74,7 +74,7 @@ def tiny_qwen2_vl() -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def tiny_mllama() -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Its image is no tokens: a layer attends to it, and keeps as many states as it has patches."""
+    """A model with cross-attention to the image, which has no tokens; the KV cache has an entry per patch."""
     text = {name: value for name, value in TEXT.items() if name != "head_dim"}
     config = AutoConfig.for_model(
         "mllama",
@@ -97,7 +97,7 @@ def tiny_mllama() -> tuple[PreTrainedModel, dict[str, Any]]:
     dense, inputs = _with_image(config, 1)
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
-            if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:  # it lets nothing through at first, too
+            if name.endswith("gate") or "gate_" in name.rpartition(".")[2]:  # initially 0, which lets no image through
                 parameter.fill_(1)
     ones = torch.ones(1, 1, dtype=torch.long)
     return dense, {
@@ -115,7 +115,7 @@ def _with_image(config: Any, tokens: int) -> tuple[PreTrainedModel, dict[str, An
     with torch.no_grad():
         dense.get_output_embeddings().weight.mul_(20)
         for parameter in dense.parameters():
-            if parameter.dim() == 2 and not parameter.any():  # Gemma 3 lets nothing of an image through at first
+            if parameter.dim() == 2 and not parameter.any():  # initially 0 in Gemma 3, which lets no image through
                 parameter.normal_(std=0.5)
     input_ids = torch.tensor([[5, 7, *[IMAGE_TOKEN] * tokens, 6, 17, 42]])
     return dense, {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, 8, 8)}

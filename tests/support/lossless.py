@@ -1,4 +1,4 @@
-"""What tests of lossless decoding share."""
+"""Helpers for the tests of lossless decoding."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SAMPLED = {"do_sample": True, "top_k": 0}
 
 
 def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
-    """A converted model that guesses right at times: it screens half of the tokens, and its router knows nothing."""
+    """A converted model with some of its draft tokens accepted: half of the tokens are screened, by a random router."""
     torch.manual_seed(1)
     chosen = {"num_experts_per_tok": 4, "num_rescored": 56, "router_packed": True, **choices}
     return tiny_converted(dense, **chosen)
@@ -24,7 +24,7 @@ def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
 def generate(
     model: Any, prompt: Tensor = PROMPT, seed: int = 0, *, from_embeddings: bool = False, **choices: Any
 ) -> Any:
-    if from_embeddings:  # of other tokens than those of the prompt
+    if from_embeddings:  # embeddings of other tokens than the prompt's
         choices["inputs_embeds"] = model.get_input_embeddings()(prompt.flip(1)).detach()
     torch.manual_seed(seed)
     return model.generate(prompt, **{"pad_token_id": 1, "eos_token_id": None, "max_new_tokens": NEW_TOKENS, **choices})

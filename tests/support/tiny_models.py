@@ -1,4 +1,4 @@
-"""Tiny models and checkpoints in memory, with which all tests run: no network, nothing but this repository."""
+"""Tiny models and checkpoints for the tests, made in memory without a network."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ WORDS = [f"w{number}" for number in range(VOCAB_SIZE - 2)]
 
 
 def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = False, **choices: Any) -> PreTrainedModel:
-    """A random dense model of 100 tokens and 32 dimensions whose logits are far enough apart to be told from noise."""
+    """A random dense model of 100 tokens and 32 dimensions, with logits far enough apart to exceed rounding errors."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": 32,
@@ -58,7 +58,7 @@ def tiny_dense(model_type: str = "llama", *, tied: bool = True, bias: bool = Fal
 
 
 def randomise(module: nn.Module, seed: int = 3) -> None:
-    """Set a router or a tail to random values, which set experts and tokens apart by about one nat."""
+    """Set a router or a tail to random values, with scores about one nat apart."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -73,11 +73,11 @@ def randomise(module: nn.Module, seed: int = 3) -> None:
 
 
 def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopKExpertsForCausalLM:
-    """A converted model with random experts, router and tail: 8 always-on tokens and 6 experts of 16, unless said."""
+    """A converted model with random experts, router and tail: by default 8 always-on tokens and 6 experts of 16."""
     dense = tiny_dense() if dense is None else dense
     vocab_size = dense.get_output_embeddings().weight.shape[0]
     sizes = {"num_experts": 6, "expert_size": 16, "num_always_on": 8, "num_experts_per_tok": 2, "router_rank": 4}
-    sizes |= {"tail_rank": 4, "sparse_max_positions": 16}  # which would else be measured, and be 0 for so small a head
+    sizes |= {"tail_rank": 4, "sparse_max_positions": 16}  # else measured, and 0 for so small a head
     model = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(**{**sizes, **choices}))
     head = model.head
     order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
@@ -91,14 +91,14 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
         prior = head.tail.log_prior
         prior.copy_(prior - head.mask_padding(prior, head.expert_ids).logsumexp(dim=-1, keepdim=True))
         repeats = head.expert_ids == head.expert_ids[:, :1]
-        for name, tensor in head.tail.named_buffers():  # what a token's tail is does not depend on its place
+        for name, tensor in head.tail.named_buffers():  # padding repeats a token: it has the same tail
             if name in ("codes_4bit", "codes_2bit", "bias", "log_prior"):
                 tensor[repeats] = tensor[:, :1].expand_as(tensor)[repeats]
     return model
 
 
 def pack_router_of(model: TopKExpertsForCausalLM) -> TopKExpertsForCausalLM:
-    """Have a converted model's router in few bits, as conversion leaves it; returns the model."""
+    """Pack a converted model's router, as conversion does; return the model."""
     head = model.head
     states = torch.randn(200, head.in_features, generator=torch.Generator().manual_seed(4))
     pack_router(head.router, metric_of(states), head.weight.dtype)
@@ -108,7 +108,7 @@ def pack_router_of(model: TopKExpertsForCausalLM) -> TopKExpertsForCausalLM:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the tiny models' vocabulary: words `w0` to `w97`, an end-of-text and a padding token."""
+    """A tokenizer for the tiny models: words `w0` to `w97`, an end-of-text and a padding token."""
     vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{word: number + 2 for number, word in enumerate(WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -122,7 +122,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer for which each printable ASCII character is a token; three ids of the tiny models have none."""
+    """A tokenizer of printable ASCII characters; three ids of the tiny models have no token."""
     vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **{chr(32 + number): number + 2 for number in range(95)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -135,7 +135,7 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}
 
 
 def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None, *, chats: bool = False) -> Path:
-    """Save a tiny dense model and its tokenizer, which may have a chat template."""
+    """Save a tiny dense model and its tokenizer, with a chat template if `chats`."""
     (tiny_dense() if dense is None else dense).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     if chats:
@@ -145,7 +145,7 @@ def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None, *, chats
 
 
 def tiny_text(file: Path, documents: int = 4, words: int = 200) -> Path:
-    """Write sample text, one document a line of a .jsonl file."""
+    """Write random text to a .jsonl file, one document per line."""
     generator = torch.Generator().manual_seed(2)
     lines = []
     for _ in range(documents):
