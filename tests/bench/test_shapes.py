@@ -122,7 +122,7 @@ def test_a_random_conversion_has_the_sizes_of_one_by_default(shape: str) -> None
     for name in ("expert_size", "num_always_on", "router_rank", "tail_rank"):
         assert getattr(config, name) == getattr(recipe, name)
     assert config.router_packed
-    assert config.num_experts == recipe.num_experts(config.vocab_size)
+    assert config.num_experts == recipe.num_experts
     assert config.num_experts_per_tok == round(SHARE_OF_EXPERTS * config.num_experts)
     assert config.num_rescored == NUM_RESCORED < config.num_experts_per_tok * config.expert_size
 

@@ -86,7 +86,7 @@ def test_special_tokens_are_always_on_before_likely_ones() -> None:
 
 @pytest.mark.parametrize("num_always_on", [0, 1, 2, 8, 20])
 def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on: int) -> None:
-    num_experts = Recipe(num_always_on=num_always_on).num_experts(VOCAB_SIZE)
+    num_experts = Recipe(num_always_on=num_always_on).resolve(VOCAB_SIZE).num_experts
     head = tiny_converted(num_experts=num_experts, num_always_on=num_always_on).head
     specials = [7, 0, 1]
     place_tokens(head, specials, [], token_statistics(some_states(), head.weight, None), 0)
