@@ -14,7 +14,8 @@ from hf_topk import TopKExpertsConfig, TopKExpertsHead
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
 FOLDERS = {"hf_topk/model": "hf_topk.model", "convert/steps": "hf_topk.convert.steps"}
-NAMED = re.findall(r"`([A-Za-z_.]+)` in `(\w+\.py)`", PAGE)
+IN_ONE_LINE = " ".join(PAGE.split())
+NAMED = re.findall(r"`([A-Za-z_.]+)` in `(\w+\.py)`", IN_ONE_LINE)
 HALF_A_PLACE = 0.5e-3 + 1e-6  # numbers are printed with three decimals
 
 Row = dict[str, str]
@@ -40,7 +41,7 @@ def column(rows: list[Row], name: str) -> Tensor:
 
 
 def in_text(pattern: str) -> list[float]:
-    (found,) = re.finditer(pattern, PAGE)
+    (found,) = re.finditer(pattern, IN_ONE_LINE)
     return [float(number) for number in found.groups()]
 
 
@@ -80,11 +81,13 @@ def head() -> TopKExpertsHead:
     made.always_on_ids.fill_(WORDS.index(next(row["token"] for row in TOKENS if row["expert"] == "always on")))
     made.router.floats.copy_(column(EXPERTS, "router's row"))
     made.router.bias.copy_(column(EXPERTS, "bias"))
-    ((step,),) = [in_text(r"one step is 1/(\d) of")]
+    ((step,),) = [in_text(r"one step is 1/(\d) of a coordinate")]
     made.tail.basis[:2] = torch.eye(2, dtype=torch.int8)
     made.tail.basis_scales[:2] = 1 / step
     coordinates = torch.zeros(*made.expert_ids.shape, len(made.tail.basis))
     coordinates[..., :2] = column(ROUTED, "codes").view(*made.expert_ids.shape, 2)
+    rows = made.weight[made.expert_ids]
+    assert ((rows - rows.mean(dim=1, keepdim=True)) * step - coordinates[..., :2]).abs().max() <= 0.5 + HALF_A_PLACE
     made.tail.set_codes(slice(None), coordinates)
     made.tail.log_prior.copy_(column(ROUTED, "prior").log().view(made.expert_ids.shape))
     assert made.screens
@@ -168,6 +171,6 @@ def test_functions_that_are_named_exist(name: str, file: str) -> None:
 
 
 def test_formulas_name_their_functions() -> None:
-    formulas = re.findall(r"^\$\$.*\$\$\n\n(.*)", PAGE, flags=re.MULTILINE)
-    assert len(formulas) > 8
-    assert [after for after in formulas if not re.search(r"`[A-Za-z_.]+` in `\w+\.py`", after)] == []
+    followed_by = re.findall(r"^\$\$.*\$\$\n\n(.*)", PAGE, flags=re.MULTILINE)
+    assert len(followed_by) > 8
+    assert [line for line in followed_by if not re.match(r"`[A-Za-z_.]+` in `\w+\.py`", line)] == []
