@@ -297,7 +297,7 @@ def test_prints_tables_of_a_shape(
     text = capsys.readouterr().out
     assert text.startswith("tiny\nmachine: ")
     for line in (
-        "FlashHead's method: ",
+        "FlashHead: ",
         "sparse: ",
         "lossless: ",
         "no head (ceiling): ",
