@@ -1,15 +1,19 @@
 """Loads the calibration text: the recipe's, or else bundled texts of many kinds, and prompts for a chat model."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_topk.documents import Document, fingerprint, read_documents
+from hf_topk.examples import Example
 from hf_topk.model.errors import InputError
 from hf_topk.windows import Window, make_windows
 
 from .recipe import MIXED, Recipe
+from .steps.write_targets import sample_from_examples
 
+Sample = list[Window] | list[Example]  # of examples the dense model makes windows: it may have to write the targets
 TEXTS = Path(__file__).parent / "calibration_text" / "texts"
 PROMPTS = Path(__file__).parent / "calibration_text" / "prompts.jsonl"
 
@@ -42,13 +46,32 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recip
     return windows, fingerprint(documents)
 
 
+def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Recipe) -> tuple[Sample, str]:
+    """Read what a recipe names for a dense model: text, pairs or speech.
+
+    Args:
+        config: the dense model's configuration.
+        tokenizer: its tokenizer, or its processor if it hears speech.
+        recipe: every choice.
+
+    Returns:
+        Its windows, or the examples of a model with an encoder, and a fingerprint of all that was read.
+
+    Raises:
+        InputError: when there is no tokenizer or feature extractor, or nothing that suits the model.
+    """
+    if config.is_encoder_decoder:
+        return sample_from_examples(config, tokenizer, recipe)
+    return calibration_windows(tokenizer, recipe)
+
+
 def check_windows(windows: list[Window], vocab_size: int, hidden_size: int) -> None:
     """Refuse calibration text with fewer positions than hidden dimensions, or with ids outside the head.
 
     Raises:
         InputError: in either case.
     """
-    positions = sum(len(window.token_ids) for window in windows)
+    positions = sum(window.positions for window in windows)
     if positions < hidden_size:
         raise InputError(
             f"the calibration text has {positions} positions, fewer than the {hidden_size} dimensions of a hidden "

@@ -7,16 +7,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from hf_topk.evaluation.fidelity import measure_fidelity
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
+from hf_topk.model.encoder_decoder import converted_class
 from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.model.ties import check_ties
 from hf_topk.windows import Window, readable_length
 
-from .load_calibration_text import calibration_windows, check_windows
+from .load_calibration_text import Sample, check_windows, read_calibration_text
 from .processes import ALONE, Processes
 from .recipe import Recipe, ResolvedRecipe
 from .report import Report, StepClock
@@ -45,25 +46,26 @@ from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
 from .steps.hidden_states import HiddenStates, collect
 from .steps.place_tokens import place_tokens
 from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
+from .steps.write_targets import windows_of
 
 
 def convert(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     recipe: Recipe,
     *,
-    windows: list[Window] | None = None,
+    windows: Sample | None = None,
     folder: Path | None = None,
     processes: Processes = ALONE,
     stored_type: torch.dtype | None = None,
 ) -> Report:
-    """Convert a dense causal language model in memory.
+    """Convert a dense language model in memory.
 
     Args:
         model: the dense model; it is not changed, and its tensors are shared with the result.
-        tokenizer: its tokenizer; only needed to read the calibration text.
+        tokenizer: its tokenizer, or the processor of a model that hears speech; reads the text.
         recipe: every choice.
-        windows: of the calibration text; read from `recipe.text` if None.
+        windows: of the calibration text, or the examples of a model with an encoder; read from `recipe.text` if None.
         folder: for the hidden states, which a later call with the same arguments resumes from; temporary if None.
         processes: that share the forward passes of the dense model; released after the last one.
         stored_type: dtype to store the result in; that of `model` if None.
@@ -88,8 +90,9 @@ def convert(
     resolved = recipe.resolve(head.out_features, readable_length(model.config, recipe.window_length))
     check_ends_always_on(resolved.num_always_on, end_ids(model.generation_config), head.out_features)
     if windows is None:
-        windows = calibration_windows(tokenizer, resolved)[0]
-    check_windows(windows, *head.weight.shape)
+        windows = read_calibration_text(model.config, tokenizer, resolved)[0]
+    if not model.config.is_encoder_decoder:  # else the model may have to write the targets first
+        check_windows(cast(list[Window], windows), *head.weight.shape)
     with tempfile.TemporaryDirectory() as temporary:
         return convert_checked(
             model, tokenizer, resolved, windows, folder or Path(temporary), processes=processes, stored_type=stored_type
@@ -98,9 +101,9 @@ def convert(
 
 def convert_checked(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     recipe: ResolvedRecipe,
-    windows: list[Window],
+    sample: Sample,
     folder: Path,
     *,
     processes: Processes = ALONE,
@@ -109,13 +112,19 @@ def convert_checked(
     """As [`convert`], with arguments that are already checked, all but the weights."""
     started, clock = time.monotonic(), StepClock()
     check_finite(head_of(model))
-    check_causal(model)
+    has_encoder = model.config.is_encoder_decoder
+    with clock("targets"):
+        windows = windows_of(model, sample, recipe, folder, processes)
+    check_causal(model, windows[0] if has_encoder else None)
     check_ties(model)
+    if has_encoder:
+        check_windows(windows, *head_of(model).weight.shape)
     to_distil_on, held_out = split_by_document(windows, recipe.held_out, recipe.seed)
     kept = HiddenStates.open(folder, head_of(model).in_features, model.dtype)
     with clock("hidden states"):
         states = collect(model, to_distil_on, kept, processes)
     processes.release()
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     kinds = special_ids(model, tokenizer, recipe.num_always_on), unused_ids(tokenizer, recipe.vocab_size)
     converted, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
     with clock("operating point"):
@@ -138,6 +147,7 @@ def convert_checked(
         router_kl=router_kl,
         seconds=time.monotonic() - started,
         step_seconds=clock.seconds,
+        probe=held_out[0] if has_encoder else None,
     )
 
 
@@ -151,12 +161,11 @@ def _convert_head(
     stored_type: torch.dtype,
 ) -> tuple[TopKExpertsForCausalLM, float]:
     """Make the converted model; return it with the router's KL divergence."""
-    dense = head_of(model)
-    weight, bias = dense.weight.detach(), None if dense.bias is None else dense.bias.detach()
+    converted = converted_class(model.config, model).from_dense(model, config_of(model, recipe))
+    head = converted.head
+    weight, bias = head.weight.detach(), None if head.full_bias is None else head.full_bias.detach()
     with clock("token statistics"):
         statistics = token_statistics(states, weight, bias)
-    converted = TopKExpertsForCausalLM.from_dense(model, config_of(model, recipe))
-    head = converted.head
     head.stored_type = converted.config.dtype = stored_type
     converted.config.get_text_config().dtype = stored_type
     with clock("partition"):

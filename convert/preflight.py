@@ -5,19 +5,33 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
+from hf_topk.examples import Processor, hears
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.dense_model import name_of_head, random_dense_model, writes_text
+from hf_topk.model.dense_model import (
+    class_that_writes_text,
+    hears_speech,
+    name_of_head,
+    random_dense_model,
+    translates,
+    writes_text,
+)
 from hf_topk.model.errors import InputError, one_line
 from hf_topk.windows import Window, readable_length
 
 from .hub import Destination, check_destination
-from .load_calibration_text import calibration_windows, check_windows
+from .load_calibration_text import Sample, check_windows, read_calibration_text
 from .recipe import Recipe, ResolvedRecipe
 from .source import Source, find_folder, open_source, read_json
 from .steps.special_tokens import check_ends_always_on, end_ids
@@ -35,8 +49,8 @@ class Plan:
         source: the dense checkpoint.
         out: the folder to write.
         recipe: every choice, with none left open.
-        tokenizer: the model's, or None if it has none.
-        windows: of the calibration text.
+        tokenizer: the model's, its processor if it hears speech, or None if it has none.
+        windows: of the calibration text, or the examples of a model with an encoder.
         text_fingerprint: of the calibration text.
         destination: on the Hub, with its owner; None if the folder is not uploaded.
     """
@@ -44,8 +58,8 @@ class Plan:
     source: Source
     out: Path
     recipe: ResolvedRecipe
-    tokenizer: PreTrainedTokenizerBase | None
-    windows: list[Window]
+    tokenizer: Any
+    windows: Sample
     text_fingerprint: str
     destination: Destination | None
 
@@ -80,11 +94,12 @@ def preflight(
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
     check_ends_always_on(resolved.num_always_on, _end_ids(config, folder), vocab_size)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_processor(source.folder) if hears(config) else load_tokenizer(source.folder)
     if tokenizer is not None:
-        _check_tokenizer(tokenizer, vocab_size)
-    windows, text_fingerprint = calibration_windows(tokenizer, resolved)
-    check_windows(windows, vocab_size, hidden_size)
+        _check_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), vocab_size)
+    windows, text_fingerprint = read_calibration_text(config, tokenizer, resolved)
+    if not config.is_encoder_decoder:  # else the model may have to write the targets first
+        check_windows(cast(list[Window], windows), vocab_size, hidden_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
 
@@ -114,11 +129,14 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
 def _check_class(name: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
     is_known = not architectures or any(map(writes_text, architectures))
-    if config.is_encoder_decoder or not is_known:
+    if is_known and config.is_encoder_decoder:  # those that look at images are not supported
+        named = class_that_writes_text(config).__name__
+        is_known = translates(named) or hears_speech(named)
+    if not is_known:
         kind = architectures[0] if architectures else config.model_type
         raise InputError(
             f"{name} is a {kind}, which has no single vocabulary head that writes text: "
-            "choose a causal language model (a ...ForCausalLM)"
+            "choose a causal language model (a ...ForCausalLM), or one that translates or transcribes"
         )
 
 
@@ -144,10 +162,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         InputError: when it cannot be read.
     """
+    return _load_beside(folder, AutoTokenizer)
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the feature extractor and tokenizer of a checkpoint that hears speech; None if it has none.
+
+    Raises:
+        InputError: when they cannot be read.
+    """
+    return _load_beside(folder, Processor)
+
+
+def _load_beside(folder: Path, auto_class: Any) -> Any:
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return auto_class.from_pretrained(folder)
     except (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"the tokenizer in {folder} cannot be read ({one_line(error)}): fetch the model again"

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_topk.evaluation.fidelity import Fidelity
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.windows import Window
 
 from .checkpoint.agreement_plot import Point
 from .hub import Uploaded
@@ -33,6 +34,7 @@ class Report:
         step_seconds: wall time of each step, by name.
         curve: agreement and bytes read around k; empty if only k was measured.
         uploaded: the model on the Hub, if it was pushed.
+        probe: an example to try a model with an encoder on.
     """
 
     model: TopKExpertsForCausalLM
@@ -47,6 +49,7 @@ class Report:
     step_seconds: dict[str, float]
     curve: list[Point] = dataclasses.field(default_factory=list)
     uploaded: Uploaded | None = None
+    probe: Window | None = None
 
     def metrics(self) -> dict[str, Any]:
         """All metrics, for JSON; some floats may not be finite."""

@@ -1,13 +1,21 @@
-"""hf-topk: causal language models whose output head reads only a few experts of the vocabulary.
+"""hf-topk: language models whose output head reads only a few experts of the vocabulary.
 
 Importing this package registers the converted models with Transformers' Auto classes.
 """
 
 import pkgutil
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+)
 
 from .model.configuration_topk_experts import TopKExpertsConfig
+from .model.encoder_decoder import TopKExpertsForSeq2SeqLM, TopKExpertsForSpeechSeq2Seq
 from .model.errors import InputError, TopKExpertsError
 from .model.head import TopKExpertsHead
 from .model.lossless import LosslessStats
@@ -19,6 +27,8 @@ __all__ = [
     "TopKExpertsConfig",
     "TopKExpertsError",
     "TopKExpertsForCausalLM",
+    "TopKExpertsForSeq2SeqLM",
+    "TopKExpertsForSpeechSeq2Seq",
     "TopKExpertsHead",
 ]
 
@@ -27,9 +37,12 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 # Saved models contain a copy of the code, for use without this package.
 TopKExpertsConfig.register_for_auto_class()
-TopKExpertsForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for model_class in (TopKExpertsForCausalLM, TopKExpertsForSeq2SeqLM, TopKExpertsForSpeechSeq2Seq):
+    model_class.register_for_auto_class(model_class.auto_class)
 AutoConfig.register(TopKExpertsConfig.model_type, TopKExpertsConfig, exist_ok=True)
 AutoModelForCausalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
 # For dense models that take images; `AutoModelForCausalLM` loads these too.
 AutoModelForImageTextToText.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
 AutoModelForMultimodalLM.register(TopKExpertsConfig, TopKExpertsForCausalLM, exist_ok=True)
+AutoModelForSeq2SeqLM.register(TopKExpertsConfig, TopKExpertsForSeq2SeqLM, exist_ok=True)
+AutoModelForSpeechSeq2Seq.register(TopKExpertsConfig, TopKExpertsForSpeechSeq2Seq, exist_ok=True)

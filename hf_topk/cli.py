@@ -143,7 +143,13 @@ def convert(
 @app.command()
 def evaluate(
     directory: Directory,
-    text: Annotated[str, typer.Option(help="Text to measure on: a file, a folder, or a data set.")],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure on: a file, a folder, or a data set; for a model with an encoder pairs of source and "
+            "target, source text, or a folder of recordings."
+        ),
+    ],
     num_experts_per_tok: Annotated[
         int | None,
         typer.Option("--num-experts-per-tok", "-k", help="Experts picked per position. [default: the model's own]"),
@@ -167,12 +173,18 @@ def evaluate(
     from .windows import make_windows, readable_length
 
     quiet()
-    documents = read_documents(text)
     model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, device, fastest=True)
-    windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
-    fidelity = measure_fidelity(model, windows)
-    metrics, rows = dataclasses.asdict(fidelity), {}
-    if lossless:
+    if model.config.is_encoder_decoder:
+        from .evaluation.outputs import measure_outputs
+
+        outputs = measure_outputs(model, tokenizer, text, positions)
+        fidelity, metrics, rows = outputs.fidelity, outputs.figures(), outputs.rows()
+    else:
+        documents = read_documents(text)
+        windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
+        fidelity = measure_fidelity(model, windows)
+        metrics, rows = dataclasses.asdict(fidelity), {}
+    if lossless and not model.config.is_encoder_decoder:
         from .evaluation.lossless_comparison import PROMPT_LENGTH, compare_lossless, prompts_of
 
         beginnings = prompts_of(make_windows(documents, tokenizer, PROMPT_LENGTH, positions, seed=0), prompts)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .model.errors import InputError
+from .pairs import PAIR_KEYS, Pair, holds_pairs, pair_of
 from .progress import progress_once_slow
 
 TEXT_LIMIT = 64 * 2**20  # bytes; far more than a conversion needs
@@ -49,7 +50,7 @@ class Chat:
         return sum(len(content) for _, content in self.messages)
 
 
-Document = str | Chat
+Document = str | Chat | Pair
 
 
 def read_documents(source: str) -> list[Document]:
@@ -57,8 +58,9 @@ def read_documents(source: str) -> list[Document]:
 
     A .txt or .md file is one document. Each line of a .jsonl file, each entry of the list in a .json file and each row
     of a .parquet file or data set is one: the text under "text", or else the conversation under "messages" (a list of
-    {"role": ..., "content": ...}), or else the text under the only key that holds strings. Of a .csv file it is the
-    column "text". Files are UTF-8, or UTF-16 with a byte order mark. Blank documents are left out.
+    {"role": ..., "content": ...}), or else the pair of "source" and, if there is one, "target", or else the text under
+    the only key that holds strings. Of a .csv file it is the column "text". Files are UTF-8, or UTF-16 with a byte
+    order mark. Blank documents are left out.
 
     Args:
         source: a .txt, .md, .jsonl, .parquet, .json or .csv file; a folder of the first four kinds, searched in depth
@@ -93,6 +95,9 @@ def _encodable(document: Document) -> tuple[Document, int]:
     if isinstance(document, str):
         data = document.encode("utf-8", errors="replace")
         return data.decode("utf-8"), len(data)
+    if isinstance(document, Pair):
+        source, target = (_encodable(part or "") for part in (document.source, document.target))
+        return Pair(str(source[0]), None if document.target is None else str(target[0])), source[1] + target[1]
     messages = [tuple(_encodable(part) for part in message) for message in document.messages]
     return Chat(tuple((str(role), str(content)) for (role, _), (content, _) in messages)), sum(
         nbytes for message in messages for _, nbytes in message
@@ -100,7 +105,10 @@ def _encodable(document: Document) -> tuple[Document, int]:
 
 
 def _is_blank(document: Document) -> bool:
-    texts = [document] if isinstance(document, str) else [content for _, content in document.messages]
+    if isinstance(document, Chat):
+        texts = [content for _, content in document.messages]
+    else:
+        texts = [document.source if isinstance(document, Pair) else document]
     return not any(text.strip() for text in texts)
 
 
@@ -108,7 +116,10 @@ def fingerprint(documents: Iterable[Document]) -> str:
     """Return the SHA-256, in hexadecimal, of the documents, their order and their boundaries."""
     digest = hashlib.sha256()
     for document in documents:
-        text = document if isinstance(document, str) else json.dumps(document.messages)
+        if isinstance(document, str):
+            text = document
+        else:
+            text = json.dumps(document.messages if isinstance(document, Chat) else [document.source, document.target])
         data = text.encode("utf-8", errors="surrogatepass")
         digest.update(len(data).to_bytes(8, "big"))  # marks the boundary: ["ab"] is not ["a", "b"]
         digest.update(data)
@@ -272,7 +283,9 @@ def _read_csv(path: Path) -> Iterator[str]:
 def _document_of(record: object, where: str) -> Document:
     if not isinstance(record, Mapping):
         raise InputError(f'{where}: not a JSON object; write documents as {{"text": "..."}}')
-    return _chat_of(record, where) if _holds_messages(record) else _text_of(record, where)
+    if _holds_messages(record):
+        return _chat_of(record, where)
+    return pair_of(record, where) if holds_pairs(record) else _text_of(record, where)
 
 
 def _holds_messages(keys: Iterable[str]) -> bool:
@@ -324,6 +337,10 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             table = ParquetFile(file)
             names = table.schema_arrow.names
             strings = [field.name for field in table.schema_arrow if str(field.type).startswith(string_types)]
+            if holds_pairs(names):
+                for rows in table.iter_batches(batch_size=1024, columns=[name for name in names if name in PAIR_KEYS]):
+                    yield from (pair_of(row, str(path)) for row in rows.to_pylist())
+                return
             column = MESSAGES if _holds_messages(names) else _text_key(names, strings, str(path))
             key = MESSAGES if column == MESSAGES else "text"
             for rows in table.iter_batches(batch_size=1024, columns=[column]):

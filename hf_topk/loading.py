@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 
 from .compute_dtype import faster_dtype
+from .examples import Processor, hears
 from .model.configuration_topk_experts import TopKExpertsConfig
+from .model.encoder_decoder import converted_class
 from .model.errors import InputError, one_line
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
@@ -23,8 +26,8 @@ def load_converted(
     device: str = "cpu",
     *,
     fastest: bool = False,
-) -> tuple[TopKExpertsForCausalLM, PreTrainedTokenizerBase]:
-    """Load a converted model and its tokenizer.
+) -> tuple[TopKExpertsForCausalLM, Any]:
+    """Load a converted model and its tokenizer, or its processor if it hears speech.
 
     Bytes are counted in the stored dtype, whatever dtype it is loaded in.
 
@@ -48,14 +51,14 @@ def load_converted(
     stored = config.dtype
     runs_fastest = fastest and dtype == "auto" and stored is not None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, converted_class(config.dense_config).auto_class).from_pretrained(
             name,
             config=config,
             dtype=faster_dtype(stored, place) if runs_fastest else dtype,
             output_loading_info=True,
         )
         model, found = loaded
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = (Processor if hears(config.dense_config) else AutoTokenizer).from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name} does not load ({one_line(error)}): convert or fetch it again") from error
     if found["missing_keys"]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .documents import Chat, Document
 from .model.errors import InputError, one_line
+from .pairs import Pair
 from .progress import progress_once_slow
 
 WINDOW_LENGTH = 256  # tokens
@@ -22,6 +23,7 @@ MIN_WINDOW_LENGTH = 2  # a single token predicts nothing
 CHARACTERS_PER_PIECE = 2**16  # tokenizers take some 200 bytes of RAM per character: never pass a whole book
 PIECES_PER_BATCH = 16  # tokenised in parallel
 PROBE = "a"  # any text
+NO_TOKEN = -100  # as losses have it
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,21 @@ class Window:
 
     document: int
     token_ids: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """How many positions it has."""
+        return len(self.token_ids)
+
+    @property
+    def length(self) -> int:
+        """How much of a pass it takes, in positions."""
+        return len(self.token_ids)
+
+    @property
+    def followers(self) -> tuple[int, ...]:
+        """The token that follows each position; `NO_TOKEN` after the last one, which predicts none of the run."""
+        return (*self.token_ids[1:], NO_TOKEN)
 
 
 def make_windows(
@@ -158,6 +175,10 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
     """
     if isinstance(document, str):
         return document
+    if isinstance(document, Pair):
+        raise InputError(
+            "the text has pairs of source and target, which are for models that translate: give plain text"
+        )
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -199,7 +220,8 @@ def readable_length(config: PreTrainedConfig, wanted: int = WINDOW_LENGTH) -> in
         config: of a dense or a converted model.
         wanted: tokens in a window.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    of_text = config.get_text_config(decoder=True) if config.is_encoder_decoder else config.get_text_config()
+    longest = getattr(of_text, "max_target_positions", None) or getattr(of_text, "max_position_embeddings", None)
     return min(wanted, longest) if isinstance(longest, int) and longest > 0 else wanted
 
 
@@ -208,10 +230,10 @@ def batches_of(windows: list[Window], positions: int = POSITIONS_AT_ONCE) -> Ite
     batch: list[Window] = []
     longest = 0
     for window in windows:
-        longest = max(longest, len(window.token_ids))
+        longest = max(longest, window.length)
         if batch and longest * (len(batch) + 1) > positions:
             yield batch
-            batch, longest = [], len(window.token_ids)
+            batch, longest = [], window.length
         batch.append(window)
     if batch:
         yield batch

@@ -21,6 +21,12 @@ from .agreement_plot import draw
 DEMO_NAME = "books"
 INHERITED = ("base_model", "license", "license_name", "license_link", "language")
 CACHED_REPOSITORY = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
+TASKS = {  # as the Hub calls what a model of an Auto class does
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSeq2SeqLM": "translation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
 METRICS = {  # key in figures.json: type and name in the card's metadata
     "agreement": ("agreement", "Top-1 agreement with the dense head"),
     "top5_containment": ("top5_containment", "Top-5 recall of the dense argmax"),
@@ -48,10 +54,13 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
     title = f"{name}-topk"
     text_name = calibration_text_name(report.recipe.text)
     metrics = report.metrics()
-    takes_images = looks_at_images(report.model.base)
+    model = report.model
+    takes_images = looks_at_images(model.base)
+    auto_class = model.auto_class
+    dense_auto_class = "AutoModelForImageTextToText" if takes_images else auto_class
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-text-to-text" if takes_images else "text-generation",
+        pipeline_tag=TASKS[dense_auto_class],
         tags=list(TAGS),
         model_name=title,
         eval_results=_results(metrics, f"held-out part of {text_name}"),
@@ -65,7 +74,8 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         base_name=name,
         repository=repository,
         takes_images=takes_images,
-        dense_auto_class="AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM",
+        auto_class=auto_class,
+        dense_auto_class=dense_auto_class,
         vocab_size=report.model.head.out_features,
         recipe=report.recipe,
         recipe_yaml=dataclasses.replace(report.recipe, text=public_name(report.recipe.text)).to_yaml(),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors.torch import save
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -19,6 +19,8 @@ from hf_topk.console import as_json
 from hf_topk.model.errors import TopKExpertsError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import Advance, progress
+from hf_topk.targets import inputs_of
+from hf_topk.windows import Window
 
 from ..load_dense import DeviceMap, keep_ends_in_memory
 from ..recipe import RECIPE_FILE
@@ -133,7 +135,7 @@ def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
     if isinstance(device_map, dict):
         prefix = report.model.base_model_prefix
         device_map = {f"{prefix}.{name}" if name else name: device for name, device in device_map.items()}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = getattr(transformers, report.model.auto_class).from_pretrained(
         folder, dtype=report.model.dtype, device_map=device_map, output_loading_info=True
     )
     reloaded, found = loaded
@@ -144,9 +146,8 @@ def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
     wrong = found["missing_keys"] or found["unexpected_keys"] & added or found["mismatched_keys"]
     if wrong:
         raise TopKExpertsError(f"the written model does not load completely ({min(wrong)}): please report this")
-    token_ids = torch.arange(PROBE_LENGTH).unsqueeze(0) % reloaded.head.out_features
     for mode in ("sparse", "dense"):
-        expected, got = (_logits(model, token_ids, mode) for model in (report.model, reloaded))
+        expected, got = (_logits(model, report.probe, mode) for model in (report.model, reloaded))
         if not torch.allclose(expected, got, rtol=1e-3, atol=1e-3):
             raise TopKExpertsError(f"the written model gives different {mode} logits: please report this")
     ties = [model.head.weight is model.get_input_embeddings().weight for model in (report.model, reloaded)]
@@ -154,10 +155,12 @@ def _verify(report: Report, folder: Path, device_map: DeviceMap | None) -> None:
         raise TopKExpertsError("the written model ties its embeddings differently: please report this")
 
 
-def _logits(model: TopKExpertsForCausalLM, token_ids: Tensor, mode: Any) -> Tensor:
+def _logits(model: TopKExpertsForCausalLM, probe: Window | None, mode: Any) -> Tensor:
+    token_ids = torch.arange(PROBE_LENGTH) % model.head.out_features
+    inputs = inputs_of([probe or Window(0, tuple(token_ids.tolist()))], model)[0]
     before, model.head_mode = model.head_mode, mode
     try:
-        return model(input_ids=token_ids.to(model.device)).logits.float().cpu().nan_to_num()
+        return model(**inputs).logits.float().cpu().nan_to_num()
     finally:
         model.head_mode = before
 

@@ -149,11 +149,11 @@ def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseA
     """
     head, kept, best = model.head, [], []
     numbers = {document: number for number, document in enumerate(dict.fromkeys(one.document for one in windows))}
-    documents = [numbers[window.document] for window in windows for _ in window.token_ids]
+    documents = [numbers[window.document] for window in windows for _ in range(window.positions)]
     with progress("Running the dense model", len(documents), "positions") as advance:
         for batch in batches_of(windows):
             states = states_of_batch(model.base, batch).to(head.weight.device)
-            best += [argmax(F.linear(some, head.weight, head.bias)) for some in states.split(STATES_AT_ONCE)]
+            best += [argmax(F.linear(some, head.weight, head.full_bias)) for some in states.split(STATES_AT_ONCE)]
             kept.append(states)
             advance(len(states))
     return DenseArgmax(torch.cat(kept), torch.cat(best), torch.tensor(documents, device=best[0].device))

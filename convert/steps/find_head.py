@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from hf_topk.model.dense_model import name_of_head
 from hf_topk.model.errors import InputError, one_line
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.targets import inputs_of
+from hf_topk.windows import Window
 
 from .hidden_states import tapped_head
 
@@ -45,19 +47,23 @@ def check_finite(head: nn.Linear) -> None:
 
 
 @torch.inference_mode()
-def check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel, example: Window | None = None) -> None:
     """Refuse encoders, which share classes with decoders: the state of a token must not depend on later tokens.
 
     Args:
         model: the dense model.
+        example: of what it reads and writes, for a model with an encoder of its own.
 
     Raises:
         InputError: when it attends to later tokens, needs more than text, or has not one state per token at its head.
     """
     token_ids, name = torch.tensor([[0, 0, 0], [0, 0, 1]], device=model.device), type(model).__name__
+    inputs = {"input_ids": token_ids}
+    if example is not None:
+        inputs = {**inputs_of([example, example], model)[0], "decoder_input_ids": token_ids}
     with tapped_head(model) as tap:
         try:
-            model(input_ids=token_ids, use_cache=False)
+            model(**inputs, use_cache=False)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             was_reached = tap.states.numel() > 0
             does = "changes its logits in an unsupported way" if was_reached else "needs more inputs than text"

@@ -31,7 +31,7 @@ def fit_combiner(head: TopKExpertsHead, states: Tensor, seed: int) -> None:
         for _ in range(COMBINER_STEPS):
             chosen = torch.randint(states.shape[0], (COMBINER_BATCH,), generator=generator)
             hidden = states[chosen].to(head.weight)
-            dense = F.linear(hidden, head.weight, head.bias).float().log_softmax(-1)
+            dense = F.linear(hidden, head.weight, head.full_bias).float().log_softmax(-1)
             sparse = head.sparse_logits(hidden).float().log_softmax(-1)
             F.kl_div(sparse, dense, log_target=True, reduction="batchmean").backward()
             optimizer.step()

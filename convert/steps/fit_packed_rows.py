@@ -87,8 +87,8 @@ def fit_tail(head: TopKExpertsHead, metric: Metric, probabilities: Tensor, unuse
             rows = rows_of(some)  # (n, S, d)
             head.tail.set_codes(some, rows @ projection)
             bias = rows @ metric.mean
-            if head.bias is not None:
-                bias = bias + head.bias[head.expert_ids[some]].float()
+            if (added := head.full_bias) is not None:
+                bias = bias + added[head.expert_ids[some]].float()
             head.tail.bias[some] = bias - bias.mean(dim=-1, keepdim=True)
 
 

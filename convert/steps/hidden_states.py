@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_topk.model.dense_model import name_of_head
 from hf_topk.model.errors import InputError
 from hf_topk.progress import Advance, progress
+from hf_topk.targets import inputs_of
 from hf_topk.windows import Window, batches_of
 
 from ..processes import ALONE, Processes
@@ -114,7 +115,7 @@ def collect(
     """
     left = windows[states.windows_done :]
     if left:
-        total = sum(len(window.token_ids) for window in left)
+        total = sum(window.positions for window in left)
         with progress("Running the dense model", total, "positions") as advance:
             states.append(_states_of_batches(dense, left, processes, advance))
     return states.load()
@@ -145,24 +146,13 @@ def states_of_batch(dense: PreTrainedModel, windows: list[Window]) -> Tensor:
         InputError: when a state is not finite.
     """
     # The model is causal, so padding on the right needs no attention mask.
-    token_ids, real = pad(windows, dense.device)
+    inputs, real = inputs_of(windows, dense)
     with torch.inference_mode(), tapped_head(dense) as tap:
-        dense(input_ids=token_ids, use_cache=False)
+        dense(**inputs, use_cache=False)
     states = tap.states[real.to(tap.states.device)]
     if not states.isfinite().all():
         raise InputError("the dense model's hidden states are not finite: check its weights, or load it in bfloat16")
     return states.cpu()
-
-
-def pad(windows: list[Window], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pad windows on the right to one length: token ids [B, T] int64, and a mask of the real tokens [B, T] bool."""
-    longest = max(len(window.token_ids) for window in windows)
-    token_ids = torch.zeros(len(windows), longest, dtype=torch.long)
-    real = torch.zeros(len(windows), longest, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        token_ids[row, : len(window.token_ids)] = torch.tensor(window.token_ids)
-        real[row, : len(window.token_ids)] = True
-    return token_ids.to(device), real.to(device)
 
 
 class HeadTap(nn.Module):

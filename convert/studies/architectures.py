@@ -27,12 +27,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 from transformers.utils import logging
 
@@ -44,12 +48,24 @@ from hf_topk.model.cache_rollback import why_not_rolled_back
 from hf_topk.model.errors import InputError, TopKExpertsError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
+from studies.encoder_decoders import check_encoder_decoder, tiny_encoder_decoder
 from studies.tiny_models import FIRST_OTHER_ID, PADDING, PROBE, VOCAB_SIZE, tiny_model
 
-Kind = Literal["text", "images and text"]
+Kind = Literal["text", "images and text", "source and target text", "speech"]
 Outcome = Literal["passes", "refused", "fails", "is not built"]
 
-AUTO_CLASSES: dict[Kind, Any] = {"text": AutoModelForCausalLM, "images and text": AutoModelForImageTextToText}
+AUTO_CLASSES: dict[Kind, Any] = {
+    "text": AutoModelForCausalLM,
+    "images and text": AutoModelForImageTextToText,
+    "source and target text": AutoModelForSeq2SeqLM,
+    "speech": AutoModelForSpeechSeq2Seq,
+}
+TYPES: dict[Kind, Any] = {
+    "text": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "images and text": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "source and target text": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "speech": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
 RECIPE = Recipe(
     positions=128,
     window_length=8,
@@ -60,6 +76,7 @@ RECIPE = Recipe(
     tail_rank=4,
     sparse_max_positions=16,
 )
+WITH_ENCODER: tuple[Kind, ...] = ("source and target text", "speech")
 NEW_TOKENS = 12
 SECONDS = 120  # timeout of one type
 REASON_LENGTH = 160
@@ -97,9 +114,7 @@ class Result:
 
 def model_types(kind: Kind) -> dict[str, str]:
     """Class names of all model types of a kind."""
-    if kind == "text":
-        return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    return dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return dict(TYPES[kind])
 
 
 def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
@@ -225,12 +240,15 @@ def try_type(kind: Kind, model_type: str) -> Result:
     """
     name = model_types(kind)[model_type]
     try:
-        dense = tiny_model(AUTO_CLASSES[kind], model_type)
+        dense = (tiny_encoder_decoder if kind in WITH_ENCODER else tiny_model)(AUTO_CLASSES[kind], model_type)
     except NOT_BUILT as error:
         return Result(model_type, name, "is not built", _one_line(error))
     try:
         with tempfile.TemporaryDirectory() as folder:
-            check_conversion(dense, Path(folder))
+            if dense.config.is_encoder_decoder:
+                check_encoder_decoder(dense, RECIPE, Path(folder))
+            else:
+                check_conversion(dense, Path(folder))
     except InputError as error:
         return Result(model_type, name, "refused", _one_line(error).replace(f"{folder}/dense", "it"))
     except (*NOT_BUILT, TopKExpertsError) as error:
@@ -339,7 +357,7 @@ def architectures(
     write: Annotated[Path | None, typer.Option(help="The file to write the table to.")] = None,
 ) -> None:
     """Convert each model type, and print the results as a table."""
-    kinds: tuple[Kind, ...] = ("text", "images and text")
+    kinds: tuple[Kind, ...] = (*AUTO_CLASSES,)
     known = {name for kind in kinds for name in model_types(kind)}
     unknown = [name for name in types or () if name not in known]
     if unknown:

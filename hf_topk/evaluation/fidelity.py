@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from ..model.head import LOGITS_AT_ONCE, TopKExpertsHead
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
-from ..windows import Window
+from ..targets import inputs_of
+from ..windows import NO_TOKEN, Window
 from .confidence_bound import lower_bound
 
 TOP = 5
 CONFIDENCE_BINS = 15
 RANKED_EVERY = 64  # the tail's rank correlation needs sorting: measure it at every 64th position
-NO_TOKEN = -100
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         windows: token ids; each token is a position, and each but the first of a window is predicted.
     """
     sums = _Sums()
-    total = sum(len(window.token_ids) for window in windows)
+    total = sum(window.positions for window in windows)
     head, heads = model.head, _BothHeads(model.head)
     with head.replaced_by(heads), progress("Comparing the heads", total, "positions") as advance:
         for window in windows:
-            token_ids = torch.tensor([window.token_ids], device=model.device)
-            dense, sparse = model(input_ids=token_ids, use_cache=False).logits
-            sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden)
-            agreed = _add(sums, dense, sparse, token_ids[0])
+            inputs, real = inputs_of([window], model)
+            dense, sparse = model(**inputs, use_cache=False).logits[:, real[0]]
+            sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden[real[0]])
+            agreed = _add(sums, dense, sparse, torch.tensor(window.followers, device=dense.device))
             sums.agreed[window.document] = sums.agreed.get(window.document, 0) + agreed
-            sums.positions[window.document] = sums.positions.get(window.document, 0) + len(window.token_ids)
-            advance(len(window.token_ids))
+            sums.positions[window.document] = sums.positions.get(window.document, 0) + window.positions
+            advance(window.positions)
     agreed, positions = sum(sums.agreed.values()), sum(sums.positions.values())
     return Fidelity(
         agreement=agreed / positions,
@@ -114,10 +114,9 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
     )
 
 
-def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
-    """Add a window to the sums: logits [T, V] of both heads, token ids [T]; return how many positions agree."""
+def _add(sums: _Sums, dense: Tensor, sparse: Tensor, followers: Tensor) -> int:
+    """Add the figures of one window, logits [T, V] of both heads, next tokens [T]; returns how many positions agree."""
     agreed = 0
-    followers = torch.cat([token_ids[1:], token_ids.new_tensor([NO_TOKEN])])  # the last position has no target
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
     parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
     for some_dense, some_sparse, some_followers in parts:
@@ -135,7 +134,7 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, token_ids: Tensor) -> int:
         sums.kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
         sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
-    sums.predicted += len(token_ids) - 1
+    sums.predicted += int((followers != NO_TOKEN).sum())
     return agreed
 
 

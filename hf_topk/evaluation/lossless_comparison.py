@@ -114,9 +114,9 @@ def compare_lossless(
     batches = torch.tensor(prompts, device=model.device).split(batch_size)
     with progress("Comparing lossless decoding", len(prompts), "prompts") as advance:
         for batch in batches:
-            with _mode(model, "dense"):
+            with head_mode(model, "dense"):
                 dense = model.generate(batch, **choices, return_dict_in_generate=True, output_scores=True)
-            with _mode(model, "sparse"):  # drafts even if that is slower on this machine
+            with head_mode(model, "sparse"):  # drafts even if that is slower on this machine
                 ours = model.generate(batch, **choices, lossless=True)
             if model.last_generation_stats is not None:
                 comparison.stats += model.last_generation_stats
@@ -129,7 +129,13 @@ def compare_lossless(
 
 
 @contextmanager
-def _mode(model: TopKExpertsForCausalLM, mode: HeadMode) -> Iterator[None]:
+def head_mode(model: TopKExpertsForCausalLM, mode: HeadMode) -> Iterator[None]:
+    """For a while, run a model's head in another mode.
+
+    Args:
+        model: a converted model.
+        mode: the mode.
+    """
     before = model.head_mode
     model.head_mode = mode
     try:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import cache_utils as layers
 
 # By exact type: a class derived from one of these may keep more.
@@ -19,6 +19,7 @@ def why_not_rolled_back(cache: Any) -> str | None:
     Args:
         cache: what the model keeps of the prefix, after the prompt was read.
     """
+    cache = _of_what_is_written(cache)
     attending = [layer for layer in getattr(cache, "layers", ()) if type(layer) in KNOWN_LAYERS]
     if not any(layer.is_initialized for layer in attending):
         return "there is no cache of attention states"
@@ -30,17 +31,22 @@ def why_not_rolled_back(cache: Any) -> str | None:
     return None
 
 
+def _of_what_is_written(cache: Any) -> Any:
+    """The part of a cache that grows with each token: the states of what an encoder has read stay as they are."""
+    return cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
+
+
 class RollBack:
     """Takes the last tokens out of a cache again."""
 
-    def __init__(self, cache: DynamicCache | StaticCache) -> None:
+    def __init__(self, cache: DynamicCache | StaticCache | EncoderDecoderCache) -> None:
         """Watch a cache from now on.
 
         Args:
             cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
         """
         self._cache = cache
-        every_layer: list[Any] = cache.layers
+        every_layer: list[Any] = _of_what_is_written(cache).layers
         self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
         self._lengths = [-1] * len(self._layers)
         # For each layer with a window: what each of the last steps pushed out of it, if anything.

@@ -23,6 +23,7 @@ AS_IN_THE_DENSE_MODEL = (
     "hidden_size",
     "image_token_id",
     "max_position_embeddings",
+    "max_source_positions",
     "num_attention_heads",
     "num_hidden_layers",
     "use_cache",
@@ -132,6 +133,8 @@ class TopKExpertsConfig(PreTrainedConfig):
             setattr(dense_config, name, value)
         if not (is_made and name in AS_IN_THE_DENSE_MODEL):
             super().__setattr__(name, value)
+        if name == "text_config" and isinstance(value, PreTrainedConfig):
+            self.is_encoder_decoder = value.is_encoder_decoder
 
     def _check_setting(self, name: str, value: Any) -> None:
         """Check what can be changed on a loaded model, whose head reads it from here."""

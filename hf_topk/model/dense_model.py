@@ -1,18 +1,29 @@
 """The dense model in a converted one: its class, its parts, and what it was quantised with."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import transformers
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
 from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
+from .own_generate import OwnGenerateMixin
 
 # What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
 ANSWERED_AS_THE_DENSE_CLASS = (
@@ -37,8 +48,9 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
         config: its configuration.
 
     Returns:
-        The class that the configuration names, if it writes text, with or without images to look at; otherwise the one
-        that AutoModelForCausalLM loads.
+        The class that the configuration names, if it writes text, with or without images to look at or speech to hear;
+        otherwise the one that AutoModelForCausalLM loads or, with an encoder and in want of such a one,
+        AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq.
 
     Raises:
         InputError: when there is neither.
@@ -46,27 +58,41 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
     named = next(filter(writes_text, config.architectures or ()), None)
     if named is not None:
         return cast(type[PreTrainedModel], getattr(transformers, named))
-    try:
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise InputError(
-            f"Transformers has no causal language model for model type '{config.model_type}': "
-            "choose one that AutoModelForCausalLM can load"
-        ) from None
-    return cast(type[PreTrainedModel], _as_tuple(found)[0])
+    mappings = [MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING]
+    if not config.is_encoder_decoder:
+        mappings.insert(0, MODEL_FOR_CAUSAL_LM_MAPPING)
+    for mapping in mappings:
+        if type(config) in mapping:
+            return cast(type[PreTrainedModel], _as_tuple(mapping[type(config)])[0])
+    raise InputError(
+        f"Transformers has no causal language model for model type '{config.model_type}': "
+        "choose one that AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq can load"
+    )
 
 
 def writes_text(name: str) -> bool:
-    """Whether a class of this name is one of Transformers' that write text, with or without images to look at."""
+    """Whether a class of this name is one of Transformers' that write text, whatever they read."""
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    return any(name in _as_tuple(entry) for table in tables for entry in table.values())
+    return any(map(partial(_names, name), tables)) or translates(name) or hears_speech(name)
+
+
+def translates(name: str) -> bool:
+    """Whether a class of this name is one that AutoModelForSeq2SeqLM loads."""
+    return _names(name, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def hears_speech(name: str) -> bool:
+    """Whether a class of this name is one that AutoModelForSpeechSeq2Seq loads."""
+    return _names(name, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+
+
+def _names(name: str, table: Mapping[str, Any]) -> bool:
+    return any(name in _as_tuple(entry) for entry in table.values())
 
 
 def looks_at_images(dense: PreTrainedModel) -> bool:
     """Whether a dense model takes images as well as text, so that AutoModelForImageTextToText is what loads it."""
-    return any(
-        type(dense).__name__ in _as_tuple(entry) for entry in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
-    )
+    return _names(type(dense).__name__, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def _as_tuple(one_or_more: Any) -> tuple[Any, ...]:
@@ -123,22 +149,44 @@ def generate_as(model: Any, dense: PreTrainedModel) -> None:
     """Give a converted model those steps of `generate` that the dense model's class has of its own.
 
     Args:
-        model: the converted model; what its own class defines stays.
+        model: the converted model; what its own classes define stays.
         dense: the dense model in it.
     """
     for name, default in vars(GenerationMixin).items():
         its_own = getattr(type(dense), name, default)
         is_same = its_own is getattr(GenerationMixin, name)
-        if not (name.startswith("__") or is_same or name in vars(type(model))):
+        is_ours = getattr(type(model), name) is not getattr(GenerationMixin, name)
+        if not (name.startswith("__") or is_same or is_ours):
             setattr(model, name, getattr(dense, name))
 
 
-class DensePartsMixin:
+class DensePartsMixin(OwnGenerateMixin):
     """The parts of the dense model and its steps of `generate`, where Transformers and trainers look for them."""
 
     base: PreTrainedModel
     config: TopKExpertsConfig
     head_name: str
+
+    def check_class(self, dense_class: type[PreTrainedModel]) -> None:
+        """Refuse a dense model that another Auto class is for.
+
+        Args:
+            dense_class: its class.
+
+        Raises:
+            InputError: when it has an encoder and this model none, or the other way round.
+        """
+        name = dense_class.__name__
+        reads_apart = self.config.dense_config.is_encoder_decoder
+        auto_class = cast(Any, self).auto_class
+        if auto_class == "AutoModelForCausalLM":
+            is_other = reads_apart
+        else:
+            is_other = not (hears_speech if auto_class == "AutoModelForSpeechSeq2Seq" else translates)(name)
+        if is_other:
+            right = "AutoModelForSpeechSeq2Seq" if hears_speech(name) else "AutoModelForSeq2SeqLM"
+            right = right if reads_apart else "AutoModelForCausalLM"
+            raise InputError(f"the dense model is a {name}: load the converted model with {right}, not {auto_class}")
 
     def check_tied_ends(self) -> None:
         """Refuse adapters where they could not be merged: head and input embeddings are often one tensor.

@@ -169,7 +169,9 @@ class Drafter:
                 output.logits = torch.empty(0)  # sparse logits of many positions would take much memory
                 block.guesses.append(guess)
                 input_ids = torch.cat([input_ids, guess[:, None]], dim=-1)
-                kwargs = self._model._update_model_kwargs_for_generation(output, kwargs, is_encoder_decoder=False)
+                kwargs = self._model._update_model_kwargs_for_generation(
+                    output, kwargs, is_encoder_decoder=self._model.config.is_encoder_decoder
+                )
 
     def _guess(self, input_ids: Tensor, logits: Tensor, head: DraftingHead) -> Tensor:
         """The token that the loop would choose, [B], for a prefix [B, T] and logits [B, V]."""

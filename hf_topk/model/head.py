@@ -39,6 +39,7 @@ class TopKExpertsHead(LaidOutHead):
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for tokens without an exact logit.
+        later_bias: what the dense model adds to the logits afterwards, [1, V], as Marian does; None if nothing.
         config: the model's; what can be changed is read from it at each call.
         stored_type: the number type that it is stored in, which bytes are counted in; it may compute in a larger one.
     """
@@ -57,6 +58,7 @@ class TopKExpertsHead(LaidOutHead):
         check_sizes(config, vocab_size)
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
+        self.later_bias: Tensor | None = None
         self.config, self.combine = config, config.combine
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))
@@ -133,6 +135,14 @@ class TopKExpertsHead(LaidOutHead):
         if self.weight.dim() != 2:  # else it may be a part that is put together with those of other processes
             check_whole(self)
         return super().forward(hidden)
+
+    @property
+    def full_bias(self) -> Tensor | None:
+        """What a token's logit has in the end beside its row's product, [V]: by this tokens are compared."""
+        if self.later_bias is None:
+            return self.bias
+        later = self.later_bias[0]
+        return later if self.bias is None else self.bias + later
 
     def sparse_logits(self, hidden: Tensor) -> Tensor:
         """Exact logits for the tokens that are scored, the tail for all others.
@@ -215,11 +225,11 @@ class TopKExpertsHead(LaidOutHead):
 
     def logits_of_experts(self, hidden: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Exact logits of the always-on tokens and of experts: [N, d] and [N, k] to [N, A] and [N, k, S]."""
-        return expert_dot(hidden, self.weight, self.bias, self.always_on_ids, self.expert_ids, experts)
+        return expert_dot(hidden, self.weight, self.full_bias, self.always_on_ids, self.expert_ids, experts)
 
     def exact_logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Exact logits of the always-on tokens and of each position's own: [N, d] and [N, R] to [N, A + R]."""
-        return always_and_gather_dot(hidden, self.weight, self.bias, self.always_on_ids, ids)
+        return always_and_gather_dot(hidden, self.weight, self.full_bias, self.always_on_ids, ids)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
@@ -234,13 +244,14 @@ class TopKExpertsHead(LaidOutHead):
         return ids.gather(1, scored.exact.argmax(dim=-1, keepdim=True)).squeeze(1)
 
     def logits_of(self, scored: Scored) -> Tensor:
-        """The scored tokens' logits and everyone else's tail, [N, V]."""
+        """The scored tokens' logits and everyone else's tail, [N, V], less what the dense model is going to add."""
         num_positions = len(scored.exact)
         logits = scored.exact.new_empty(num_positions, self.out_features)  # every token is routed or always on
         within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
         logits.scatter_(1, self.expert_ids.flatten().expand(num_positions, -1), within.flatten(1).to(logits.dtype))
         logits.index_copy_(1, self.always_on_ids, scored.always)
-        return logits.scatter_(1, scored.ids, scored.routed)
+        logits.scatter_(1, scored.ids, scored.routed)
+        return logits if self.later_bias is None else logits - self.later_bias.to(logits.dtype)
 
     def candidate_logits(self, scored: Scored) -> Tensor:
         """Logits of the always-on tokens and of all tokens of the picked experts, minus infinity for repeats.

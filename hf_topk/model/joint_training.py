@@ -157,6 +157,7 @@ class _JointLoss:
             return output
         labels, is_shifted = given.get("shift_labels"), given.get("shift_labels") is not None
         labels = labels if is_shifted else given.get("labels")
+        is_shifted = is_shifted or cast(Any, model).config.is_encoder_decoder  # whose decoder reads what is shifted
         log_probs = getattr(output, "log_probs", None)
         has_loss = log_probs is not None or getattr(output, "loss", None) is not None
         if labels is None or not has_loss or not isinstance(output, ModelOutput):
@@ -215,7 +216,7 @@ def dense_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
         Log-sum-exp of the dense logits of each expert, and of the always-on tokens last: fp32 [N, M] or [N, M + 1].
     """
     check_whole(head)
-    weight, bias = (None if one is None else one.to(hidden.dtype) for one in (head.weight, head.bias))
+    weight, bias = head.weight.to(hidden.dtype), None if head.full_bias is None else head.full_bias.to(hidden.dtype)
     masses = []
     for some in hidden.split(max(1, LOGITS_AT_ONCE // head.out_features)):
         logits = F.linear(some, weight, bias).float()

@@ -86,6 +86,7 @@ class TopKExpertsForCausalLM(
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
+    auto_class: str = "AutoModelForCausalLM"  # that loads it
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
     _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
 
@@ -99,7 +100,7 @@ class TopKExpertsForCausalLM(
             InputError: when `config` is a dense model's, or the dense model has no single linear vocabulary head.
         """
         # By its type: code that is loaded from a repository may have the class twice.
-        if config.model_type != TopKExpertsConfig.model_type:
+        if type(config).model_type != TopKExpertsConfig.model_type:
             raise InputError(
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
                 "convert the model first with `hf-topk convert MODEL OUT`"
@@ -108,6 +109,7 @@ class TopKExpertsForCausalLM(
         for name in ANSWERED_AS_THE_DENSE_CLASS:
             setattr(self, name, getattr(dense_class, name, None))
         super().__init__(config)
+        self.check_class(dense_class)
         self._adopt(random_dense_model(config.dense_config))
         self.post_init()
 
@@ -326,7 +328,8 @@ class TopKExpertsForCausalLM(
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
         if is_lossless_generation.get():
             if self._drafting_pays(len(input_ids)):
-                result, self.last_generation_stats = sample(self, *arguments, **kwargs)
+                result, stats = sample(self, *arguments, **kwargs)
+                self.last_generation_stats = stats + (self.last_generation_stats or LosslessStats())
                 return result
         elif head.stand_in is None and can_choose(head, logits_processor, generation_config):
             chooser = TokenChooser(head, logits_processor, generation_config.do_sample)

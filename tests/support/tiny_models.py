@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
 from hf_topk.convert.steps.fit_packed_rows import metric_of, pack_router
+from hf_topk.model.encoder_decoder import converted_class
 from hf_topk.windows import Window
 
 VOCAB_SIZE = 100
@@ -78,7 +79,7 @@ def tiny_converted(dense: PreTrainedModel | None = None, **choices: Any) -> TopK
     vocab_size = dense.get_output_embeddings().weight.shape[0]
     sizes = {"num_experts": 6, "expert_size": 16, "num_always_on": 8, "num_experts_per_tok": 2, "router_rank": 4}
     sizes |= {"tail_rank": 4, "sparse_max_positions": 16}  # else measured, and 0 for so small a head
-    model = TopKExpertsForCausalLM.from_dense(dense, TopKExpertsConfig(**{**sizes, **choices}))
+    model = converted_class(dense.config).from_dense(dense, TopKExpertsConfig(**{**sizes, **choices}))
     head = model.head
     order = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

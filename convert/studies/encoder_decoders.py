@@ -1,0 +1,173 @@
+"""Converts a tiny random model of every type that reads one thing and writes another, and checks what comes of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_topk.convert import Recipe, convert
+from hf_topk.model import drafting
+from hf_topk.model.cache_rollback import why_not_rolled_back
+from hf_topk.model.errors import InputError, TopKExpertsError
+from hf_topk.targets import TargetWindow
+from studies.tiny_models import FIRST_OTHER_ID, LOGIT_DEVIATION, PADDING, VOCAB_SIZE, tiny_config, tiny_model
+
+NEW_TOKENS = 12
+DOCUMENTS, TARGET_LENGTH = 24, 8
+FRAMES, SAMPLES = 200, 8000  # of speech; each type takes its share
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """What an encoder reads, made up.
+
+    Attributes:
+        inputs: arguments of the model, [1, ...] each.
+    """
+
+    inputs: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """As a target's, so that batches are of a few."""
+        return TARGET_LENGTH
+
+    def together(self, sources: "Sequence[MadeUp]") -> dict[str, Tensor]:
+        """Side by side: all are of one shape."""
+        return {name: torch.cat([one.inputs[name] for one in sources]) for name in self.inputs}
+
+
+@torch.no_grad()
+def tiny_encoder_decoder(auto_class: Any, model_type: str) -> PreTrainedModel:
+    """A random model of a type with an encoder, or of one that only has an Auto class in common with these.
+
+    Args:
+        auto_class: one of Transformers' Auto classes of models.
+        model_type: as Transformers calls it.
+
+    Raises:
+        Exception: whatever Transformers raises where there can be no such model, or it does not generate.
+    """
+    config = tiny_config(model_type)
+    if not config.is_encoder_decoder:
+        return tiny_model(auto_class, model_type)
+    torch.manual_seed(0)
+    config.decoder_start_token_id = PADDING
+    dense: PreTrainedModel = auto_class.from_config(config).eval()
+    dense.generation_config.decoder_start_token_id = PADDING
+    inputs, head = readable_inputs(dense), dense.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        head.weight.mul_(LOGIT_DEVIATION / _logits(dense, inputs).std())
+    _text(dense, inputs)
+    return dense
+
+
+def readable_inputs(dense: PreTrainedModel) -> dict[str, Tensor]:
+    """Something that a model reads: text, or speech in the first shape that it takes.
+
+    Args:
+        dense: a tiny dense model.
+
+    Raises:
+        InputError: when it takes none of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(FIRST_OTHER_ID, VOCAB_SIZE, (1, 6), generator=generator)
+    shapes: list[dict[str, Tensor]] = [{"input_ids": text, "attention_mask": torch.ones_like(text)}]
+    config = dense.config
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    sizes = [getattr(config, name, None) for name in names]
+    length = 2 * getattr(config, "max_source_positions", FRAMES // 2)
+    for size in (*filter(None, sizes), 80):
+        both = ((1, size, length), (1, length, size))
+        shapes += [{"input_features": torch.randn(shape, generator=generator)} for shape in both]
+    shapes.append({"input_values": torch.randn(1, SAMPLES, generator=generator)})
+    name = type(dense).main_input_name
+    for inputs in sorted(shapes, key=lambda one: name not in one):
+        try:
+            _logits(dense, inputs)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            continue
+        return inputs
+    raise InputError("it reads neither text alone nor speech in a shape that is tried")
+
+
+def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
+    """Convert a dense model in memory, save it and load it, and check that the result is what it has to be.
+
+    With all experts it is the dense model, logits and text, greedy and with beams; lossless decoding gives the dense
+    model's tokens; and its folder loads as the dense model.
+
+    Args:
+        dense: a tiny dense model.
+        recipe: of the conversion.
+        folder: an empty one.
+
+    Raises:
+        InputError: when the model is refused.
+        TopKExpertsError: when the result is not what it has to be.
+    """
+    inputs = readable_inputs(dense)
+    expected, text = _logits(dense, inputs), _text(dense, inputs)
+    report = convert(dense, None, recipe, windows=_windows(inputs))
+    report.model.save_pretrained(folder)
+    auto_class = getattr(transformers, report.model.auto_class)
+    model = auto_class.from_pretrained(folder)
+    model.head_mode = "sparse"
+    as_dense = auto_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder).text_config)
+    _check(_are_close(_logits(as_dense, inputs), expected), "as dense model it gives others")
+    model.num_experts_per_tok = model.head.num_experts
+    _check(_are_close(_logits(model, inputs), expected), "with all experts its logits are not the dense model's")
+    _check(_text(model, inputs) == text, "with all experts its text is not the dense model's")
+    beams = _text(dense, inputs, num_beams=2)
+    _check(_text(model, inputs, num_beams=2) == beams, "with all experts its beams are not the dense model's")
+    model.num_experts_per_tok = model.head.num_experts // 2
+    before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
+    try:
+        written = _generated(model, inputs, lossless=True, return_dict_in_generate=True)
+    finally:
+        drafting.DOUBTFUL_SHARE = before
+    sequences = written["sequences"] if isinstance(written, dict) else written.sequences
+    _check(sequences.tolist() == text, "its lossless text is not the dense model's")
+    stats, cache = model.last_generation_stats, written.get("past_key_values")
+    has_drafted = stats is not None and stats.drafted > 0
+    _check(has_drafted or why_not_rolled_back(cache) is not None, "its lossless text is not drafted")
+
+
+def _windows(inputs: dict[str, Tensor]) -> list[Any]:
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(FIRST_OTHER_ID, VOCAB_SIZE, (DOCUMENTS, TARGET_LENGTH + 1), generator=generator).tolist()
+    return [
+        TargetWindow(number, tuple(target[:-1]), MadeUp(inputs), first=0, last_token=target[-1])
+        for number, target in enumerate(targets)
+    ]
+
+
+@torch.inference_mode()
+def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    decoder = torch.tensor([[PADDING, 75, 67, 92, 58]])
+    return model(**inputs, decoder_input_ids=decoder, use_cache=False).logits.float()
+
+
+def _generated(model: Any, inputs: dict[str, Tensor], **choices: Any) -> Any:
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, **choices)
+
+
+def _text(model: Any, inputs: dict[str, Tensor], **choices: Any) -> list[list[int]]:
+    written = _generated(model, inputs, return_dict_in_generate=True, **choices)
+    tokens: list[list[int]] = written["sequences"].tolist()
+    return tokens
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def _check(is_right: bool, what_else: str) -> None:
+    if not is_right:
+        raise TopKExpertsError(what_else)
