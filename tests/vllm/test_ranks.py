@@ -8,7 +8,7 @@ import pytest
 from support.vllm_engine import NEW_TOKENS, save_converted, small_dense, tokens_of
 
 
-@pytest.mark.parametrize("choices", [{"num_rescored": 5}, {}, {"head_mode": "auto", "sparse_max_positions": None}])
+@pytest.mark.parametrize("choices", [{"num_rescored": 5}, {"head_mode": "auto", "sparse_max_positions": None}])
 def test_two_ranks_write_what_one_does(
     tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
