@@ -1,4 +1,4 @@
-"""A converted model in assisted generation: as the assistant of a target with another tokenizer, and as the target."""
+"""A converted model in assisted generation: as target, and as assistant of a target with another tokenizer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,28 +14,27 @@ from .linear_like import as_linear
 
 
 class SharedTokens:
-    """Stands in for the head while a model drafts for a target with another tokenizer.
+    """Replaces the head while a model drafts for a target with another tokenizer.
 
-    Transformers has the assistant know no tokens but those that both tokenizers have, under new ids: their places in a
-    list (N. Timor et al., "Accelerating LLM Inference with Lossless Speculative Decoding Algorithms for Heterogeneous
-    Vocabularies", 2025).
+    Transformers restricts the assistant to the tokens that both tokenizers share, renumbered from 0 (N. Timor et al.,
+    "Accelerating LLM Inference with Lossless Speculative Decoding Algorithms for Heterogeneous Vocabularies", 2025).
 
     Attributes:
         head: the converted model's.
-        ids: the assistant's own ids of these tokens, by their new ones, [P].
+        ids: the assistant's own ids of the shared tokens, by their new ids, [P].
     """
 
     def __init__(self, head: TopKExpertsHead, ids: Tensor) -> None:
-        """Begin a generation, with the prompt in the assistant's own ids."""
+        """Start a generation, with the prompt in the assistant's own ids."""
         self.head, self.ids = head, ids
         self._in_own_ids = True
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits of these tokens alone: hidden [..., d] to [..., P]."""
+        """Logits of the shared tokens: hidden [..., d] to [..., P]."""
         return self.head.logits(hidden)[..., self.ids.to(hidden.device)]
 
     def own_ids(self, input_ids: Tensor) -> Tensor:
-        """The next input of a generation in the assistant's own ids: all but the first are in new ones."""
+        """The next input of a generation in the assistant's own ids; all inputs but the first are in new ids."""
         if self._in_own_ids:
             self._in_own_ids = False
             return input_ids
@@ -43,31 +42,31 @@ class SharedTokens:
 
 
 class AssistantMixin:
-    """What is put in place of a converted model's head and input embeddings, and how it takes part in assisting.
+    """Replaces a converted model's head and input embeddings, and lets it take part in assisted generation.
 
-    For an assistant of a target with another tokenizer Transformers puts pruned ends in place, and leaves them there.
-    Here they only tell which tokens the two share: they count while the model drafts for that target, and nowhere else.
+    For a target with another tokenizer, Transformers replaces the assistant's head and embeddings by pruned ones for
+    good. Here the pruned ones only tell which tokens are shared, while the model drafts for that target.
     """
 
     base: PreTrainedModel
     config: TopKExpertsConfig
     generation_config: GenerationConfig
     head_name: str
-    # The input embeddings made for targets, of which Transformers sets `map` to False right before it asks for a draft.
+    # The pruned input embeddings for targets. Transformers sets their `map` to False right before it asks for a draft.
     _of_targets: tuple[Any, ...] = ()
     _own_penalty: float | None = None
 
     @property
     def device(self) -> torch.device:
         """The device of the model."""
-        # It does so before a target's last token, too, when there is nothing left to draft. Whatever asks for a draft
-        # next, for whichever target, asks for the device first: what is False after that is of this target.
+        # It also sets it before a target's last token, where nothing is drafted. Every request for a draft reads the
+        # device first, so resetting here leaves `map` False only for the target that then asks.
         for embeddings in self._of_targets:
             embeddings.map = True
         return cast(torch.device, cast(Any, super()).device)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the dense model's input embeddings; those that Transformers makes for a target name its tokens."""
+        """Replace the dense model's input embeddings; pruned ones for a target only tell the shared tokens."""
         if hasattr(value, "assistant_overlap_token_ids"):
             self._of_targets += (value,)
             self._own_penalty = self.generation_config.repetition_penalty
@@ -75,39 +74,39 @@ class AssistantMixin:
             self.base.set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the dense head's rows; ids that are new become always-on.
+        """Replace the dense head's rows; new token ids become always-on.
 
         Args:
-            new_embeddings: a linear layer [V', d], as token embeddings are resized with; one that is quantised or a
-                class of its own is read out into a plain one; a head that was there before is taken as it is.
+            new_embeddings: a linear layer [V', d], as when token embeddings are resized; one that is quantised or of a
+                custom class is converted to a plain one; an earlier head is put back unchanged.
 
         Raises:
-            InputError: when it is no linear layer over the hidden states, or has too few rows to route; the model
-                stays as it was.
+            InputError: when it is not a linear layer over the hidden states, or has too few rows to route; the model
+                is then unchanged.
         """
-        if hasattr(new_embeddings, "pruned_lm_head"):  # for a target: `set_input_embeddings` has its tokens
+        if hasattr(new_embeddings, "pruned_lm_head"):  # for a target; `set_input_embeddings` has the shared tokens
             return
         if isinstance(new_embeddings, TopKExpertsHead):
             head = new_embeddings
-            head.take_over(head)  # where embeddings are tied, Transformers has resized it already
+            head.take_over(head)  # with tied embeddings, Transformers has already resized it
         else:
             present: TopKExpertsHead = cast(Any, self).head
             head = present.with_rows_of(as_linear(new_embeddings, present))
         self.base.set_submodule(self.head_name, head)
         self.config.num_always_on = head.num_always_on
-        if hasattr(self.base, "vocab_size"):  # by which some dense models shape logits for the loss
+        if hasattr(self.base, "vocab_size"):  # some dense models reshape logits by it for the loss
             self.base.vocab_size = head.out_features
 
     @contextmanager
     def _drafting_for(self, generation_config: GenerationConfig | None) -> Iterator[SharedTokens | None]:
-        """Within it the tokens are those shared with the target that asks for a draft, if its tokenizer is another."""
+        """Inside, draft with the tokens shared with the target, if its tokenizer is another; else yield None."""
         is_asked = getattr(generation_config, "is_assistant", False)
         embeddings = next((one for one in self._of_targets if is_asked and not one.map), None)
         if embeddings is None:
             yield None
             return
         config = self.generation_config
-        # Transformers removes the repetition penalty, since ids are other ones while drafting, and leaves it removed.
+        # While drafting, ids differ, so Transformers removes the repetition penalty, and does not restore it.
         self._own_penalty = config.repetition_penalty or self._own_penalty
         config.repetition_penalty = None
         try:
@@ -116,8 +115,8 @@ class AssistantMixin:
             config.repetition_penalty = self._own_penalty
 
     def _get_candidate_generator(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
-        # Which targets a candidate generator is for, Transformers reads off the name of the class, and the head off an
-        # attribute. Where a model drafts for itself by its first layers, it is this one that is called.
+        # Transformers chooses the candidate generator by the model's class name and reads the head from an attribute.
+        # With early exit, it calls the model itself, so that must be the converted one.
         if generation_config.assistant_early_exit is not None:
             return cast(Any, super())._get_candidate_generator(generation_config, *args, **kwargs)
         with self._as_checkpoint_of_dense() if generation_config.use_mtp else nullcontext() as head:
@@ -128,11 +127,11 @@ class AssistantMixin:
 
     @contextmanager
     def _as_checkpoint_of_dense(self) -> Iterator[TopKExpertsHead]:
-        """Within it the dense model is one whose layers for further tokens Transformers can load; yields the head."""
+        """Inside, Transformers can load multi-token prediction layers from the dense model; yields the head."""
         head: TopKExpertsHead = cast(Any, self).head
         if self.config.name_or_path:
             self.base.config.name_or_path = self.config.name_or_path
-        self.base.set_submodule(self.head_name, head.as_plain())  # all that a head has is looked for in the checkpoint
+        self.base.set_submodule(self.head_name, head.as_plain())  # the checkpoint has no additions of the sparse head
         try:
             yield head
         finally:

@@ -1,4 +1,4 @@
-"""Taking the last tokens out of a cache again, of every kind where that is possible."""
+"""Crops the last tokens from a KV cache, of every kind that allows it."""
 
 import sys
 from typing import Any
@@ -14,15 +14,15 @@ KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
 
 
 def why_not_rolled_back(cache: Any) -> str | None:
-    """Say why drafts could not be taken back from a cache; None if they can.
+    """The reason why a KV cache cannot be cropped; None if it can.
 
     Args:
-        cache: what the model keeps of the prefix, after the prompt was read.
+        cache: the model's, after prefill.
     """
     cache = _of_what_is_written(cache)
     attending = [layer for layer in getattr(cache, "layers", ()) if type(layer) in KNOWN_LAYERS]
     if not any(layer.is_initialized for layer in attending):
-        return "there is no cache of attention states"
+        return "there is no KV cache"
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         return f"its {type(cache).__name__} cannot be rolled back"
     for layer in cache.layers:
@@ -32,30 +32,30 @@ def why_not_rolled_back(cache: Any) -> str | None:
 
 
 def _of_what_is_written(cache: Any) -> Any:
-    """The part of a cache that grows with each token: the states of what an encoder has read stay as they are."""
+    """The part of a cache that grows with each token; cross-attention states are constant."""
     return cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
 
 
 class RollBack:
-    """Takes the last tokens out of a cache again."""
+    """Crops the last tokens from a KV cache."""
 
     def __init__(self, cache: DynamicCache | StaticCache | EncoderDecoderCache) -> None:
-        """Watch a cache from now on.
+        """Start to follow a cache.
 
         Args:
-            cache: one that [`why_not_rolled_back`] has nothing against, with the prompt in it.
+            cache: after prefill; [`why_not_rolled_back`] returned None for it.
         """
         self._cache = cache
         every_layer: list[Any] = _of_what_is_written(cache).layers
         self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
         self._lengths = [-1] * len(self._layers)
-        # For each layer with a window: what each of the last steps pushed out of it, if anything.
+        # For each sliding-window layer: the state that each of the last steps evicted, if any.
         self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
             (one, []) for one in self._layers if type(one) in WINDOWS
         ]
 
     def watches(self, cache: Any) -> bool:
-        """Whether it is this cache that is watched.
+        """Whether this is the cache that is followed.
 
         Args:
             cache: any.
@@ -63,42 +63,42 @@ class RollBack:
         return self._cache is cache
 
     def length(self) -> int:
-        """Tokens that have gone through the cache; before the first block the states of an image may count instead."""
+        """Tokens written to the cache; before the first block, states of an image may be counted instead."""
         return max(map(_states_in, self._growing())) or int(self._layers[0].get_seq_length())
 
     def room(self) -> int:
-        """Tokens that still fit in."""
+        """Number of tokens that the cache has room for."""
         static = [one for one in self._layers if type(one) is layers.StaticLayer]
         return min((one.max_cache_len - int(one.get_seq_length()) for one in static[:1]), default=sys.maxsize)
 
     def start_block(self) -> None:
-        """Forget what was kept for an earlier block, and see from where the layers grow."""
+        """Discard the states kept for an earlier block, and record the lengths of the layers."""
         self._lengths = list(map(_states_in, self._layers))
         for _, pushed_out in self._pushed_out:
             pushed_out.clear()
 
     def before_step(self) -> None:
-        """Keep what the next token will push out."""
+        """Keep the states that the next token will evict."""
         for layer, pushed_out in self._pushed_out:
             oldest = (layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()) if _is_full(layer) else None
             pushed_out.append(oldest)
 
     def _growing(self) -> list[Any]:
-        """The layers that the block went to: not those that attend to an image, whose states stay as they are."""
+        """The layers that the block was written to: not those that attend to an image, which are constant."""
         pairs = zip(self._layers, self._lengths, strict=True)
         return [one for one, length in pairs if type(one) is not layers.DynamicLayer or _states_in(one) > length]
 
     def back(self, steps: int) -> None:
-        """Take the last tokens out.
+        """Crop the last tokens.
 
         Args:
-            steps: how many; they were fed one by one.
+            steps: number of tokens; they were fed one by one.
         """
         for layer in self._growing():
             if type(layer) is layers.DynamicLayer:
                 layer.crop(-steps)
             elif type(layer) is layers.StaticLayer:
-                layer.cumulative_length.sub_(steps)  # what lies behind is masked, and written over
+                layer.cumulative_length.sub_(steps)  # later states are masked, then overwritten
         for layer, pushed_out in self._pushed_out if steps else ():
             lost = [pair for pair in pushed_out[-steps:] if pair is not None]
             del pushed_out[-steps:]
@@ -107,29 +107,29 @@ class RollBack:
 
 
 def _states_in(layer: Any) -> int:
-    """How many states a growing layer holds; 0 for others, to which every token goes."""
+    """Number of states in a dynamic layer; 0 for other layers, to which every token is written."""
     return int(layer.get_seq_length()) if type(layer) is layers.DynamicLayer else 0
 
 
 def _is_full(layer: Any) -> bool:
-    """Whether the next token pushes the oldest one out of a layer's window."""
+    """Whether the next token evicts the oldest one from a layer's window."""
     if type(layer) is layers.StaticSlidingWindowLayer:
         return bool(layer.cumulative_length_int >= layer.max_cache_len)
     return not layer.record_past and layer.keys.shape[2] >= layer.sliding_window - 1
 
 
 def _undo_dynamic(layer: Any, steps: int, keys: list[Tensor], values: list[Tensor]) -> None:
-    """Undo steps of a growing layer with a window, given what they pushed out."""
-    # Its own `crop` would have it record the past, with which Transformers 5.16 allows one step between two crops.
+    """Undo steps of a dynamic sliding-window layer, given the states that they evicted."""
+    # Its own `crop` records the past, and Transformers 5.16 then allows only one step between two crops.
     layer.cumulative_length -= steps
     layer.keys = torch.cat([*keys, layer.keys], dim=2)[:, :, :-steps]
     layer.values = torch.cat([*values, layer.values], dim=2)[:, :, :-steps]
 
 
 def _undo_static(layer: Any, steps: int, keys: list[Tensor], values: list[Tensor]) -> None:
-    """Undo steps of a static layer with a window, given what they pushed out."""
+    """Undo steps of a static sliding-window layer, given the states that they evicted."""
     layer.cumulative_length_int -= steps
-    layer.cumulative_length.sub_(steps - len(keys))  # which stays where it is while the window is full
+    layer.cumulative_length.sub_(steps - len(keys))  # it does not grow while the window is full
     if keys:
         layer.keys.copy_(torch.cat([*keys, layer.keys], dim=2)[:, :, : layer.max_cache_len])
         layer.values.copy_(torch.cat([*values, layer.values], dim=2)[:, :, : layer.max_cache_len])

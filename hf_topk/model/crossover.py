@@ -1,4 +1,4 @@
-"""Whether the sparse head is the faster one where it runs: measured at first use, once for each kind of call."""
+"""Measures whether the sparse head is faster than the dense one on this machine, at the first call of each size."""
 
 import time
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .whole_head import is_one_of_several
 
 MOST_POSITIONS = 64  # with more, the dense head is bound by arithmetic
-FIRST_GUESS = 4  # positions up to which it is taken for faster where it cannot be measured
-ROUNDS, SECONDS = 5, 0.2  # of a measurement, at most; two rounds at least
-WORTH_IT = 0.95  # of the dense head's time: less of a gain than that is noise
+FIRST_GUESS = 4  # positions up to which it counts as faster where it cannot be measured
+ROUNDS, SECONDS = 5, 0.2  # limits of a measurement, which takes at least two rounds
+WORTH_IT = 0.95  # of the dense head's time; a smaller gain is noise
 
 _measured: dict[tuple[Any, ...], bool] = {}
 
@@ -21,18 +21,18 @@ _measured: dict[tuple[Any, ...], bool] = {}
 def is_faster(
     sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], head: nn.Linear, positions: int, *sizes: Any
 ) -> bool:
-    """Whether one way to run a head is faster than the dense one, on this machine and with its number of threads.
+    """Whether the sparse head is faster than the dense one, on this machine with this number of threads.
 
     Args:
-        sparse: from hidden states [N, d].
-        dense: the dense head, from the same.
-        head: whose weight it is.
+        sparse: a function of hidden states [N, d].
+        dense: the dense head, a function of the same.
+        head: whose weight both read.
         positions: N.
-        *sizes: what the time of the sparse one depends on besides.
+        *sizes: other values that the time of the sparse head depends on.
 
     Returns:
-        What was measured, with N rounded up to a power of two; a guess while code is compiled or a graph is captured,
-        and where several processes run, which would measure each for itself and have to agree.
+        The result of a measurement, with N rounded up to a power of two. Without one, a fixed rule: while code is
+        compiled or a graph is captured, and in distributed runs, whose processes have to agree.
     """
     if positions > MOST_POSITIONS:
         return False
@@ -50,11 +50,11 @@ def is_faster(
 
 @torch.no_grad()
 def _measure(sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], weight: Tensor, positions: int) -> bool:
-    """Time both side by side on random states."""
+    """Time both in turn on random hidden states."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(positions, weight.shape[1], generator=generator).to(weight)
     seconds: dict[Any, list[float]] = {sparse: [], dense: []}
-    for run in (sparse, dense):  # what is made at first use
+    for run in (sparse, dense):  # warm-up
         run(states)
     started = time.perf_counter()
     for done in range(ROUNDS):
@@ -66,7 +66,7 @@ def _measure(sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], we
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """How long something takes on a device, which is waited for."""
+    """Seconds that a call takes, with the synchronisation of its device."""
     started = time.perf_counter()
     run()
     if device.type != "cpu":

@@ -1,6 +1,6 @@
 """Drafts blocks of tokens with the sparse head, and verifies each with the dense head in one product.
 
-See [`lossless`], which serves what is made here.
+[`lossless`] returns these blocks to the sampling loop.
 """
 
 from dataclasses import dataclass, field
@@ -14,20 +14,20 @@ from .cache_rollback import RollBack
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
 
-MOST_POSITIONS = 128  # of all rows, in a block: with more the dense product is no longer bound by the bytes it reads
-# A draft is doubtful if more of the probability lies outside of what was scored: such drafts are wrong more often than
-# others, and what is drafted after a wrong one is lost.
+MOST_POSITIONS = 128  # of all rows, in a block; beyond this the dense product is no longer bound by memory bandwidth
+# Drafting stops where more of the probability lies outside the scored tokens: such draft tokens are often rejected, and
+# all that follow a rejected one are lost.
 DOUBTFUL_SHARE = 0.6
 
 
 @dataclass
 class Block:
-    """Positions that were verified together.
+    """Positions that are verified together.
 
     Attributes:
-        outputs: what the model returned at each position.
-        guesses: the tokens drafted after each position but the last, [B] each.
-        dense: the dense logits as they left the model, [B, n, V].
+        outputs: the model's output at each position.
+        guesses: the draft tokens after each position but the last, [B] each.
+        dense: the dense logits as the model returned them, [B, n, V].
     """
 
     outputs: list[Any] = field(default_factory=list)
@@ -36,22 +36,22 @@ class Block:
 
 
 class DraftingHead:
-    """Makes the logits while a block is drafted: sparse ones for each guess, and at last the dense ones of all.
+    """Replaces the head while a block is drafted: sparse logits for each draft token, then dense logits of the block.
 
     Attributes:
         size: positions in the block, at most.
-        guess: the next token if no processor is asked, [B]; the logits say nothing of it then.
-        ended: rows that have ended, [B] bool: nothing that is drafted for them is doubtful.
-        has_verified: whether the last logits were the dense ones of the whole block.
+        guess: the draft token in greedy decoding without logits processors, [B]; the logits are then not set.
+        ended: rows that have ended, [B] bool; they never stop the drafting.
+        has_verified: whether the last call was the verification pass.
     """
 
     def __init__(self, head: TopKExpertsHead, size: int, is_greedy: bool) -> None:
         """Start a block.
 
         Args:
-            head: the head to stand in for.
+            head: the head to replace.
             size: positions in the block, at most.
-            is_greedy: whether a guess is the argmax of the logits and nothing else is looked at.
+            is_greedy: whether the draft token is the argmax of the logits, which nothing else reads.
         """
         self._head = head
         self._is_greedy = is_greedy
@@ -67,10 +67,10 @@ class DraftingHead:
         return len(self._states)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits for the next guess, [B, 1, V]; at the last position the dense logits of the whole block, [B, n, V].
+        """Sparse logits, [B, 1, V]; at the last position the dense logits of the whole block, [B, n, V].
 
         Args:
-            hidden: the state that enters the head, [B, 1, d].
+            hidden: hidden state, [B, 1, d].
         """
         self._states.append(hidden)
         if len(self._states) < self.size:
@@ -88,7 +88,7 @@ class DraftingHead:
 
 
 class Drafter:
-    """Drafts blocks: guesses tokens as the sampling loop would choose them, with the same noise."""
+    """Drafts blocks: chooses draft tokens as the sampling loop would, with the same noise."""
 
     def __init__(
         self,
@@ -116,17 +116,17 @@ class Drafter:
         self._ends: Tensor | None = None
         ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
         if ends and self._pad is not None:
-            # The loop feeds padding to rows that have ended, for whatever reason.
+            # The loop feeds padding to rows that have ended.
             every_end = [torch.as_tensor(one, device=self._pad.device).flatten() for one in (*ends, self._pad)]
             self._ends = torch.cat(every_end)
 
     def longest_block(self, input_ids: Tensor, size: int, cache: RollBack) -> int:
-        """How many of `size` positions can be drafted without going where dense decoding would not.
+        """How many of `size` positions can be drafted without exceeding the limits of dense decoding.
 
         Args:
             input_ids: the prefix, [B, T].
-            size: positions that are wanted.
-            cache: what the positions go to.
+            size: positions wanted.
+            cache: the KV cache to write to.
         """
         limits = [size, cache.room(), MOST_POSITIONS // input_ids.shape[0]]
         if self._max_length is not None:
@@ -134,7 +134,7 @@ class Drafter:
         if isinstance(self._max_positions, int):
             limits.append(self._max_positions - cache.length())
         if isinstance(self._short_positions, int) and cache.length() <= self._short_positions:
-            # The step that goes beyond them may make a new cache, from which nothing could be taken back.
+            # The step beyond them may start a new cache, and the old one could not be restored.
             limits.append(self._short_positions - cache.length())
         return max(1, min(limits))
 
@@ -143,15 +143,15 @@ class Drafter:
 
         Args:
             input_ids: the prefix, [B, T].
-            kwargs: further arguments of the step after it; not changed.
+            kwargs: further arguments of the next step; not changed.
             size: positions in the block, at most.
-            cache: the cache among them.
+            cache: of the KV cache in `kwargs`.
         """
         block, head = Block(), DraftingHead(self._model.head, size, not self._does_sample and not self._processor)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()
-        # What is drawn in here is drawn once more by the loop.
+        # The loop draws the same random numbers again.
         devices = [] if input_ids.device.type == "cpu" else [input_ids.device]
         with self._model.head.replaced_by(head), torch.random.fork_rng(devices, device_type=input_ids.device.type):
             while True:
@@ -166,7 +166,7 @@ class Drafter:
                     block.dense = output.logits
                     return block
                 guess = self._guess(input_ids, output.logits[:, -1], head)
-                output.logits = torch.empty(0)  # sparse logits of many positions would take much memory
+                output.logits = torch.empty(0)  # sparse logits of many positions would take too much RAM
                 block.guesses.append(guess)
                 input_ids = torch.cat([input_ids, guess[:, None]], dim=-1)
                 kwargs = self._model._update_model_kwargs_for_generation(
@@ -174,22 +174,22 @@ class Drafter:
                 )
 
     def _guess(self, input_ids: Tensor, logits: Tensor, head: DraftingHead) -> Tensor:
-        """The token that the loop would choose, [B], for a prefix [B, T] and logits [B, V]."""
+        """The draft tokens, [B], for a prefix [B, T] and logits [B, V]."""
         tokens = self._guess_from(input_ids, logits) if head.guess is None else head.guess.to(input_ids.device)
         if self._ends is None or self._pad is None or head.ended is None:
             return tokens
         tokens = torch.where(head.ended, self._pad, tokens)
         if torch.isin(tokens, self._ends).all():
-            head.size = head.drafted + 1  # all rows end here
+            head.size = head.drafted + 1  # all rows have ended
         return tokens
 
     def _guess_from(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """The same before it is known which rows have ended."""
+        """The draft tokens by logits processors and sampling, whether or not rows have ended."""
         scores = self._processor(
             cast(Any, input_ids), logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
         )
         if self._does_sample:
-            # As `torch.multinomial` draws one, but that it refuses rows in which nothing is left.
+            # As in `torch.multinomial`, which refuses rows whose probabilities are all 0.
             probabilities = scores.softmax(dim=-1)
             scores = probabilities / torch.empty_like(probabilities).exponential_()
         return scores.argmax(dim=-1)

@@ -20,39 +20,39 @@ from .tail import Tail
 from .whole_head import check_whole, full_shape
 
 HEAD_MODES = ("auto", "sparse", "dense")
-# Elements of sparse logits made at once; beyond it positions are worked off in turns. Small blocks of memory are used
-# again, large ones are fetched from the system anew each time.
+# Elements of sparse logits computed at once; more positions are split into chunks. The allocator reuses small blocks of
+# memory and fetches large ones from the system each time.
 LOGITS_AT_ONCE = 1 << 20
-# Positions whose experts' rows are gathered once for all of them, and their exact logits that are held at once.
+# Positions that share one gathering of their experts' rows, and exact logits held at once.
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
 
 
 class TopKExpertsHead(LaidOutHead):
     """A dense head that reads only the rows of the experts its router picks.
 
-    It *is* the dense linear layer, weight and bias as they were, so that ties, dense decoding and training work on
-    the original tensors; the experts are lists of token ids and rows are gathered where they lie.
+    It *is* the dense linear layer, with unchanged weight and bias, so that ties, dense decoding and training use the
+    original tensors. Experts are lists of token ids, whose rows are gathered from the weight.
 
     Attributes:
-        weight: W, [V, d]; `bias`: [V] or None: the dense head's own.
+        weight: W, [V, d], of the dense head; `bias`: its bias, [V], or None.
         always_on_ids: token ids scored at every position, [A] int64.
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for tokens without an exact logit.
-        later_bias: what the dense model adds to the logits afterwards, [1, V], as Marian does; None if nothing.
-        config: the model's; what can be changed is read from it at each call.
-        stored_type: the number type that it is stored in, which bytes are counted in; it may compute in a larger one.
+        later_bias: the bias that the dense model adds to the logits after the head, [1, V], as in Marian; or None.
+        config: the model's; settings that can change are read from it in each call.
+        stored_type: the dtype on disk, for counting bytes; it may compute in a wider one.
     """
 
     def __init__(self, dense: nn.Linear, config: TopKExpertsConfig) -> None:
-        """Take over a dense head.
+        """Wrap a dense head.
 
         Args:
             dense: the dense head; its weight and bias are shared, not copied.
-            config: the converted model's configuration; it is kept.
+            config: the converted model's configuration; the head keeps a reference.
 
         Raises:
-            InputError: when its experts and always-on tokens are not enough for the vocabulary.
+            InputError: when its experts and always-on tokens do not cover the vocabulary.
         """
         vocab_size, hidden_size = full_shape(dense.weight)
         check_sizes(config, vocab_size)
@@ -71,17 +71,17 @@ class TopKExpertsHead(LaidOutHead):
         self._reset_ids()
 
     def reset_additions(self) -> None:
-        """Freeze what conversion adds, and set what was not loaded to experts of neighbouring ids, all scored alike."""
+        """Freeze the additions of conversion; those not loaded become experts of consecutive ids with equal scores."""
         self._reset_ids()
         for added in self.children():
             cast(Any, added).requires_grad_(False).reset_parameters()
 
     def runs_sparse(self, num_positions: int, run: Callable[[Tensor], Any] | None = None) -> bool:
-        """Whether a call on so many positions takes the sparse path under the present head mode.
+        """Whether a call on N positions takes the sparse path in the current head mode.
 
         Args:
             num_positions: N.
-            run: what it would run then; `sparse_logits` unless given.
+            run: the sparse function to time; `sparse_logits` unless given.
         """
         if self.head_mode != "auto":
             return self.head_mode == "sparse"
@@ -94,14 +94,14 @@ class TopKExpertsHead(LaidOutHead):
         return is_faster(run, self.dense_logits, self, num_positions, *sizes)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Logits of every token: hidden [..., d] to [..., V], in the type of `hidden`."""
-        # Compiled code has none: what replaces the head keeps compiled code from running, or can do without.
+        """Logits of every token: hidden [..., d] to [..., V], in the dtype of `hidden`."""
+        # Compiled code is never replaced: what replaces the head either forces eager mode or is optional.
         if not torch.compiler.is_compiling() and (stand_in := self.stand_in) is not None:
             return stand_in(hidden)
         return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The same, whatever stands in for the head."""
+        """Logits as in [`forward`], even while the head is replaced."""
         flat = hidden.reshape(-1, self.in_features)
         if not self.runs_sparse(flat.shape[0]):
             return self.dense_logits(hidden)
@@ -109,7 +109,7 @@ class TopKExpertsHead(LaidOutHead):
 
     @contextmanager
     def replaced_by(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """For a while, and in this thread alone, let something else make the logits, whatever the head mode.
+        """Inside the context and in this thread only, compute logits with another function, whatever the head mode.
 
         Args:
             stand_in: from hidden states [..., d] to logits [..., V].
@@ -127,36 +127,36 @@ class TopKExpertsHead(LaidOutHead):
 
     @property
     def stand_in(self) -> Callable[[Tensor], Tensor] | None:
-        """What makes the logits in this thread in place of the head, if anything does."""
+        """The function that replaces the head in this thread, if any."""
         return self._stand_ins.get(get_ident()) if self._stand_ins else None
 
     def dense_logits(self, hidden: Tensor) -> Tensor:
         """The dense head, whatever the head mode: hidden [..., d] to [..., V]."""
-        if self.weight.dim() != 2:  # else it may be a part that is put together with those of other processes
+        if self.weight.dim() != 2:  # a 2-d shard is valid here: the logits of the processes are put together
             check_whole(self)
         return super().forward(hidden)
 
     @property
     def full_bias(self) -> Tensor | None:
-        """What a token's logit has in the end beside its row's product, [V]: by this tokens are compared."""
+        """Bias of the final logits, by which tokens are compared, [V]: the head's and `later_bias`; None if neither."""
         if self.later_bias is None:
             return self.bias
         later = self.later_bias[0]
         return later if self.bias is None else self.bias + later
 
     def sparse_logits(self, hidden: Tensor) -> Tensor:
-        """Exact logits for the tokens that are scored, the tail for all others.
+        """Exact logits for the scored tokens, the tail for all others.
 
         Args:
             hidden: hidden states, [N, d].
 
         Returns:
-            Logits, [N, V], in the type of `hidden`.
+            Logits, [N, V], in the dtype of `hidden`.
         """
         at_once = max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
             return self.logits_of(self.score(hidden))
-        # Many positions are scored at once, since they have rows in common, and the logits of a few are made at once.
+        # Many positions are scored at once, as they share rows; logits are computed for a few positions at a time.
         parts, exact = [], self.num_always_on + self.num_experts_per_tok * self.expert_size
         for some in hidden.split(max(at_once, min(SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE // exact))):
             scored = self.score(some)
@@ -164,13 +164,13 @@ class TopKExpertsHead(LaidOutHead):
         return torch.cat(parts)
 
     def share_outside(self, scored: Scored) -> Tensor:
-        """How unsure the router is that the next token is among those that were scored.
+        """The router's estimate of the probability that the next token was not scored.
 
         Args:
-            scored: what was scored at N positions.
+            scored: of N positions.
 
         Returns:
-            The share of the probability that lies outside of the picked experts and the always-on tokens, fp32 [N].
+            Probability of all tokens outside the picked experts and the always-on tokens, fp32 [N].
         """
         outside = scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
         inside = scored.masses.logsumexp(dim=-1, keepdim=True) + (0 if scored.screened is None else scored.offset)
@@ -178,7 +178,7 @@ class TopKExpertsHead(LaidOutHead):
         return torch.sigmoid(outside - inside)
 
     def score(self, hidden: Tensor) -> Scored:
-        """Route hidden states [N, d], and compute what is scored."""
+        """Route hidden states [N, d], and compute the exact logits."""
         self.check_rows()
         if self.screens:
             return self._score_screened(hidden)
@@ -188,7 +188,7 @@ class TopKExpertsHead(LaidOutHead):
         ids = self.expert_ids[top]
         masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
-        # The offset aligns the router with what was computed.
+        # The offset aligns the router's scores with the exact logits.
         exact, expected = torch.stack([masses, top_scores]).logsumexp(dim=-1, keepdim=True)
         offset = exact - expected
         shifts, tail_scores = self._combine(scores, top, disagreement, offset)
@@ -201,7 +201,7 @@ class TopKExpertsHead(LaidOutHead):
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
         scores, top, top_scores = self.pick(hidden, with_level=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
-        if self.has_short_experts:  # whose repeats have a logit, but no mass
+        if self.has_short_experts:  # their repeated ids have a logit, but no mass
             masked = self.mask_padding(screened, self.expert_ids[top])
             total = masked.logsumexp(dim=-1, keepdim=True)
             screened, masked = screened - total, masked - total
@@ -212,15 +212,15 @@ class TopKExpertsHead(LaidOutHead):
         ids = self.expert_ids[top].flatten(1).gather(1, places)
         logits = self.exact_logits(hidden, ids)
         exact = logits[:, self.num_always_on :].float()
-        if self.has_short_experts:  # which may have too few tokens to rescore: repeats then fill up the R places
+        if self.has_short_experts:  # with fewer than R tokens to rescore, repeated ids fill the rest
             exact = exact.masked_fill(kept.isneginf(), -torch.inf)
-        # The exact logits have the mass that their estimates had, and so do the experts then.
+        # The offset scales the exact logits to the mass of their estimates, so the experts keep their masses.
         offset = exact.logsumexp(dim=-1, keepdim=True) - kept.logsumexp(dim=-1, keepdim=True)
         least = kept.amin(dim=-1, keepdim=True)
         return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
 
     def check_rows(self) -> None:
-        """Refuse to score where this process has not got all rows, with an InputError."""
+        """Raise an InputError if this process does not have all rows."""
         check_whole(self)
 
     def logits_of_experts(self, hidden: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ class TopKExpertsHead(LaidOutHead):
         return always_and_gather_dot(hidden, self.weight, self.full_bias, self.always_on_ids, ids)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
-        """Whether an unscored token could be the likeliest, [N] bool: none is likelier than all of its expert."""
+        """Whether an unscored token could be the likeliest, [N] bool: its probability is at most that of its expert."""
         most_left = scored.most_left
         if most_left is None:
             most_left = scored.tail_scores.scatter(1, scored.experts, -torch.inf).amax(dim=-1, keepdim=True)
@@ -244,7 +244,7 @@ class TopKExpertsHead(LaidOutHead):
         return ids.gather(1, scored.exact.argmax(dim=-1, keepdim=True)).squeeze(1)
 
     def logits_of(self, scored: Scored) -> Tensor:
-        """The scored tokens' logits and everyone else's tail, [N, V], less what the dense model is going to add."""
+        """Exact logits of the scored tokens and the tail of all others, less `later_bias`, [N, V]."""
         num_positions = len(scored.exact)
         logits = scored.exact.new_empty(num_positions, self.out_features)  # every token is routed or always on
         within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
@@ -254,13 +254,13 @@ class TopKExpertsHead(LaidOutHead):
         return logits if self.later_bias is None else logits - self.later_bias.to(logits.dtype)
 
     def candidate_logits(self, scored: Scored) -> Tensor:
-        """Logits of the always-on tokens and of all tokens of the picked experts, minus infinity for repeats.
+        """Logits of the always-on tokens and of all tokens of the picked experts, -inf for repeated ids.
 
         Args:
-            scored: what was scored at N positions.
+            scored: of N positions.
 
         Returns:
-            Exact ones and estimates, fp32 [N, A + k S].
+            Exact and estimated logits, fp32 [N, A + k S].
         """
         routed = scored.routed.float()
         if scored.screened is not None and scored.places is not None:
@@ -272,14 +272,14 @@ class TopKExpertsHead(LaidOutHead):
         return torch.cat([scored.always.float(), routed], dim=-1)
 
     def log_prior(self, experts: Tensor | None = None) -> Tensor:
-        """Log p(v | e) of all experts or of some if they are not picked, minus infinity for repeats: fp32 [..., S]."""
+        """Log p(v | e) of all or some experts where they are not picked, -inf for repeated ids: fp32 [..., S]."""
         prior, ids = self.tail.log_prior, self.expert_ids
         if experts is not None:
             prior, ids = prior[experts], ids[experts]
         return self.mask_padding(prior.float(), ids)
 
     def pick(self, hidden: Tensor, with_level: bool = True) -> Picked:
-        """Pick the experts to score for hidden states [N, d]; scores are as [`Router.forward`] has them."""
+        """Pick the experts of hidden states [N, d]; scores are those of [`Router.forward`]."""
         scores = self.router(hidden, with_level)
         top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
         return Picked(scores, top, top_scores)
@@ -287,7 +287,7 @@ class TopKExpertsHead(LaidOutHead):
     def _combine(
         self, scores: Tensor, top: Tensor, disagreement: Tensor, offset: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        """What to add to the exact logits of each picked expert, [N, k], and the scores that the tail uses, [N, M]."""
+        """Shifts of the exact logits of each picked expert, [N, k], and the scores for the tail, [N, M]."""
         if self.combine == "router":
             return disagreement, scores
         if self.combine == "exact":
@@ -303,13 +303,13 @@ class TopKExpertsHead(LaidOutHead):
         return prior.expand(len(places), -1, -1).scatter(1, places, scored.screened)
 
     def as_plain(self) -> nn.Linear:
-        """The dense head as a layer of its own, which shares weight and bias."""
+        """The dense head as a plain linear layer that shares weight and bias."""
         plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight, plain.bias = self.weight, self.bias
         return plain
 
     def with_rows_of(self, resized: nn.Linear) -> "TopKExpertsHead":
-        """A head of the same experts with the weight and bias of another layer; see [`take_over`].
+        """A copy of this head with the weight and bias of another layer; see [`take_over`].
 
         Args:
             resized: a linear layer of the same hidden size.

@@ -1,4 +1,4 @@
-"""How token ids are laid out in experts, and what becomes of them when the vocabulary changes."""
+"""The layout of token ids in experts, and how it follows changes of the vocabulary."""
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,14 @@ from .whole_head import full_shape
 
 
 def check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
-    """Check that experts and always-on tokens have room for a vocabulary.
+    """Check that experts and always-on tokens cover a vocabulary.
 
     Args:
         config: the converted model's configuration.
         vocab_size: V.
 
     Raises:
-        InputError: when they are not enough, or there is nothing to route.
+        InputError: when they do not, or there is no token to route.
     """
     if config.num_always_on >= vocab_size:
         raise InputError(f"num_always_on is {config.num_always_on}, which leaves none of {vocab_size} tokens to route")
@@ -31,12 +31,13 @@ def check_sizes(config: TopKExpertsConfig, vocab_size: int) -> None:
 
 
 def places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:
-    """Where each place takes its token from once ids of `vocab_size` and above are gone, counted over all experts.
+    """For each place [M, S], the place of the token to move there once ids of `vocab_size` and above are removed.
 
-    Places of tokens that are gone repeat one that is left, put first: of the same expert where there is one.
+    Remaining tokens of an expert move to its front. The rest of its places repeat the first of them, or the first
+    remaining token of all experts if none is left.
     """
     gone = expert_ids >= vocab_size
-    order = gone.int().argsort(dim=-1, stable=True)  # tokens that are left come first
+    order = gone.int().argsort(dim=-1, stable=True)  # remaining tokens first
     places = torch.arange(gone.numel(), device=gone.device).view_as(gone).gather(1, order)
     gone = gone.gather(1, order)
     first = torch.where(gone[:, :1], places[~gone][0], places[:, :1])
@@ -44,7 +45,7 @@ def places_left(expert_ids: Tensor, vocab_size: int) -> Tensor:
 
 
 class LaidOutHead(SizedHead):
-    """A dense head whose token ids are laid out in experts and always-on tokens.
+    """A dense head whose token ids are split into experts and always-on tokens.
 
     Attributes:
         always_on_ids: token ids scored at every position, [A] int64.
@@ -60,22 +61,23 @@ class LaidOutHead(SizedHead):
         init.copy_(self.expert_ids, torch.cat([slots, padding]).view_as(self.expert_ids))
 
     def places_of(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Where tokens stand.
+        """Look up the places of tokens.
 
         Args:
             tokens: ids, of any shape.
 
         Returns:
-            Places among the always-on tokens, and among those of all experts one after the other; else -1.
+            Indices into the always-on tokens, and into the flattened `expert_ids`; -1 where a token is not among them.
         """
         always, routed = torch.full((2, self.out_features), -1, device=tokens.device)
         always[self.always_on_ids] = torch.arange(self.num_always_on, device=tokens.device)
         places = torch.arange(self.expert_ids.numel(), device=tokens.device)
-        routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)  # of repeats the first
+        # Of repeated ids the first.
+        routed.scatter_reduce_(0, self.expert_ids.flatten(), places, "amin", include_self=False)
         return always[tokens], routed[tokens]
 
     def scored_ids(self, experts: Tensor) -> Tensor:
-        """Token ids that are scored when `experts` are picked: [N, k] to [N, A + k S]."""
+        """Token ids scored when `experts` are picked: [N, k] to [N, A + k S]."""
         always = self.always_on_ids.expand(experts.shape[0], -1)
         return torch.cat([always, self.expert_ids[experts].flatten(1)], dim=-1)
 
@@ -85,7 +87,7 @@ class LaidOutHead(SizedHead):
         return self.num_experts * self.expert_size != self.out_features - self.num_always_on
 
     def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
-        """Give the repeated ids of short experts no mass: values and ids [..., S]."""
+        """Set values of repeated ids in short experts to -inf: values and ids [..., S]."""
         if not self.has_short_experts:
             return values
         repeats = ids == ids[..., :1]
@@ -96,18 +98,18 @@ class LaidOutHead(SizedHead):
     def take_over(self, resized: nn.Linear) -> None:
         """Take the weight and bias of a head with more or fewer rows.
 
-        Tokens that are new become always-on; the places of tokens that are gone repeat an id that is still there.
+        New tokens become always-on; the places of removed tokens repeat a remaining id.
 
         Args:
             resized: a linear layer of the same hidden size.
 
         Raises:
-            InputError: when it has no row of a token that an expert has.
+            InputError: when it has no row of any routed token.
         """
         vocab_size = full_shape(resized.weight)[0]
         if not (self.expert_ids < vocab_size).any():
             raise InputError(f"a head of {vocab_size} rows leaves no token to route: keep more of them")
-        # Where embeddings are tied, Transformers has already set `out_features`: the ids tell what is new.
+        # With tied embeddings, Transformers has already changed `out_features`, so new tokens are found by the ids.
         known = int(torch.cat([self.always_on_ids, self.expert_ids.flatten()]).max()) + 1
         added = torch.arange(known, max(vocab_size, known), device=self.always_on_ids.device)
         kept = self.always_on_ids[self.always_on_ids < vocab_size]

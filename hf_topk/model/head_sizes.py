@@ -1,4 +1,4 @@
-"""The sizes of a sparse head, and the bytes that it reads and adds in the number type that it is stored in."""
+"""The sizes of a sparse head, and the bytes that it reads and adds, in its dtype on disk."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,16 +12,16 @@ from .tail import Tail
 
 
 def setting(name: str) -> Any:
-    """A property that is an entry of the configuration, where it is checked."""
+    """A property backed by an entry of the configuration, which checks it."""
     return property(lambda head: getattr(head.config, name), lambda head, value: setattr(head.config, name, value))
 
 
 class SizedHead(nn.Linear):
-    """A dense head with experts, a router and a tail, of which it knows the sizes.
+    """The sizes of a dense head with experts, a router and a tail.
 
     Attributes:
         config: the model's configuration.
-        head_mode, num_experts_per_tok, num_rescored, sparse_max_positions: the configuration's, in both directions.
+        head_mode, num_experts_per_tok, num_rescored, sparse_max_positions: entries of the configuration, read and set.
     """
 
     always_on_ids: Tensor
@@ -62,7 +62,7 @@ class SizedHead(nn.Linear):
 
     @property
     def stored_type(self) -> torch.dtype:
-        """The number type that it is stored in: its own, unless another one was set."""
+        """The dtype on disk: that of the weight unless another one was set."""
         return self._stored_type or self.weight.dtype
 
     @stored_type.setter
@@ -70,7 +70,7 @@ class SizedHead(nn.Linear):
         self._stored_type = dtype
 
     def bytes_read(self) -> float:
-        """Bytes of head, router and tail tensors touched for one position in sparse mode."""
+        """Bytes of head, router and tail that the sparse head reads for one position."""
         row = self.dense_bytes() / self.out_features
         picked = self.num_experts_per_tok
         routed = min(self.num_rescored, picked * self.expert_size) if self.screens else picked * self.expert_size
@@ -83,7 +83,7 @@ class SizedHead(nn.Linear):
         return self._bytes_stored([self.weight] if self.bias is None else [self.weight, self.bias])
 
     def added_bytes(self) -> int:
-        """Bytes of all that conversion added to the dense head."""
+        """Bytes of the tensors that conversion added to the dense head."""
         return self._bytes_stored(self.additions().values())
 
     def _bytes_stored(self, tensors: Iterable[Tensor]) -> int:
@@ -91,6 +91,6 @@ class SizedHead(nn.Linear):
         return sum(one.numel() * (floats if one.is_floating_point() else one.itemsize) for one in tensors)
 
     def additions(self) -> dict[str, Tensor]:
-        """What conversion added to the dense head, by name: token ids, router, tail and combiner."""
+        """The tensors that conversion added to the dense head, by name: token ids, router, tail and combiner."""
         everything: dict[str, Tensor] = self.state_dict()
         return {name: tensor for name, tensor in everything.items() if name not in ("weight", "bias")}

@@ -6,31 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of gathered rows held at once; beyond it positions are worked off in turns.
+# Elements of gathered rows held at once; more positions are split into chunks.
 GATHERED_ELEMENTS_AT_ONCE = 1 << 24
-# Bytes of gathered rows that stay in the processor's cache between their copy and their product.
+# Bytes of gathered rows that stay in the CPU's cache between copy and product.
 CACHED_BYTES = 3 << 20
-# From this share of the rows on, one product with the whole head is faster than gathering (seen on two CPU cores).
+# From this share of the rows on, one product with the whole head is faster than gathering (measured on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
-ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # as many as stay in the processor's cache
-# With more positions, products in fp32 are as fast as torch's kernel for rows of int8 (seen on two CPU cores).
+ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # these stay in the CPU's cache
+# With more positions, products in fp32 are as fast as torch's kernel for int8 rows (measured on two CPU cores).
 FEW_POSITIONS = 4
-# What that kernel's columns, and the addresses of its tensors, have to be a multiple of.
+# That kernel needs the number of columns and the tensors' addresses to be multiples of these.
 COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
 HAS_TRITON = find_spec("triton") is not None
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """Exact logits of chosen rows of the head, each position with rows of its own.
+    """Exact logits of different rows of the head for each position.
 
     Args:
         hidden: hidden states h, [N, d].
-        weight: the head W, [V, d]; only the chosen rows are read.
+        weight: the head W, [V, d]; only the given rows are read.
         bias: the head's bias, [V], or None.
         rows: token ids to score, [N, R] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, R], accumulated in fp32 by the matrix product.
+        Logits in the dtype of `hidden`, [N, R], accumulated in fp32 by the matrix product.
     """
     if runs_on_triton(hidden, weight, bias):
         from .triton_kernels import gather_dot as on_triton
@@ -54,10 +54,10 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
 def expert_dot(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, expert_ids: Tensor, experts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Exact logits of some tokens at every position, and of the tokens of experts that each position chose.
+    """Exact logits of tokens shared by all positions, and of the tokens of each position's picked experts.
 
-    In eager mode on a CPU each expert's rows are read once, however many positions chose it; elsewhere, where shapes
-    must not depend on what was chosen, this is [`gather_dot`].
+    In eager mode on a CPU each expert's rows are read once, however many positions picked it. Elsewhere shapes must not
+    depend on the picks, and this is [`gather_dot`].
 
     Args:
         hidden: hidden states h, [N, d].
@@ -65,10 +65,10 @@ def expert_dot(
         bias: the head's bias, [V], or None.
         shared_ids: token ids to score at every position, [A] int64.
         expert_ids: token ids of each expert, [M, S] int64.
-        experts: the chosen experts, [N, k] int64.
+        experts: the picked experts, [N, k] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, A] and [N, k, S].
+        Logits in the dtype of `hidden`, [N, A] and [N, k, S].
     """
     num_shared, expert_size = len(shared_ids), expert_ids.shape[1]
     if hidden.device.type != "cpu" or torch.compiler.is_compiling():
@@ -87,7 +87,7 @@ def expert_dot(
 def always_and_gather_dot(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, rows: Tensor
 ) -> Tensor:
-    """Exact logits of some tokens at every position, and of each position's own.
+    """Exact logits of tokens shared by all positions, and of each position's own tokens.
 
     Args:
         hidden: hidden states h, [N, d].
@@ -97,7 +97,7 @@ def always_and_gather_dot(
         rows: token ids to score, [N, R] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, A + R].
+        Logits in the dtype of `hidden`, [N, A + R].
     """
     if len(hidden) == 1 or hidden.device.type != "cpu":
         return gather_dot(hidden, weight, bias, torch.cat([shared_ids.expand(len(rows), -1), rows], dim=-1))
@@ -115,7 +115,7 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
         rows: token ids to score, [R] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, R].
+        Logits in the dtype of `hidden`, [N, R].
     """
     if rows.shape[0] >= SHARE_WORTH_ALL_ROWS * weight.shape[0]:
         return F.linear(hidden, weight, bias).index_select(1, rows)
@@ -126,15 +126,15 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
 
 
 def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """Products with rows of whole numbers, and a scale for each row.
+    """Products with int8 rows, and a scale for each row.
 
-    For few positions on a CPU inputs and products are rounded to bfloat16, and every row is read once, as it is: this
-    is fast with and without arithmetic of bfloat16 or int8. Otherwise all is in fp32.
+    For few positions on a CPU, inputs and products are rounded to bfloat16 and every row is read once as int8. This is
+    fast with and without bfloat16 or int8 instructions. Otherwise everything is in fp32.
 
     Args:
-        inputs: [N, r], any float type.
-        rows: [R, r] int8, or floats, which are then multiplied in fp32.
-        scales: [R] bfloat16; they are made beforehand, as torch's kernel wants them.
+        inputs: [N, r], any float dtype.
+        rows: [R, r] int8, or floats, which are multiplied in fp32.
+        scales: [R] bfloat16, as torch's kernel needs them.
 
     Returns:
         inputs @ rows^T * scales, bfloat16 or fp32 [N, R].
@@ -153,16 +153,16 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
 
 
 def has_int8_kernel(inputs: Tensor, rows: Tensor) -> bool:
-    """Whether torch's kernel for rows of int8 can take these; with others it is wrong or crashes (torch 2.13)."""
+    """Whether torch's kernel for int8 rows supports these; with others it is wrong or crashes (torch 2.13)."""
     needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
     fits = rows.dtype == torch.int8 and rows.shape[1] % COLUMNS_OF_KERNEL == 0 and rows.is_contiguous()
-    # Weights that were loaded lie in a mapped file, wherever that is. Compiled code is given rows that were made ready.
+    # Loaded weights can be at any offset of a memory-mapped file. Compiled code gets prepared rows, which are aligned.
     is_aligned = torch.compiler.is_compiling() or rows.data_ptr() % BYTES_OF_KERNEL == 0
     return inputs.device.type == "cpu" and fits and is_aligned and not needs_gradient
 
 
 def int8_kernel(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """Products by torch's kernel, in bfloat16 [N, R]; arguments as in [`int8_products`]."""
+    """Products by torch's kernel, bfloat16 [N, R]; arguments as in [`int8_products`]."""
     rounded = inputs.bfloat16().contiguous()
     if not torch.compiler.is_compiling() and rounded.data_ptr() % BYTES_OF_KERNEL:
         rounded = rounded.clone()
@@ -173,10 +173,10 @@ def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: 
     """[`int8_products`] with the rows of the experts that each position picked.
 
     Args:
-        inputs: [N, r], any float type.
+        inputs: [N, r], any float dtype.
         rows: [M, S, r] int8, or floats.
         experts: the picked experts, [N, k] int64.
-        scales: at least M S times the same one, bfloat16.
+        scales: at least M S equal values, bfloat16.
 
     Returns:
         inputs @ rows^T * scales, bfloat16 or fp32 [N, k, S].
@@ -195,7 +195,7 @@ def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: 
 
 
 def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:
-    """Products with rows of few bits, as they are packed: for devices that unpack as fast as they read.
+    """Products with packed rows, for devices that unpack as fast as they read.
 
     Args:
         inputs: fp32 [N, r].
@@ -204,7 +204,7 @@ def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, expe
         experts: the picked experts, [N, k] int64, or None for all.
 
     Returns:
-        Products with the numbers that the codes stand for, in steps: fp32 [N, k or M, S].
+        Products with the values of the codes, in steps: fp32 [N, k or M, S].
     """
     if runs_on_triton(inputs, codes_4bit):
         from .triton_kernels import packed_products as on_triton
@@ -216,20 +216,20 @@ def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, expe
 
 
 def unpack_halves(codes_4bit: Tensor, codes_2bit: Tensor) -> Tensor:
-    """What codes stand for in halves of a step, which are odd numbers: uint8 [..., b] and [..., c] to int8 [..., r]."""
+    """The values of codes in half steps, which are odd integers: uint8 [..., b] and [..., c] to int8 [..., r]."""
     codes = ((codes_4bit, 4), (codes_2bit, 2))
     return torch.cat([2 * unpack(some, bits) - (2**bits - 1) for some, bits in codes], dim=-1)
 
 
 def _products_in_one_loop(inputs: Tensor, rows: Tensor) -> Tensor:
-    """For compiled code, in which nothing is copied: sums over the last dimension, in fp32."""
+    """Sums of products over the last dimension, in fp32, which the compiler fuses without a copy of the rows."""
     return (rows.float() * inputs.float()).sum(dim=-1)
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
-    """Pack whole numbers from 0 to 2^bits - 1: [R, r] to uint8 [R, r bits / 8].
+    """Pack integers from 0 to 2^bits - 1: [R, r] to uint8 [R, r bits / 8].
 
-    The lowest bits of all bytes of a row hold its first columns, the next ones the columns that follow.
+    The lowest bits of a row's bytes hold its first columns, the next bits the columns that follow.
     """
     planes = numbers.to(torch.uint8).unflatten(-1, (8 // bits, -1))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
@@ -242,12 +242,12 @@ def unpack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
-    """The numbers in one place of every byte, int8 of the shape of `codes`."""
+    """The numbers at one place in every byte, int8 of the shape of `codes`."""
     return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
 
 
 def runs_on_triton(*inputs: Tensor | None) -> bool:
-    """Whether a kernel on CUDA takes these; no gradient goes through one."""
+    """Whether the Triton kernels support these; they have no gradients."""
     given = [some for some in inputs if some is not None]
     needs_gradient = torch.is_grad_enabled() and any(some.requires_grad for some in given)
     return HAS_TRITON and all(some.is_cuda for some in given) and not needs_gradient

@@ -1,4 +1,4 @@
-"""Plain linear layers out of whatever computes W h + b."""
+"""Converts layers that compute W h + b, such as quantised ones, to plain linear layers."""
 
 from typing import Any
 
@@ -7,23 +7,22 @@ from torch import Tensor, nn
 
 from .errors import InputError, one_line
 
-# Share of the logits by which a layer may differ from one with the rows read out of it: rounding of inputs to int8
-# takes 1 %.
+# Relative error allowed between the logits of a layer and of its plain copy; rounding inputs to int8 causes 1 %.
 TOLERANCE = 0.02
 
 
 def as_linear(layer: nn.Module, head: nn.Linear) -> nn.Linear:
-    """A layer's weight and bias, as a plain linear layer over the states that enter a head.
+    """A layer's weight and bias, as a plain linear layer over hidden states.
 
     Args:
-        layer: a linear layer, quantised or of whatever class.
-        head: the head, with d inputs; the result has its number type and device.
+        layer: a linear layer, perhaps quantised or of a custom class.
+        head: the head, with d inputs; a copy gets its dtype and device.
 
     Returns:
-        The layer itself if it is plain, or else one with rows [V', d] that are read out of it.
+        The layer itself if it is plain, or else a plain copy with rows [V', d], computed from its outputs.
 
     Raises:
-        InputError: when the layer has no `weight`, other than d inputs, or does not compute W h + b.
+        InputError: when the layer has no `weight`, does not have d inputs, or does not compute W h + b.
     """
     name, hidden_size = type(layer).__name__, head.in_features
     weight = getattr(layer, "weight", None)
@@ -40,7 +39,7 @@ def as_linear(layer: nn.Module, head: nn.Linear) -> nn.Linear:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    """Whether rows can be read where they lie: in floats, of a class that computes nothing else than W h + b."""
+    """Whether rows can be read from the weight: it is in floats, and the class computes only W h + b."""
     holds_floats = type(layer.weight) in (Tensor, nn.Parameter) and layer.weight.is_floating_point()
     return holds_floats and type(layer).forward is nn.Linear.forward
 

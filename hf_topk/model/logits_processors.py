@@ -1,4 +1,4 @@
-"""Transformers' logits processors, as they suit a sparse head."""
+"""Transformers' logits processors: a faster top-p, and those that the drafter may call."""
 
 from typing import Any, cast
 
@@ -15,9 +15,9 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
     """Keeps the tokens that Transformers' `TopPLogitsWarper` keeps, and sorts only those near the threshold.
 
     The likeliest tokens that together have probability p (nucleus sampling, Holtzman et al. 2020,
-    https://arxiv.org/abs/1904.09751) are those above some threshold. Tokens are counted into bins of their distance to
-    the best logit, which finds the bin that the threshold lies in; its tokens alone are sorted. On other devices than a
-    CPU, where sorting is cheap and waiting is not, all are.
+    https://arxiv.org/abs/1904.09751) are those above some threshold. A histogram of the distances to the largest logit
+    finds the bin of the threshold, and only its tokens are sorted. Accelerators, where sorting is cheap and
+    synchronisation is not, sort all tokens.
     """
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
@@ -26,11 +26,11 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
             return super().__call__(input_ids, scores)
         probabilities = scores.softmax(dim=-1)
         best = scores.amax(dim=-1, keepdim=True)
-        depths = (best - scores).nan_to_num_(nan=0.0)  # of infinite scores, where nothing is allowed
+        depths = (best - scores).nan_to_num_(nan=0.0)  # NaN where all scores of a row are infinite
         bins = depths.mul_(BINS_A_NAT).clamp_(max=BINS - 1).long()
         mass = torch.zeros(len(scores), BINS, dtype=probabilities.dtype).scatter_add_(1, bins, probabilities)
         in_bin_or_below = mass.flip(-1).cumsum(dim=-1).flip(-1)
-        # The last bin that is not removed whole; the first one never is.
+        # The last bin that is not removed completely; the first one never is.
         boundary = (in_bin_or_below > 1 - self.top_p).sum(dim=-1, keepdim=True).sub_(1).clamp_(min=0)
         removed = bins > boundary
         for row, edge in enumerate(boundary.squeeze(-1).tolist()):
@@ -45,10 +45,10 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
 
 
 def adapt(found: LogitsProcessorList) -> LogitsProcessorList:
-    """Put what is quicker in the place of Transformers' own; not to be used where sums have to be the same.
+    """Replace Transformers' logits processors by faster ones; not in lossless decoding, as rounding may differ.
 
     Args:
-        found: what Transformers made of the choices of a generation; changed.
+        found: the logits processors of a generation; changed.
     """
     for place, one in enumerate(found):
         if type(one) is TopPLogitsWarper:
@@ -56,9 +56,9 @@ def adapt(found: LogitsProcessorList) -> LogitsProcessorList:
     return found
 
 
-# Depend on the prefix and the scores alone, so that they can be asked about guesses. All others, users' own foremost,
-# may keep state or run a model: they are shown each prefix that comes to be, once. `TopHLogitsWarper` is left out as
-# well: it raises where nothing is left of a draft.
+# These depend on prefix and scores only, so the drafter can call them. All others, above all users' own, may keep state
+# or run a model: they see each final prefix once. `TopHLogitsWarper` is left out: it raises where all scores of a draft
+# token are -inf.
 SHARED_PROCESSORS = (
     processors.EncoderNoRepeatNGramLogitsProcessor,
     processors.EncoderRepetitionPenaltyLogitsProcessor,

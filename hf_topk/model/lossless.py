@@ -1,17 +1,17 @@
-"""Lossless decoding: the sparse head drafts, the dense head verifies a block at once, the tokens are the dense ones.
+"""Lossless decoding: the sparse head drafts a block of tokens, and the dense head verifies it in one pass.
 
-Transformers' own sampling loop runs unchanged and is given dense logits at every step; that these were computed a block
-at a time is hidden inside the forward call. A block of n positions takes n forward passes of the decoder. The head
-keeps the hidden states that enter it and answers the first n - 1 with sparse logits, from which the next token is
-guessed as the loop would choose it; the last step computes the dense logits of all n states in one product. The loop
-then draws its own tokens from them. While they are those that were guessed, no model runs; at the first other one the
-cache is rolled back and the next block starts. So processors, criteria, streamers and scores are as in dense decoding,
-whatever was guessed.
+Transformers' own sampling loop runs unchanged on the dense logits of every step; the forward call hides that these are
+computed a block at a time. A block of n positions takes n forward passes of the decoder. The head keeps the hidden
+states that enter it. For the first n - 1 it returns sparse logits, from which a draft token is chosen as the loop would
+choose it. The last pass is the verification pass: it computes the dense logits of all n states in one product, and the
+loop chooses its tokens from these. While they equal the draft tokens, no model runs. At the first rejected draft token
+the KV cache is cropped and the next block starts. So logits processors, stopping criteria, streamers and scores see
+exactly what they see in dense decoding, whatever was drafted.
 
-Sampling is no exception. Speculative decoding usually accepts a draft with probability min(1, p / q); here the guess is
-made with the very noise that the loop is going to draw with, and is right where both choose the same token. Both take
-the largest p(v) / noise(v), so that they mostly do; and the outcome does not depend on the drafts at all: the same seed
-gives the tokens of dense decoding. ("Drafter-invariant speculative decoding", Daliri et al., arXiv 2408.07978.)
+This holds for sampling, too. Speculative decoding usually accepts a draft token with probability min(1, p / q). Here
+drafter and loop draw with the same noise: both take the token of largest p(v) / noise(v), which is usually the same
+one. The output does not depend on the draft tokens: the same seed gives the tokens of dense decoding
+("Drafter-invariant speculative decoding", Daliri et al., arXiv 2408.07978).
 """
 
 from collections.abc import Iterator
@@ -29,23 +29,23 @@ from .drafting import MOST_POSITIONS, Block, Drafter
 
 logger = logging.get_logger(__name__)
 
-# Whether the generation that is going on, in this thread, is to be lossless.
+# Whether the current generation of this thread is lossless.
 is_lossless_generation: ContextVar[bool] = ContextVar("is_lossless_generation", default=False)
 
-FIRST_SIZE = 8  # positions in a block, at first
+FIRST_SIZE = 8  # positions in the first block
 LARGEST_SIZE = 16
 
 
 @dataclass
 class LosslessStats:
-    """What a lossless generation took. Steps, passes and drafts are of the whole batch, whose rows go on together.
+    """Statistics of a lossless generation. The rows of a batch advance together and count once.
 
     Attributes:
-        tokens: new tokens of a row, of the longest one.
-        forward_passes: runs of the model, the one over the prompt included, which counts as one in chunks, too.
-        dense_passes: runs of the dense head, the one on the prompt included.
-        drafted: tokens drafted.
-        accepted: drafts that were the dense model's own tokens, in every row, as were all those before it.
+        tokens: new tokens of the longest row.
+        forward_passes: of the model, with prefill, which counts as one even in chunks.
+        dense_passes: of the dense head, with prefill.
+        drafted: draft tokens.
+        accepted: draft tokens that were accepted in every row.
 
     Example:
         >>> from hf_topk import LosslessStats
@@ -65,26 +65,26 @@ class LosslessStats:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts that were accepted; 1 if there were none."""
+        """Share of the draft tokens that were accepted; 1 if there were none."""
         return self.accepted / self.drafted if self.drafted else 1.0
 
     @property
     def dense_passes_per_token(self) -> float:
-        """Runs of the dense head for a new token: 1 in dense decoding."""
+        """Passes of the dense head per new token; 1 in dense decoding."""
         return self.dense_passes / max(1, self.tokens)
 
     @property
     def forward_passes_per_token(self) -> float:
-        """Runs of the model for a new token: 1 in dense decoding."""
+        """Forward passes per new token; 1 in dense decoding."""
         return self.forward_passes / max(1, self.tokens)
 
 
 @contextmanager
 def generating(*, is_lossless: bool) -> Iterator[None]:
-    """For a while, and in this thread alone, say whether what is generated is to be lossless.
+    """Set whether generations in this thread are lossless, inside the context.
 
     Args:
-        is_lossless: whether it is.
+        is_lossless: whether they are.
     """
     before = is_lossless_generation.set(is_lossless)
     try:
@@ -102,19 +102,19 @@ def sample(
     synced_gpus: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, LosslessStats]:
-    """Run Transformers' sampling loop on logits of the dense head that are computed a block at a time.
+    """Run Transformers' sampling loop on dense logits that are computed a block at a time.
 
     Args:
-        model: a converted model, whose head is dense for the present.
+        model: a converted model, whose head is replaced by the dense one meanwhile.
         input_ids: the prompt, [B, T].
-        logits_processor: as the loop takes them.
-        stopping_criteria: as the loop takes them.
-        generation_config: as the loop takes it.
-        synced_gpus: whether other processes wait for each run of the model.
-        **kwargs: what else the loop takes.
+        logits_processor: of the loop.
+        stopping_criteria: of the loop.
+        generation_config: of the loop.
+        synced_gpus: whether other processes wait for each forward pass.
+        **kwargs: further arguments of the loop.
 
     Returns:
-        What the loop returns, and what it took.
+        The loop's result, and the statistics of the generation.
     """
     drafter = Drafter(model, logits_processor, stopping_criteria, generation_config)
     view = VerifiedModel(model, drafter, synced_gpus)
@@ -134,13 +134,13 @@ def sample(
 
 
 class VerifiedModel:
-    """Stands in for the model in the sampling loop: serves each step its dense logits, and drafts when there are none.
+    """Replaces the model in the sampling loop: returns the dense logits of each step, and drafts when it has none left.
 
-    The loop calls `prepare_inputs_for_generation`, and then the model with exactly the arguments that it returned; so
-    the one finds the output of a step, and returns it as the argument that the other passes on.
+    The loop calls `prepare_inputs_for_generation`, and then the model with exactly the arguments that this returned. So
+    the former finds the output of a step and returns it as an argument, and the call of the model passes it on.
 
     Attributes:
-        stats: what it took so far.
+        stats: the statistics so far.
     """
 
     def __init__(self, model: Any, drafter: Drafter, synced_gpus: bool) -> None:
@@ -148,8 +148,8 @@ class VerifiedModel:
 
         Args:
             model: a converted model.
-            drafter: makes the blocks.
-            synced_gpus: whether other processes wait for each run of the model.
+            drafter: drafts and verifies blocks.
+            synced_gpus: whether other processes wait for each forward pass.
         """
         self._model = model
         self._drafter = drafter
@@ -164,18 +164,18 @@ class VerifiedModel:
         return getattr(self._model, name)
 
     def _valid_auto_compile_criteria(self, *_: Any) -> bool:
-        return False  # a compiled forward would be called past this object
+        return False  # the loop would call a compiled forward of the model, not this object
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Find the output of the next step; it is what this object is then called with.
+        """Find the output of the next step, with which the loop then calls this object.
 
         Args:
             input_ids: the prefix, [B, T].
-            **kwargs: as the model takes them.
+            **kwargs: the model's arguments.
         """
         cache = kwargs.get("past_key_values")
         if not self._has_started or (self._cache is not None and not self._cache.watches(cache)):
-            self._end_block()  # Phi-3 goes on with a new cache where its long positions begin
+            self._end_block()  # Phi-3 starts a new cache at its first long position
             self._start(input_ids, cache)
         self.stats.tokens += 1
         if self._cache is None:
@@ -195,19 +195,19 @@ class VerifiedModel:
         return output
 
     def finish(self) -> None:
-        """Leave the cache as dense decoding does."""
+        """Leave the KV cache as dense decoding does."""
         self._end_block()
 
     def _start(self, input_ids: Tensor, cache: Any) -> None:
-        """See, once the prompt was read, whether drafts could be taken back."""
+        """After prefill, check whether the KV cache can be cropped."""
         self._has_started, self._cache = True, None
         reason = why_not_rolled_back(cache)
         if self._synced_gpus:
-            reason = "other processes wait for each of its steps"
+            reason = "other processes wait for each forward pass"
         elif 2 * input_ids.shape[0] > MOST_POSITIONS:
-            reason = f"more than {MOST_POSITIONS // 2} rows in a batch leave no room for drafts"
+            reason = f"a batch of more than {MOST_POSITIONS // 2} rows leaves no room for draft tokens"
         elif input_ids.device.type == "mps":
-            reason = "on this device Transformers looks at the cache a step late"
+            reason = "on this device Transformers reads the cache one step late"
         if reason is None:
             self._cache = RollBack(cache)
             return
@@ -222,7 +222,7 @@ class VerifiedModel:
         return self._model(**self._model.prepare_inputs_for_generation(input_ids, **kwargs), return_dict=True)
 
     def _end_block(self) -> None:
-        """Take from the cache what was drafted in vain, and learn from it how far to draft."""
+        """Crop rejected draft tokens, and adapt the size of the next block to how many were accepted."""
         if self._block is None or self._cache is None:
             return
         block, served = self._block.block, self._block.served
@@ -237,15 +237,15 @@ class VerifiedModel:
 
 
 class BlockReader:
-    """Serves the positions of a verified block, one after the other.
+    """Returns the outputs of a verified block, position by position.
 
     Attributes:
-        block: what was drafted and verified.
-        served: the number of positions that were made use of.
+        block: the verified block.
+        served: number of positions returned so far.
     """
 
     def __init__(self, block: Block) -> None:
-        """Begin before the first position.
+        """Start before the first position.
 
         Args:
             block: a verified block.
@@ -254,7 +254,7 @@ class BlockReader:
         self.served = 0
 
     def goes_on_with(self, tokens: Tensor) -> bool:
-        """Whether the next position is in the block and was drafted from these tokens, [B]."""
+        """Whether the block has a next position, and its draft tokens equal these tokens, [B]."""
         block, served = self.block, self.served
         return served < len(block.outputs) and bool(tokens.equal(block.guesses[served - 1]))
 

@@ -1,4 +1,4 @@
-"""Products of hidden states with many rows that are kept in few bits."""
+"""Products of hidden states with many rows that are stored in few bits."""
 
 import operator
 from typing import NamedTuple, cast
@@ -13,13 +13,13 @@ SMALLEST_SCALE = 1e-30
 
 
 class Prepared(NamedTuple):
-    """Rows that are ready to be multiplied.
+    """Rows unpacked for multiplication.
 
     Attributes:
-        basis: B without its scales, int8 [r, d], where the processor reads it best.
-        halves: what the codes stand for in halves of a step, which are odd numbers, int8 [*shape, r].
-        ones: a scale for each row, bfloat16 [rows].
-        half_scales, half_center: those of the basis, halved, bfloat16 and fp32 [r].
+        basis: B without its scales, int8 [r, d], in aligned memory.
+        halves: the coordinates in half steps, which are odd integers, int8 [*shape, r].
+        ones: a scale of 1 for each row, bfloat16 [rows].
+        half_scales, half_center: half of the basis' scales and of the center, bfloat16 and fp32 [r].
     """
 
     basis: Tensor
@@ -30,14 +30,14 @@ class Prepared(NamedTuple):
 
 
 class PackedRows(nn.Module):
-    """Rows of which r numbers are kept, a third of them in 4 bits, the others in 2.
+    """Rows of r quantised numbers, a third of them in 4 bits, the others in 2.
 
-    <row_v, h> is taken for <x_v, B h - center> + bias_v, up to what is the same for all rows; the numbers in x_v lie
-    halfway between whole ones. The factors come from a data-weighted SVD (DRONE, Chen et al. 2021,
-    https://openreview.net/forum?id=T-cHNfhQYS): it minimises the error of the products themselves. A direction, one row
-    of the int8 matrix B, has one step for all rows, which is part of B, and fewer bits where there is less to tell, as
-    rate-distortion theory has it for independent components (reverse water-filling: Cover and Thomas, Elements of
-    Information Theory, 10.3.3).
+    <row_v, h> is approximated by <x_v, B h - center> + bias_v, up to a term that is the same for all rows; the numbers
+    in x_v lie halfway between integers. The factors come from a data-weighted SVD (DRONE, Chen et al. 2021,
+    https://openreview.net/forum?id=T-cHNfhQYS), which minimises the error of the products. Each direction, a row of the
+    int8 matrix B, has one quantisation step for all rows, which is part of B. Directions of less variance get fewer
+    bits, as rate-distortion theory asks for (reverse water-filling: Cover and Thomas, Elements of Information Theory,
+    10.3.3).
     """
 
     basis: Tensor
@@ -52,8 +52,8 @@ class PackedRows(nn.Module):
 
         Args:
             hidden_size: d.
-            shape: how the rows are laid out: (M,), or (M, S) for the tokens of M experts.
-            rank: r; a few directions more are kept where bytes would not be full.
+            shape: of the rows: (M,), or (M, S) for the tokens of M experts.
+            rank: r; rounded up to full bytes.
         """
         super().__init__()
         bytes_4bit, bytes_2bit = -(-rank // 6), -(-(rank - rank // 3) // 4)
@@ -76,12 +76,12 @@ class PackedRows(nn.Module):
         return bits
 
     def reset_parameters(self) -> None:
-        """Set to rows of zeros what was not loaded."""
+        """Set tensors that were not loaded to zeros."""
         for tensor in (*self.parameters(), *self.buffers()):
             init.zeros_(tensor)
 
     def products(self, hidden: Tensor) -> Tensor:
-        """Products with all rows, less the bias: [N, d] of any float type to [N, *shape], bfloat16 or fp32."""
+        """Products with all rows, without the bias: [N, d] of any float dtype to [N, *shape], bfloat16 or fp32."""
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, None)
         prepared = self._prepared()
@@ -89,7 +89,7 @@ class PackedRows(nn.Module):
         return products.unflatten(-1, prepared.halves.shape[:-1])
 
     def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Products with the rows of picked experts, less the bias: [N, d] and [N, k] to [N, k, S]."""
+        """Products with the rows of picked experts, without the bias: [N, d] and [N, k] to [N, k, S]."""
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, experts)
         prepared = self._prepared()
@@ -107,10 +107,10 @@ class PackedRows(nn.Module):
         return int8_products(hidden, prepared.basis, prepared.half_scales) - prepared.half_center
 
     def _prepared(self) -> "Prepared":
-        """The rows as processors multiply them best: unpacked at first use and kept.
+        """The rows unpacked to int8, at first use, and cached.
 
-        Code that is exported would have them in it, and code that is compiled before that use has not got them: both
-        unpack them at each call, to floats.
+        Exported code would contain the cached tensors, and code compiled before the first use does not have them: both
+        unpack to floats in each call.
         """
         if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._kept is None):
             made = self._prepare()
@@ -120,7 +120,7 @@ class PackedRows(nn.Module):
         source = (self.basis, self.basis_scales, self.center, self.codes_4bit, self.codes_2bit)
         versions = [0 if some.is_inference() else some._version for some in source]
         if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
-            with torch.inference_mode(False), torch.no_grad():  # so that gradients can pass them later on
+            with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
                 self._kept, self._kept_of, self._versions = self._prepare(), source, versions
         return self._kept
 
@@ -134,9 +134,9 @@ class PackedRows(nn.Module):
         """Set the directions.
 
         Args:
-            basis: a step of each direction times the direction, [r, d].
+            basis: the step of each direction times the direction, [r, d].
             mean: the hidden state at which all coordinates are 0, [d].
-            dtype: type that scales and center are stored in; the rounding takes it into account.
+            dtype: of scales and center on disk; the rounding takes it into account.
         """
         scales = (basis.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127.0).to(dtype).to(basis)
         self.basis.copy_((basis / scales.unsqueeze(-1)).round().clamp(-127, 127))
@@ -152,7 +152,7 @@ class PackedRows(nn.Module):
         """Round rows to codes.
 
         Args:
-            some: which, along the first dimension.
+            some: the rows, along the first dimension.
             coordinates: of these rows, in steps, [n, ..., r].
         """
         bits = self.bits
@@ -162,12 +162,12 @@ class PackedRows(nn.Module):
         self.codes_2bit[some] = pack(others.flatten(0, -2), 2).view_as(self.codes_2bit[some])
 
     def coordinates(self) -> Tensor:
-        """What the codes stand for, in steps: fp32 [*shape, r]."""
+        """The values of the codes, in steps: fp32 [*shape, r]."""
         return unpack_halves(self.codes_4bit, self.codes_2bit) / 2
 
 
 def round_to_levels(values: Tensor, bits: Tensor) -> Tensor:
-    """The whole numbers n for which n + 1/2 is nearest, from -2^(bits - 1) to 2^(bits - 1) - 1.
+    """The integers n for which n + 1/2 is nearest, from -2^(bits - 1) to 2^(bits - 1) - 1.
 
     Args:
         values: in steps, [..., r].

@@ -1,4 +1,4 @@
-"""The router: from a hidden state to a score for each expert."""
+"""The router: a score for each expert from a hidden state."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from .packed_rows import PackedRows
 
 
 class Router(PackedRows):
-    """One row an expert: score e estimates the log-sum-exp of the dense logits of expert e.
+    """A linear layer with a row per expert: score e estimates the log-sum-exp of the dense logits of expert e.
 
-    The rows are floats while they are learned, and few bits each from then on.
+    The rows are floats in training, and are packed into few bits afterwards.
 
     Attributes:
-        rows: one an expert, [M, d], or None once they are packed.
-        level: what all rows have in common once they are packed, [d].
+        rows: one per expert, [M, d], or None once they are packed.
+        level: the common part of all rows once they are packed, [d].
         bias: added to the scores, [M].
     """
 
@@ -23,13 +23,13 @@ class Router(PackedRows):
     level: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, rank: int, is_packed: bool = False) -> None:
-        """Make a router that scores all experts alike.
+        """Make a router that gives all experts the same score.
 
         Args:
             hidden_size: d.
             num_experts: M.
-            rank: r, numbers kept of a row once it is packed.
-            is_packed: whether it is to hold packed rows.
+            rank: r, numbers kept per row once it is packed.
+            is_packed: whether it holds packed rows.
         """
         super().__init__(hidden_size, (num_experts,), rank)
         self.register_buffer("level", torch.empty(hidden_size))
@@ -42,8 +42,8 @@ class Router(PackedRows):
 
         Args:
             hidden: [N, d] of any float type.
-            with_level: whether to add what all experts have in common; without it scores are right up to a number for
-                each position, and take less.
+            with_level: whether to add the common part of all rows; without it scores lack a constant per position, and
+                are cheaper.
 
         Returns:
             Scores, fp32 [N, M].
@@ -55,18 +55,18 @@ class Router(PackedRows):
 
     @property
     def floats(self) -> nn.Parameter:
-        """The rows of a router that is not packed, [M, d]."""
+        """The float rows of a router that is not packed, [M, d]."""
         if self.rows is None:
             raise ValueError("the router is packed: unpack it first")
         return self.rows
 
     @torch.no_grad()
     def pack(self, coordinates: Tensor | None = None, mean: Tensor | None = None) -> None:
-        """Keep the rows as codes in the present basis from now on; they cannot be trained then.
+        """Replace the rows by codes in the current basis; they cannot be trained then.
 
         Args:
-            coordinates: of the rows less their mean row, in steps, [M, r]; those of least squares if None.
-            mean: a hidden state at which no score is to change, [d], or None.
+            coordinates: of the rows less their mean row, in steps, [M, r]; by least squares if None.
+            mean: a hidden state at which no score changes, [d], or None.
         """
         if self.rows is None:
             return
@@ -83,7 +83,7 @@ class Router(PackedRows):
 
     @torch.no_grad()
     def unpack(self) -> None:
-        """Keep the rows as floats, of the type of the bias, from now on, so that they can be trained."""
+        """Replace the codes by float rows, in the dtype of the bias, so that they can be trained."""
         if self.rows is not None:
             return
         codes = self.coordinates()

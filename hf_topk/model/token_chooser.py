@@ -1,9 +1,8 @@
-"""The next token, greedy or drawn, without logits of the whole vocabulary.
+"""Chooses the next token, greedily or at random, without logits of the whole vocabulary.
 
-A step of Transformers' sampling goes over the logits of all V tokens several times. Here a token that was not scored
-stays what it is to the head: one of an expert that has a mass, of which a fixed prior gives it a share. Such an expert
-is taken apart only where top-k, top-p, min-p or a penalty could reach into it, or the draw falls into it. The
-distribution is that of the sparse logits.
+A step of Transformers' sampling reads the logits of all V tokens several times. Here an expert that was not picked
+stays one mass, of which a fixed prior gives each token a share. It is expanded to tokens only where top-k, top-p, min-p
+or a penalty could affect one of them, or the draw falls on it. The distribution is that of the sparse logits.
 """
 
 import math
@@ -19,7 +18,7 @@ from .head import TopKExpertsHead
 from .logits_processors import SelectingTopPLogitsWarper
 from .scored import Scored
 
-# In the order that Transformers has them in; each may be left out.
+# In the order in which Transformers applies them; each is optional.
 KINDS = (
     (processors.RepetitionPenaltyLogitsProcessor,),
     (processors.TemperatureLogitsWarper,),
@@ -27,24 +26,24 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
-FIRST_TRIED = 64  # of the likeliest tokens, for top-p; sixteen times as many if they have not enough of the probability
+FIRST_TRIED = 64  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
 
 
 class TokenChooser:
-    """Stands in for the head and for the logits processors of one generation.
+    """Replaces the head and the logits processors of one generation.
 
-    The first step, which reads the prompt, has logits of all tokens. It shows whether the dense model leaves them as
-    they are: where it caps or scales them, all other steps have them, too.
+    Prefill computes the logits of all tokens. It shows whether the dense model returns them unchanged: if it caps or
+    scales them, every later step computes them, too.
     """
 
     def __init__(self, head: TopKExpertsHead, found: Any, does_sample: bool, leaves_logits: bool | None = None) -> None:
-        """Make one for a generation that [`can_choose`] allows.
+        """Prepare for a generation that [`can_choose`] allows.
 
         Args:
             head: the sparse head.
             found: the generation's logits processors.
-            does_sample: whether tokens are drawn.
-            leaves_logits: whether the dense model returns logits as the head makes them; None lets the first step show.
+            does_sample: whether tokens are sampled.
+            leaves_logits: whether the dense model returns the head's logits unchanged; None finds out in prefill.
         """
         self._head, self._processors, self._does_sample = head, found, does_sample
         self._leaves_logits = leaves_logits
@@ -54,7 +53,7 @@ class TokenChooser:
         self._nothing = torch.full((1, 1, 1), -torch.inf, device=head.weight.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """In place of the head: [B, T, d] to [B, T, V], all minus infinity where `__call__` goes without them."""
+        """Replace the head: [B, T, d] to [B, T, V], all -inf if `__call__` does not need them."""
         rows = len(hidden)
         if self._leaves_logits and hidden.shape[1:-1] == (1,) and self._head.runs_sparse(rows, self._head.score):
             self._scored = self._head.score(hidden.flatten(0, 1))
@@ -67,11 +66,11 @@ class TokenChooser:
         return logits
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """In place of the processors: the chosen token has the largest score.
+        """Replace the logits processors: give the chosen token the largest score.
 
         Args:
             input_ids: the prefix, [B, T].
-            scores: what the model returned, fp32 [B, V]; written over.
+            scores: the model's logits, fp32 [B, V]; overwritten.
         """
         scored, self._scored = self._scored, None
         if scored is not None:
@@ -89,8 +88,8 @@ class TokenChooser:
         """The next token of each row.
 
         Args:
-            input_ids: the prefix, [B, T], for a penalty.
-            scored: what the head scored after it.
+            input_ids: the prefix, [B, T], for the repetition penalty.
+            scored: of the next position of each row.
 
         Returns:
             Token ids, [B].
@@ -120,12 +119,12 @@ def likeliest(head: TopKExpertsHead, scored: Scored, priors: "Priors | None" = N
 
 
 def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationConfig) -> bool:
-    """Whether a generation can go without logits of all tokens; not on accelerators, where it would wait for them.
+    """Whether a generation can do without logits of all tokens; not on accelerators, which it would synchronise with.
 
     Args:
         head: the sparse head.
         found: the generation's logits processors.
-        generation_config: its choices.
+        generation_config: of the generation.
     """
     asks_for_logits = generation_config.output_scores or generation_config.output_logits
     is_sparse = head.head_mode != "dense" and head.num_experts_per_tok < head.num_experts
@@ -142,10 +141,10 @@ def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationC
 
 
 class Priors:
-    """What is known beforehand of the tokens of experts that are not picked, kept for a generation."""
+    """Terms of the experts that are not picked, computed once per generation."""
 
     def __init__(self, head: TopKExpertsHead) -> None:
-        """Take the head's prior as it is, once it is asked for."""
+        """Prepare; the head's prior is read at first use."""
         self._head = head
         self._masses: dict[float, Tensor] = {}
 
@@ -155,28 +154,28 @@ class Priors:
         return self._head.log_prior().amax(dim=-1)
 
     def mass(self, temperature: float) -> Tensor:
-        """What the tempered prior of each expert sums up to, as a logarithm: fp32 [M]."""
+        """Log of the sum of each expert's prior at a temperature, fp32 [M]."""
         if temperature not in self._masses:
             self._masses[temperature] = (self._head.log_prior() / temperature).logsumexp(dim=-1)
         return self._masses[temperature]
 
 
 class Candidates:
-    """The tokens that could be next at some positions; those of an expert that was not picked are one mass."""
+    """The tokens that could be next at some positions; an expert that was not picked is one mass until expanded."""
 
     def __init__(self, head: TopKExpertsHead, scored: Scored, priors: Priors) -> None:
         """Start with the always-on tokens and all tokens of the picked experts.
 
         Args:
             head: the sparse head.
-            scored: what it scored at B positions.
+            scored: of B positions.
             priors: of the same head.
         """
         self._head, self._scored, self._priors = head, scored, priors
         self._temperature = 1.0
         self._logits = head.candidate_logits(scored)  # (B, n)
-        self._experts = scored.experts  # taken apart, in the order that their tokens are in
-        self._places: Tensor | None = None  # of the tokens among those, once some were left out
+        self._experts = scored.experts  # expanded, in the order of their tokens
+        self._places: Tensor | None = None  # of the tokens in these experts, once some were removed
         self._are_others_out = False
 
     def penalise(self, input_ids: Tensor, penalty: float) -> None:
@@ -200,7 +199,7 @@ class Candidates:
         self._logits = self._logits / temperature
 
     def keep_top_k(self, count: int) -> None:
-        """Leave out all but the likeliest tokens and those as likely as the last of them."""
+        """Keep the likeliest tokens, and those as likely as the last of them."""
         if count > self._logits.shape[1]:
             self._take_apart_above(-math.inf)
         count = min(count, self._logits.shape[1])
@@ -210,7 +209,7 @@ class Candidates:
         self._keep(least)
 
     def keep_top_p(self, share: float) -> None:
-        """Leave out all but the likeliest tokens that have a share of the probability.
+        """Keep the likeliest tokens that together have a share of the probability.
 
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
@@ -220,7 +219,7 @@ class Candidates:
         self._keep(least)
 
     def _least_of_top_p(self, share: float) -> Tensor:
-        """The least logit among the likeliest candidates that have a share of the probability, [B, 1]; else -inf."""
+        """The least logit of the likeliest candidates that have a share of the probability, [B, 1]; -inf if none do."""
         total, count, length = self._log_mass(), FIRST_TRIED, self._logits.shape[1]
         while True:
             likeliest = self._logits.topk(min(count, length)).values
@@ -234,7 +233,7 @@ class Candidates:
         return least if self._are_others_out else least.where(has_enough, -math.inf)
 
     def keep_min_p(self, share: float) -> None:
-        """Leave out tokens whose probability is less than a share of the likeliest one's."""
+        """Remove tokens whose probability is less than a share of the likeliest one's."""
         self._take_apart_above(self._logits.amax(dim=-1, keepdim=True))
         least = self._logits.amax(dim=-1, keepdim=True) + (math.log(share) if share > 0 else -math.inf)
         self._take_apart_above(least)
@@ -259,17 +258,17 @@ class Candidates:
         return tokens
 
     def _log_mass(self) -> Tensor:
-        """Of all tokens, [B, 1]."""
+        """Log-sum-exp of the logits of all tokens, [B, 1]."""
         mass = self._logits.logsumexp(dim=-1, keepdim=True)
         return mass if self._are_others_out else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
 
     def _masses(self) -> Tensor:
-        """Log masses of the experts that are not taken apart, minus infinity for the others, [B, M]."""
+        """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
         scores = self._scored.tail_scores / self._temperature + self._priors.mass(self._temperature)
         return scores.scatter(1, self._experts, -torch.inf)
 
     def _take_apart_above(self, logit: Tensor | float) -> bool:
-        """Take apart the experts that have a token above a logit, [B, 1], and say whether there were any."""
+        """Expand the experts that have a token above a logit, [B, 1]; return whether there were any."""
         if self._are_others_out:
             return False
         most = self._scored.most_left
@@ -279,7 +278,7 @@ class Candidates:
         return self._take_apart(best > logit)
 
     def _take_apart(self, are_wanted: Tensor) -> bool:
-        """Take apart the experts that are wanted, [B, M], and say whether there were any; rows may get others, too."""
+        """Expand the wanted experts, bool [B, M], and more to fill up rows; return whether there were any."""
         are_wanted = are_wanted.scatter(1, self._experts, False)
         count = int(are_wanted.sum(dim=-1).amax())
         if count == 0:
@@ -293,7 +292,7 @@ class Candidates:
         return True
 
     def _keep(self, least: Tensor) -> None:
-        """Leave out what is below a logit, [B, 1]."""
+        """Remove candidates below a logit, [B, 1]."""
         count = int((self._logits >= least).sum(dim=-1).amax())
         likeliest, places = self._logits.topk(count)
         self._logits, self._are_others_out = likeliest.masked_fill(likeliest < least, -math.inf), True
@@ -314,9 +313,9 @@ class Candidates:
 
 
 def draw(logits: Tensor) -> Tensor:
-    """One place of each row at random, with the probabilities of a softmax: fp32 [B, n] to [B, 1].
+    """Draw an index per row from the softmax of logits: fp32 [B, n] to [B, 1].
 
-    By inversion, which is several times as fast as `torch.multinomial` on a CPU.
+    By inversion of the cumulative distribution, which is several times as fast as `torch.multinomial` on a CPU.
     """
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     sums = weights.cumsum(dim=-1, dtype=torch.float64)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-try:  # Transformers asks those who load code from the Hub for all packages that are imported outside of a `try`.
+try:  # Transformers requires every package that remote code imports outside a `try`.
     import triton
     import triton.language as tl
 except ImportError:
@@ -13,11 +13,11 @@ except ImportError:
 
 ELEMENTS_GATHERED_AT_ONCE = 2048  # of rows, in one program
 COLUMNS_GATHERED_AT_ONCE = 512
-ROWS_UNPACKED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 32, 64  # of rows of few bits, in one program
+ROWS_UNPACKED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 32, 64  # of packed rows, in one program
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
-    """What [`kernels.gather_dot`] computes, with every row read where it lies: one launch, sums in fp32.
+    """[`kernels.gather_dot`] in one launch, without a copy of the rows; sums are in fp32.
 
     Args:
         hidden: hidden states h, [N, d].
@@ -26,7 +26,7 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         rows: token ids to score, [N, R] int64.
 
     Returns:
-        Logits in the type of `hidden`, [N, R].
+        Logits in the dtype of `hidden`, [N, R].
     """
     logits = torch.empty(rows.shape, dtype=hidden.dtype, device=hidden.device)
     _multiply_rows(logits, hidden, weight, rows=rows, bias=bias, scales=None)
@@ -34,12 +34,12 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
 
 
 def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """What [`kernels.int8_products`] computes, in one launch, with sums in fp32.
+    """[`kernels.int8_products`] in one launch; sums are in fp32.
 
     Args:
-        inputs: [N, r], any float type.
+        inputs: [N, r], any float dtype.
         rows: [R, r] int8.
-        scales: [R], any float type.
+        scales: [R], any float dtype.
 
     Returns:
         inputs @ rows^T * scales, fp32 [N, R].
@@ -95,7 +95,7 @@ def _rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Some rows of one position."""
+    """Products of one position with a block of rows."""
     blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     position = (tl.program_id(0) // blocks).to(tl.int64)
     places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -123,7 +123,7 @@ def _rows_kernel(
 
 
 def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:
-    """What [`kernels.packed_products`] computes, in one launch; codes are unpacked on the chip alone.
+    """[`kernels.packed_products`] in one launch; codes are unpacked in registers.
 
     Args:
         inputs: fp32 [N, r].
@@ -176,7 +176,7 @@ def _packed_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    """Some tokens of one position, those of picked experts one after the other."""
+    """Products of one position with a block of packed rows; the rows of picked experts are consecutive."""
     blocks = tl.cdiv(num_rows, BLOCK_ROWS)
     position = (tl.program_id(0) // blocks).to(tl.int64)
     places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -221,7 +221,7 @@ def _few_bits(
 
 
 def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    # Triton launches on the current device, wherever the tensors are; compiled code sees to that itself.
+    # Triton launches on the current device, not on that of the tensors; compiled code sets the device itself.
     if torch.compiler.is_compiling() or not tensor.is_cuda:
         return nullcontext()
     return torch.cuda.device(tensor.device)

@@ -1,4 +1,4 @@
-"""Where several processes run one model in parts, the head is whole in each of them, or says that it is not."""
+"""Keeps the head whole in every process of a distributed model, and refuses one that is sharded."""
 
 from typing import Any, cast
 
@@ -11,28 +11,28 @@ from .errors import InputError
 
 
 def full_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape of a weight, also while DeepSpeed (ZeRO stage 3) has an empty tensor in its place."""
+    """The shape of a weight, even while DeepSpeed (ZeRO stage 3) replaces it by an empty tensor."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def is_one_of_several() -> bool:
-    """Whether this process runs beside others that may have to come to the same logits."""
+    """Whether this process is one of several that may have to compute the same logits."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def check_whole(head: nn.Linear) -> None:
-    """Refuse to look for rows of a head of which this process has a part.
+    """Refuse a head of which this process has only a shard.
 
     Args:
         head: a head of V rows; `weight` is [V, d] if it is whole.
 
     Raises:
-        InputError: when it is not.
+        InputError: when it is sharded.
     """
-    if torch.compiler.is_compiling():  # what runs in eager mode first has looked
+    if torch.compiler.is_compiling():  # checked by the first call in eager mode
         return
     weight = head.weight
-    is_split = hasattr(weight, "placements")  # a DTensor, whose shape is that of the whole
+    is_split = hasattr(weight, "placements")  # a DTensor, whose shape is that of the whole tensor
     if is_split or tuple(weight.shape) != (head.out_features, head.in_features):
         here = cast(Any, weight).to_local().shape if is_split else weight.shape
         raise InputError(
@@ -44,7 +44,7 @@ def check_whole(head: nn.Linear) -> None:
 
 
 class WholeHeadMixin:
-    """Leaves the head out of tensor parallelism: it reads few rows, which ones is known when it runs."""
+    """Excludes the head from tensor parallelism: it reads few rows, which are known only in the forward pass."""
 
     base: PreTrainedModel
     base_model_prefix: str
@@ -53,7 +53,7 @@ class WholeHeadMixin:
     _tp_plan: dict[str, str] | None
 
     def post_init(self) -> None:
-        """Prepare as Transformers does, with the dense model's plans but for what has to be whole."""
+        """Prepare as Transformers does, with the dense model's tensor-parallel plan for all but the head."""
         super().post_init()  # type: ignore[misc]
         whole = {self.base.get_output_embeddings()}
         if self.config.tie_word_embeddings:
@@ -62,5 +62,5 @@ class WholeHeadMixin:
         self._tp_plan = {
             part: style
             for part, style in (self._tp_plan or {}).items()
-            if not names & {part, part.rpartition(".")[0]}  # a module, or one of its tensors
+            if not names & {part, part.rpartition(".")[0]}  # a module or one of its tensors
         }

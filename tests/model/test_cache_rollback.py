@@ -149,13 +149,13 @@ def with_quantised_layer() -> Any:
 
 
 REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
-    "none": (lambda: None, "there is no cache of attention states"),
-    "empty": (lambda: cache_of("dynamic"), "there is no cache of attention states"),
+    "none": (lambda: None, "there is no KV cache"),
+    "empty": (lambda: cache_of("dynamic"), "there is no KV cache"),
     "offloaded": (offloaded, "its DynamicCache cannot be rolled back"),
     "of a class derived": (of_other_class, "its OtherCache cannot be rolled back"),
     "encoder-decoder": (
         lambda: EncoderDecoderCache(with_prompt(cache_of("dynamic")), with_prompt(cache_of("dynamic"))),
-        "there is no cache of attention states",
+        "there is no KV cache",
     ),
     "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be rolled back"),
     "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be rolled back"),

@@ -311,7 +311,7 @@ def test_batches_that_leave_no_room_for_drafts(
     assert generate(small, prompts, max_new_tokens=6, lossless=True).equal(generate(llama, prompts, max_new_tokens=6))
     assert (stats_of(small).drafted > 0) == has_room
     assert len(warnings) == (not has_room)
-    assert has_room or "more than 64 rows in a batch leave no room for drafts" in warnings[0]
+    assert has_room or "a batch of more than 64 rows leaves no room for draft tokens" in warnings[0]
 
 
 def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
