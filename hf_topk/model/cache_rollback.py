@@ -13,13 +13,17 @@ WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
 KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
 
 
-def why_not_rolled_back(cache: Any) -> str | None:
+def why_not_rolled_back(cache: Any, *, has_encoder: bool = False) -> str | None:
     """The reason why a KV cache cannot be cropped; None if it can.
 
     Args:
         cache: the model's, after prefill.
+        has_encoder: whether the model is an encoder-decoder. Others may write to both parts of such a cache (BLT).
     """
-    cache = _of_what_is_written(cache)
+    if has_encoder:
+        cache = _of_what_is_written(cache)
+    if type(cache) is EncoderDecoderCache:
+        return "its EncoderDecoderCache cannot be rolled back"
     attending = [layer for layer in getattr(cache, "layers", ()) if type(layer) in KNOWN_LAYERS]
     if not any(layer.is_initialized for layer in attending):
         return "there is no KV cache"

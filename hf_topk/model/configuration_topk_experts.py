@@ -12,6 +12,7 @@ from .errors import InputError
 if TYPE_CHECKING:
     # Never imported from here, but Transformers reads it off these lines which code is of one version, where it is
     # loaded from a folder: two folders of two versions in one process would else run the code of the first.
+    from .encoder_decoder import TopKExpertsForSeq2SeqLM  # noqa: F401
     from .modeling_topk_experts import TopKExpertsForCausalLM  # noqa: F401
 
 CombineType = Literal["exact", "router", "learned"]

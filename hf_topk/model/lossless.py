@@ -201,7 +201,7 @@ class VerifiedModel:
     def _start(self, input_ids: Tensor, cache: Any) -> None:
         """After prefill, check whether the KV cache can be cropped."""
         self._has_started, self._cache = True, None
-        reason = why_not_rolled_back(cache)
+        reason = why_not_rolled_back(cache, has_encoder=self._model.config.is_encoder_decoder)
         if self._synced_gpus:
             reason = "other processes wait for each forward pass"
         elif 2 * input_ids.shape[0] > MOST_POSITIONS:

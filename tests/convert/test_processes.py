@@ -29,12 +29,12 @@ from hf_topk.cli import main
 from hf_topk.convert.steps import hidden_states
 from hf_topk.model.errors import InputError
 
-def pad(*arguments):
+def inputs_of(*arguments):
     if os.environ["RANK"] == "1":
         {trouble}
     return honest(*arguments)
 
-honest, hidden_states.pad = hidden_states.pad, pad
+honest, hidden_states.inputs_of = hidden_states.inputs_of, inputs_of
 main()
 """
 
@@ -90,15 +90,15 @@ def result(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, batches = hidden_states.pad, iter(range(2))
+    honest, batches = hidden_states.inputs_of, iter(range(2))
 
-    def pad(*arguments: Any) -> Any:
+    def inputs_of(*arguments: Any) -> Any:
         if next(batches, None) is None:
             raise KeyboardInterrupt
         return honest(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(hidden_states, "pad", pad)
+        patched.setattr(hidden_states, "inputs_of", inputs_of)
         with pytest.raises(KeyboardInterrupt):
             convert_here(folder, "out", "mixed")
     assert json.loads((folder / ".out.work" / "hidden_states.json").read_text())["positions"] > 0

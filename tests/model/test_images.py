@@ -74,7 +74,7 @@ def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
     convert_checkpoint(str(tmp_path / "model"), tmp_path / "out", recipe)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
-    assert "takes images as the dense model does" in card.text
+    assert "takes the dense model's image inputs" in card.text
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", named(card.text, "out"), re.DOTALL)
     found: dict[str, Any] = {}
