@@ -1,4 +1,4 @@
-"""How the tensors of a converted model are called on disk: as the dense model calls them."""
+"""The names of a converted model's tensors on disk, which are the dense model's."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from transformers.core_model_loading import PrefixChange, WeightRenaming
 class NamesUnder(WeightRenaming):
     """Load checkpoint names under a prefix, and save them without it again.
 
-    [`PrefixChange`] would do, but Transformers leaves those out when a model made in memory is saved.
+    Not a [`PrefixChange`]: Transformers skips those when it saves a model that was built in memory.
     """
 
     __slots__ = ("added", "latest", "parent")
 
     def __init__(self, added: str, parent: str | None = None, but_not: tuple[str, ...] = ()) -> None:
-        """Say where names go.
+        """Define the renaming.
 
         Args:
             added: the prefix to add.
-            parent: the module under which names are to have it; None for the model itself.
-            but_not: first parts of names that stay as they are, beside `added`.
+            parent: the module below which to add it; None for the model itself.
+            but_not: first parts of names to leave unchanged, besides `added`.
         """
         self.added, self.parent = added, parent
         self.latest = ""
@@ -31,42 +31,42 @@ class NamesUnder(WeightRenaming):
         super().__init__(rf"^{start}(?!(?:{stay})\.)(.+)$", rf"{start}{added}\.\1")
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """Rename, and keep the name as `latest`."""
+        """Rename, and store the result in `latest`."""
         self.latest, matched = super().rename_source_key(source_key)
         return self.latest, matched
 
     def reverse_transform(self) -> WeightRenaming:
-        """Take the prefix away."""
+        """Remove the prefix."""
         return PrefixChange(prefix_to_remove=self.added, model_prefix=self.parent)
 
 
 class NamesThatFit(WeightRenaming):
-    """Give names back that were right before the dense model's renamings for older checkpoints changed them.
+    """Restore names that were valid before the dense model's renamings for older checkpoints changed them.
 
-    Transformers does so for a dense model: a name that fits nothing once it is changed stays as it was.
+    Transformers does so for a dense model: where a renamed key matches no tensor, it keeps the original key.
     """
 
     __slots__ = ("known", "under")
 
     def __init__(self, under: NamesUnder, known: Iterable[str]) -> None:
-        """Say which names are right.
+        """Define which names are valid.
 
         Args:
-            under: the renaming after which names are those of the dense model under its prefix. Transformers takes one
-                name through all renamings in turn before the next, so its `latest` is of the name that comes here.
-            known: names that the model has.
+            under: the renaming that adds the dense model's prefix. Transformers applies all renamings to one name
+                before the next, so its `latest` belongs to the name passed here.
+            known: names of the model's tensors.
         """
         self.under, self.known = under, set(known)
         super().__init__("^$", "")
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """The name as it is, if the model has it or did not have it either before it was changed."""
+        """The original name if only that is valid, else the renamed one."""
         before = self.under.latest
         return (before if before in self.known and source_key not in self.known else source_key), None
 
 
 class DenseNamesMixin:
-    """Loads checkpoints whose names are those that the dense model's class knows."""
+    """Loads checkpoints with any tensor names that the dense model's class can load."""
 
     base: PreTrainedModel
     base_model_prefix: str
@@ -75,13 +75,13 @@ class DenseNamesMixin:
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if not (args or kwargs):  # else it is an adapter, whose names are those of the converted model
+        if not (args or kwargs):  # otherwise an adapter, with the converted model's names
             load_config = dataclasses.replace(load_config, weight_mapping=_as_dense_names(model, load_config))
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
         super()._adjust_missing_and_unexpected_keys(loading_info)  # type: ignore[misc]
-        # The dense class's patterns are for names without the prefix, and without its own where there was none on disk.
+        # The dense class's patterns match names without our prefix, and without its own if the checkpoint has none.
         for prefix in (f"{self.base_model_prefix}.", f"{self.base_model_prefix}.{self.base.base_model_prefix}."):
             by_bare = [
                 {name.removeprefix(prefix): name for name in names}
@@ -94,11 +94,11 @@ class DenseNamesMixin:
 
 
 def _as_dense_names(model: Any, load_config: Any) -> list[Any]:
-    """The renamings of a checkpoint, with those for names that are older or newer than the dense class's."""
+    """The renamings of a checkpoint, with those for names older or newer than the dense class's."""
     mapping = list(load_config.weight_mapping)
-    # By what it has: code that is loaded from a repository may have the class twice. A user's own mapping comes first.
+    # By attribute, not class: remote code may load the class twice. A user's own mapping comes first.
     under = next(renaming for renaming in mapping if hasattr(renaming, "latest"))
-    # Some dense checkpoints (GPT-2, BLOOM) name their tensors as the model without a head does.
+    # Some dense checkpoints (GPT-2, BLOOM) use the tensor names of the model without a head.
     dense = model.base
     if dense.base_model is not dense:
         children = tuple(name for name, _ in dense.named_children() if name != dense.base_model_prefix)

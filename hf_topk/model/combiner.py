@@ -1,4 +1,4 @@
-"""The learned combiner: how far scored logits go from what was computed to what the router expects."""
+"""The learned combiner, which interpolates between exact logits and the router's estimates."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from transformers import initialization as init
 
 
 class LearnedCombiner(nn.Module):
-    """A gate and two shifts an expert, distilled: how far a scored logit goes from exact to the router's estimate."""
+    """A gate and two shifts per expert, distilled, that move exact logits towards the router's estimate."""
 
     def __init__(self, num_experts: int) -> None:
         """Make a combiner that changes nothing yet.
@@ -21,12 +21,12 @@ class LearnedCombiner(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Change nothing where nothing was loaded."""
+        """Set parameters that were not loaded to change nothing."""
         for parameter in self.parameters():
             init.zeros_(parameter)
 
     def forward(self, scores: Tensor, top: Tensor, disagreement: Tensor) -> tuple[Tensor, Tensor]:
-        """Combine aligned scores with what was computed.
+        """Combine aligned scores with exact logits.
 
         Args:
             scores: the router's scores, aligned with the exact masses, fp32 [N, M].
@@ -34,7 +34,7 @@ class LearnedCombiner(nn.Module):
             disagreement: aligned score less exact mass of the picked experts, fp32 [N, k].
 
         Returns:
-            What to add to the exact logits of each picked expert, [N, k], and the scores for the tail, [N, M].
+            Shifts of the exact logits of each picked expert, [N, k], and the scores for the tail, [N, M].
         """
         shifts = self.gate.float()[top] * disagreement + self.shift.float()[top]
         return shifts, scores + self.tail_shift.float()

@@ -1,4 +1,4 @@
-"""Configuration of a converted model: the dense model's own configuration plus what its head was split into."""
+"""Configuration of a converted model: the dense model's configuration, and the sizes of its sparse head."""
 
 import copy
 from functools import partial
@@ -10,15 +10,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from .errors import InputError
 
 if TYPE_CHECKING:
-    # Never imported from here, but Transformers reads it off these lines which code is of one version, where it is
-    # loaded from a folder: two folders of two versions in one process would else run the code of the first.
+    # Never imported at run time. Transformers reads these lines to find which files belong together in remote code;
+    # without them, two folders of different versions in one process would both run the code of the first.
     from .encoder_decoder import TopKExpertsForSeq2SeqLM  # noqa: F401
     from .modeling_topk_experts import TopKExpertsForCausalLM  # noqa: F401
 
 CombineType = Literal["exact", "router", "learned"]
 HeadMode = Literal["auto", "sparse", "dense"]
 
-# Which other code asks of any model's configuration, or sets. Not all: Transformers checks and saves what it finds.
+# Entries that other code reads or sets in any configuration. Not all: Transformers checks and saves those it finds.
 AS_IN_THE_DENSE_MODEL = (
     "audio_token_id",
     "hidden_size",
@@ -31,7 +31,7 @@ AS_IN_THE_DENSE_MODEL = (
     "video_token_id",
     "vocab_size",
 )
-# Which any configuration has, and the dense model reads off its own.
+# Entries that every configuration has, and that the dense model reads from its own.
 SET_IN_BOTH = ("output_attentions", "output_hidden_states")
 
 
@@ -41,30 +41,29 @@ class TopKExpertsConfig(PreTrainedConfig):
 
     Args:
         text_config: configuration of the dense model, or a dictionary of it with its `model_type`.
-        num_experts: M, the number of experts that share out the routed vocabulary.
-        expert_size: S, the number of token ids in each expert.
-        num_experts_per_tok: k, the number of experts scored for a position, from 1 to M.
+        num_experts: M, the number of experts into which the routed vocabulary is split.
+        expert_size: S, the number of token ids per expert.
+        num_experts_per_tok: k, the number of experts picked per position, from 1 to M.
         num_always_on: A, the number of token ids scored at every position.
-        router_rank: numbers kept of an expert's row of the router, a third of a byte each.
-        router_packed: whether these are all that is kept; the rows are floats where not.
-        tail_rank: numbers kept of a token's row, a third of a byte each, to screen the tokens of the picked experts.
-        num_rescored: R, how many of these tokens get exact logits: those that the screen has for the likeliest. The
-            others keep its estimates, and tokens of other experts share their expert's score by a fixed prior.
-        combine: how a scored token's logit is made: `exact` is the dense logit, `router` puts the router's estimate in
-            place of the expert's own mass, `learned` goes as far between the two as distillation found best. These two
+        router_rank: numbers kept per row of the packed router, a third of a byte each.
+        router_packed: whether the router's rows are packed; otherwise they are floats.
+        tail_rank: numbers kept per token, a third of a byte each, to screen the tokens of the picked experts.
+        num_rescored: R, the number of these tokens that get exact logits, the likeliest by the screen. The others keep
+            the screen's estimates, and tokens of other experts share their expert's score by a fixed prior.
+        combine: how the logit of a scored token is computed: `exact` is the dense logit, `router` replaces the mass of
+            the expert by the router's estimate, `learned` interpolates between the two as distilled. The latter two
             score all tokens of the picked experts, without a screen.
-        head_mode: `sparse`, `dense`, or `auto`: sparse where that is faster, dense elsewhere and whenever gradients
-            are on.
-        sparse_max_positions: the largest number of positions (batch x sequence) of a call that `auto` runs sparse; None
-            measures at first use, where the model runs, how many positions the sparse head is the faster one for.
+        head_mode: `sparse`, `dense`, or `auto`: sparse where that is faster, otherwise dense, as whenever gradients
+            are enabled.
+        sparse_max_positions: the largest number of positions (batch x sequence) per call that `auto` runs sparse; None
+            measures at first use up to how many positions the sparse head is faster on this machine.
 
     `head_mode`, `num_experts_per_tok`, `num_rescored` and `sparse_max_positions` can be changed on a loaded model, here
-    or at the model. The other entries say what it was converted to.
+    or on the model. The other entries are fixed by the conversion.
 
     Raises:
-        StrictDataclassError: when a value is of a wrong type or out of range.
-        InputError: when loaded from a folder whose `model_type` is another one, and when one of the four is set out of
-            range later on.
+        StrictDataclassError: when a value has the wrong type or is out of range.
+        InputError: when loaded from a folder with another `model_type`, or when one of these four is set out of range.
 
     Example:
         >>> from hf_topk import TopKExpertsConfig
@@ -104,12 +103,12 @@ class TopKExpertsConfig(PreTrainedConfig):
 
     @property
     def dense_config(self) -> PreTrainedConfig:
-        """`text_config`, which is a configuration once this one is made."""
+        """`text_config`, which is a configuration after initialisation."""
         return cast(PreTrainedConfig, self.text_config)
 
     @property
     def tie_word_embeddings(self) -> bool:
-        """Whether head and input embeddings are one tensor, as the dense model has it."""
+        """Whether head and input embeddings are tied, as in the dense model."""
         return bool(getattr(self.dense_config, "tie_word_embeddings", False))
 
     @tie_word_embeddings.setter
@@ -117,7 +116,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         self.dense_config.tie_word_embeddings = are_tied
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The part of the dense model's configuration that is about text, as its own `get_text_config` has it."""
+        """The text part of the dense model's configuration, by its own `get_text_config`."""
         return self.dense_config.get_text_config(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -138,8 +137,8 @@ class TopKExpertsConfig(PreTrainedConfig):
             self.is_encoder_decoder = value.is_encoder_decoder
 
     def _check_setting(self, name: str, value: Any) -> None:
-        """Check what can be changed on a loaded model, whose head reads it from here."""
-        if not isinstance(value, int):  # of another type: refused with all that are of a wrong one
+        """Check entries that can be changed on a loaded model, whose head reads them here."""
+        if not isinstance(value, int):  # wrong types are refused by `strict`
             return
         if name == "num_experts_per_tok" and not 1 <= value <= self.num_experts:
             raise InputError(f"num_experts_per_tok is {value}, must be from 1 to the {self.num_experts} experts")
@@ -166,7 +165,7 @@ class TopKExpertsConfig(PreTrainedConfig):
             raise ValueError("`num_always_on` and `sparse_max_positions` cannot be negative")
 
     def to_dict(self) -> dict[str, Any]:
-        """All entries, with ties of embeddings, and in `text_config` the body's quantisation, where tools look."""
+        """All entries, with `tie_word_embeddings`, and with the quantisation in `text_config`, where tools look."""
         entries = {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
         entries["text_config"].pop("quantization_config", None)
         if "quantization_config" in entries:
@@ -179,10 +178,10 @@ class TopKExpertsConfig(PreTrainedConfig):
 
         Args:
             config_dict: its entries.
-            **kwargs: entries in place of those, of this configuration or of the dense model's.
+            **kwargs: entries to override, in this configuration or the dense model's.
 
         Returns:
-            The configuration; with `return_unused_kwargs` also those entries that neither has.
+            The configuration; with `return_unused_kwargs` also the entries that neither has.
         """
         returns_unused = kwargs.pop("return_unused_kwargs", False)
         made: Any = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
@@ -196,7 +195,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         """Read a folder's or repository's configuration, as [`PreTrainedConfig.get_config_dict`] does.
 
         Raises:
-            InputError: when it is another model type's, such as a dense model's.
+            InputError: when its model type is another one, such as a dense model's.
         """
         config_dict, unused = super().get_config_dict(*args, **kwargs)
         found = config_dict.get("model_type", cls.model_type)

@@ -1,4 +1,4 @@
-"""The dense model in a converted one: its class, its parts, and what it was quantised with."""
+"""The dense model in a converted one: its class, its parts, and its quantisation."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +25,7 @@ from .configuration_topk_experts import TopKExpertsConfig
 from .errors import InputError
 from .own_generate import OwnGenerateMixin
 
-# What Transformers asks a class before its parts exist; the wrapper answers as the dense model's class does.
+# Class attributes that Transformers reads before the model is built; the wrapper has the dense class's values.
 ANSWERED_AS_THE_DENSE_CLASS = (
     "_can_compile_fullgraph",
     "_can_record_outputs",
@@ -48,12 +48,12 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
         config: its configuration.
 
     Returns:
-        The class that the configuration names, if it writes text, with or without images to look at or speech to hear;
-        otherwise the one that AutoModelForCausalLM loads or, with an encoder and in want of such a one,
-        AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq.
+        The class named in the configuration, if it generates text, from text, images or speech; otherwise the class
+        that AutoModelForCausalLM loads (not with an encoder), or else AutoModelForSeq2SeqLM or
+        AutoModelForSpeechSeq2Seq.
 
     Raises:
-        InputError: when there is neither.
+        InputError: when there is none.
     """
     named = next(filter(writes_text, config.architectures or ()), None)
     if named is not None:
@@ -71,18 +71,18 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def writes_text(name: str) -> bool:
-    """Whether a class of this name is one of Transformers' that write text, whatever they read."""
+    """Whether this is the name of a Transformers class that generates text, from whatever input."""
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     return any(map(partial(_names, name), tables)) or translates(name) or hears_speech(name)
 
 
 def translates(name: str) -> bool:
-    """Whether a class of this name is one that AutoModelForSeq2SeqLM loads."""
+    """Whether this is the name of a class that AutoModelForSeq2SeqLM loads."""
     return _names(name, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
 def hears_speech(name: str) -> bool:
-    """Whether a class of this name is one that AutoModelForSpeechSeq2Seq loads."""
+    """Whether this is the name of a class that AutoModelForSpeechSeq2Seq loads."""
     return _names(name, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 
 
@@ -91,7 +91,7 @@ def _names(name: str, table: Mapping[str, Any]) -> bool:
 
 
 def looks_at_images(dense: PreTrainedModel) -> bool:
-    """Whether a dense model takes images as well as text, so that AutoModelForImageTextToText is what loads it."""
+    """Whether a dense model takes images as well as text, and AutoModelForImageTextToText loads it."""
     return _names(type(dense).__name__, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
@@ -100,13 +100,13 @@ def _as_tuple(one_or_more: Any) -> tuple[Any, ...]:
 
 
 def config_for(dense_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration that a class is made from: a part of `config` where the class is that of the text alone."""
+    """The configuration to build a class from: the text part of `config` if the class is text-only."""
     of_text = config.sub_configs.get("text_config")
     return config.get_text_config() if of_text is not None and dense_class.config_class is of_text else config
 
 
 def random_dense_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A dense model whose weights are not yet loaded.
+    """A dense model with random weights.
 
     Args:
         config: its configuration.
@@ -119,7 +119,7 @@ def random_dense_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def name_of_head(dense: PreTrainedModel) -> str:
-    """Find the module that makes logits over the vocabulary.
+    """Find the module that computes logits over the vocabulary.
 
     Args:
         dense: a dense causal language model.
@@ -146,10 +146,10 @@ def name_of_head(dense: PreTrainedModel) -> str:
 
 
 def generate_as(model: Any, dense: PreTrainedModel) -> None:
-    """Give a converted model those steps of `generate` that the dense model's class has of its own.
+    """Give a converted model the steps of `generate` that the dense model's class overrides.
 
     Args:
-        model: the converted model; what its own classes define stays.
+        model: the converted model; its own overrides take precedence.
         dense: the dense model in it.
     """
     for name, default in vars(GenerationMixin).items():
@@ -161,20 +161,20 @@ def generate_as(model: Any, dense: PreTrainedModel) -> None:
 
 
 class DensePartsMixin(OwnGenerateMixin):
-    """The parts of the dense model and its steps of `generate`, where Transformers and trainers look for them."""
+    """Exposes the dense model's parts and steps of `generate` where Transformers and trainers look for them."""
 
     base: PreTrainedModel
     config: TopKExpertsConfig
     head_name: str
 
     def check_class(self, dense_class: type[PreTrainedModel]) -> None:
-        """Refuse a dense model that another Auto class is for.
+        """Refuse a dense model that needs another Auto class.
 
         Args:
             dense_class: its class.
 
         Raises:
-            InputError: when it has an encoder and this model none, or the other way round.
+            InputError: when it is loaded with another Auto class than this model.
         """
         name = dense_class.__name__
         reads_apart = self.config.dense_config.is_encoder_decoder
@@ -189,10 +189,10 @@ class DensePartsMixin(OwnGenerateMixin):
             raise InputError(f"the dense model is a {name}: load the converted model with {right}, not {auto_class}")
 
     def check_tied_ends(self) -> None:
-        """Refuse adapters where they could not be merged: head and input embeddings are often one tensor.
+        """Refuse adapters around tied head and input embeddings, which could not be merged.
 
         Raises:
-            InputError: when they are, and an adapter was put around one of them.
+            InputError: when the two are tied, and an adapter was put around one of them.
         """
         ends = (self.base.get_output_embeddings(), self.base.get_input_embeddings())
         if not any(hasattr(end, "base_layer") for end in ends):
@@ -200,13 +200,13 @@ class DensePartsMixin(OwnGenerateMixin):
         head, embeddings = (getattr(end, "base_layer", end) for end in ends)
         if head.weight is embeddings.weight:
             raise InputError(
-                "there is an adapter around the head or the input embeddings, which are one tensor in this model, so "
-                "it cannot be merged: leave both out of what is adapted"
+                "there is an adapter around the head or the input embeddings, which are tied in this model, so it "
+                "cannot be merged: exclude both from the adapter's target modules"
             )
 
     @property
     def base_model(self) -> nn.Module:
-        """The dense model without its head, for what makes a loss of hidden states and the head's weight by itself."""
+        """The dense model without its head, for code that computes a loss from hidden states and the head's weight."""
         return self.base.base_model
 
     def get_input_embeddings(self) -> nn.Module:
@@ -214,7 +214,7 @@ class DensePartsMixin(OwnGenerateMixin):
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head, weight and experts and all, or what an adapter has put around it."""
+        """The head with its experts, or the adapter around it."""
         return self.base.get_output_embeddings()
 
     def get_decoder(self) -> nn.Module:
@@ -226,15 +226,15 @@ class DensePartsMixin(OwnGenerateMixin):
         self.base.set_decoder(decoder)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load tensors by the names of `state_dict`, or by those in checkpoints, which are the dense model's own.
+        """Load tensors by the names of `state_dict`, or by those in checkpoints, which are the dense model's.
 
         Args:
             state_dict: tensors by name.
-            strict: whether every name has to be there, and no other.
-            assign: whether to take the tensors themselves, not their values.
+            strict: whether missing and unexpected names are errors.
+            assign: whether to assign the tensors themselves rather than copy their values.
 
         Returns:
-            The names that are missing, and those that are unexpected.
+            The missing and the unexpected names.
 
         Raises:
             InputError: when one router is packed and the other in floats.
@@ -251,15 +251,15 @@ class DensePartsMixin(OwnGenerateMixin):
         return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
 
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        # Transformers reads the kind of cache, and the name it is passed by, off the name of the class.
+        # Transformers derives the kind of cache, and the argument for it, from the class name.
         return cast(Any, self.base)._prepare_cache_for_generation(*args, **kwargs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        # Which arguments there are, Transformers reads off the signature of `forward`.
+        # Transformers derives the valid arguments from the signature of `forward`.
         cast(Any, self.base)._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        # Whether embeddings may stand for a prompt, Transformers reads off `prepare_inputs_for_generation`.
+        # Transformers checks `prepare_inputs_for_generation` for whether a prompt may be given as embeddings.
         return cast(Any, self.base)._prepare_model_inputs(*args, **kwargs)
 
 
@@ -267,7 +267,7 @@ MARKS = {"hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized
 
 
 def mark_as_quantised(model: PreTrainedModel, dense: PreTrainedModel) -> None:
-    """Let a model be saved as one whose body was quantised, if it was.
+    """Let a model be saved as one whose decoder is quantised, if it is.
 
     Args:
         model: a converted model; changed.

@@ -1,4 +1,4 @@
-"""Converted models that read one thing and write another: translation and speech recognition."""
+"""Converted encoder-decoder models, for translation and speech recognition."""
 
 from functools import partial
 from typing import Any, cast
@@ -17,7 +17,7 @@ from .modeling_topk_experts import TopKExpertsForCausalLM
 class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
     """A dense encoder-decoder whose output head reads only the experts its router picks.
 
-    All that is said of [`TopKExpertsForCausalLM`] holds for it. `generate` is that of the dense model's class.
+    It behaves as [`TopKExpertsForCausalLM`]. `generate` is that of the dense model's class.
 
     Example:
         >>> import hf_topk
@@ -31,12 +31,12 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
         super()._adopt(dense)
         if hasattr(dense, "final_logits_bias"):
             tell = partial(_tell_head_of_bias, self.head_name)
-            dense.register_forward_pre_hook(tell)  # for it may be loaded or resized later
+            dense.register_forward_pre_hook(tell)  # the bias may be loaded or resized later
             tell(dense)
-        if hasattr(dense, "prepare_decoder_input_ids_from_labels"):  # what collators of labels ask for
+        if hasattr(dense, "prepare_decoder_input_ids_from_labels"):  # data collators call it
             self.prepare_decoder_input_ids_from_labels = dense.prepare_decoder_input_ids_from_labels
 
-    def forward(  # type: ignore[override]  # what the first arguments are is another thing in these models
+    def forward(  # type: ignore[override]  # these models have other first arguments
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -47,10 +47,10 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
         """Run the dense model with the swapped head; arguments and outputs are the dense model's own.
 
         Args:
-            input_ids: token ids of what is read, [B, T].
-            attention_mask: 1 for what is to be attended to in what is read, [B, T].
-            decoder_input_ids: token ids of what is written, [B, U].
-            labels: token ids to compute the loss on, -100 where there is none, [B, U].
+            input_ids: token ids of the source, [B, T].
+            attention_mask: 1 for source tokens to attend to, [B, T].
+            decoder_input_ids: token ids of the target, [B, U].
+            labels: token ids to compute the loss on, -100 to ignore a position, [B, U].
             **kwargs: further arguments of the dense model, such as `encoder_outputs` and `past_key_values`.
 
         Returns:
@@ -69,7 +69,7 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
         return self.base(**{name: value for name, value in given.items() if value is not None}, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize embeddings and head as Transformers does, and what the dense model adds to the logits with them."""
+        """Resize embeddings and head as Transformers does, and the dense model's `final_logits_bias`, if any."""
         resized = super().resize_token_embeddings(*args, **kwargs)
         if hasattr(self.base, "_resize_final_logits_bias"):
             cast(Any, self.base)._resize_final_logits_bias(self.head.out_features)
@@ -81,10 +81,10 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
 
 
 class TopKExpertsForSpeechSeq2Seq(TopKExpertsForSeq2SeqLM):
-    """A [`TopKExpertsForSeq2SeqLM`] that hears speech.
+    """A [`TopKExpertsForSeq2SeqLM`] for speech recognition.
 
-    Its configuration, once it is made, answers with the dense model's `model_type`, by which Transformers' pipeline for
-    speech recognition tells Whisper. On disk it is a converted model's.
+    Its configuration has the dense model's `model_type` in memory, by which Transformers' pipeline for speech
+    recognition recognises Whisper. On disk it has the converted model's.
 
     Example:
         >>> import hf_topk
@@ -96,7 +96,7 @@ class TopKExpertsForSpeechSeq2Seq(TopKExpertsForSeq2SeqLM):
 
     def _adopt(self, dense: PreTrainedModel) -> None:
         super()._adopt(dense)
-        self.config.model_type = dense.config.model_type  # type: ignore[misc]  # of this one alone
+        self.config.model_type = dense.config.model_type  # type: ignore[misc]  # of this instance only
 
 
 def converted_class(config: PreTrainedConfig, dense: PreTrainedModel | None = None) -> type[TopKExpertsForCausalLM]:
@@ -104,7 +104,7 @@ def converted_class(config: PreTrainedConfig, dense: PreTrainedModel | None = No
 
     Args:
         config: the dense model's configuration.
-        dense: the dense model, where it is there: its configuration need not name its class.
+        dense: the dense model, if loaded: its configuration need not name its class.
 
     Raises:
         InputError: when Transformers has no class for the dense model.
@@ -118,10 +118,10 @@ def converted_class(config: PreTrainedConfig, dense: PreTrainedModel | None = No
 def _tell_head_of_bias(name: str, dense: nn.Module, *_: Any) -> None:
     head = dense.get_submodule(name)
     if isinstance(head, TopKExpertsHead):
-        vars(head)["later_bias"] = dense.final_logits_bias  # not as a buffer of the head: it is the dense model's
+        vars(head)["later_bias"] = dense.final_logits_bias  # not as a buffer: that is the dense model's
 
 
-# By class, since a model that hears speech does not answer with the converted model's type.
+# By class name, as a speech model's configuration has the dense model's type.
 for converted in (TopKExpertsForSeq2SeqLM, TopKExpertsForSpeechSeq2Seq):
     register_checkpoint_conversion_mapping(
         converted.__name__, [NamesUnder(converted.base_model_prefix)], overwrite=True

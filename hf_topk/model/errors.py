@@ -1,11 +1,11 @@
-"""What goes wrong on a user's side, as exceptions whose message names the cause and the way out."""
+"""Errors that users can cause; their messages name the cause and the way out."""
 
-INTERRUPTED = 130  # exit code, as shells have it
-LONGEST_REASON = 200  # characters of somebody else's message
+INTERRUPTED = 130  # exit code, as in shells
+LONGEST_REASON = 200  # characters of a message from another library
 
 
 class TopKExpertsError(Exception):
-    """Something that a user can cause or cure went wrong; the CLI prints it in one line and exits with 1."""
+    """A failure that a user can cause or fix; the CLI prints it in one line and exits with 1."""
 
     exit_code = 1
 
@@ -17,9 +17,9 @@ class InputError(TopKExpertsError, ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """Somebody else's message, for a line of our own: without line breaks, and not too long.
+    """The message of another library's error, without line breaks and shortened.
 
     Args:
-        error: what was raised.
+        error: that was raised.
     """
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__

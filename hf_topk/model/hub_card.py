@@ -1,4 +1,4 @@
-"""The model card of a converted model comes along where it is uploaded, and names the repository it is in."""
+"""Uploads a converted model with its model card, whose snippets name the repository."""
 
 import os
 import re
@@ -16,12 +16,12 @@ TAGS = ("hf-topk", "topk_experts")
 
 
 def named(card: str, repository: str, *names: str | None) -> str:
-    """A card whose snippets load from a repository.
+    """The card with snippets that load from a repository.
 
     Args:
-        card: its text, metadata and all.
+        card: its text, with metadata.
         repository: "owner/name".
-        *names: what the snippets may load from now, beside the name in its heading.
+        *names: that its snippets may load from so far, besides the name in its heading.
     """
     heading = re.search("^# (.+)$", card, re.MULTILINE)
     names = (*names, heading[1] if heading else None)
@@ -31,11 +31,11 @@ def named(card: str, repository: str, *names: str | None) -> str:
 
 
 def read_beside(name: str, file: str, revision: str = "main") -> str:
-    """A small file that lies beside the weights; empty if there is none.
+    """Read a small text file beside a model's weights; empty if there is none.
 
     Args:
-        name: of a model: a folder, or a repository of the Hub.
-        file: its name.
+        name: of the model, a folder or a repository on the Hub.
+        file: name of the file.
         revision: of the repository: a branch, a tag or a commit.
     """
     path = Path(name).expanduser() / file
@@ -48,14 +48,14 @@ def read_beside(name: str, file: str, revision: str = "main") -> str:
 
 
 class KeepsCard(PreTrainedModel):
-    """Is uploaded with the card of where it was loaded from; Transformers puts an empty one in its place."""
+    """Uploads a model with the card it was loaded with, where Transformers would write an empty one."""
 
     _kept: dict[str, str] | None = None
     _revision: str = "main"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save the model as Transformers does; with `push_to_hub`, its card is uploaded, too."""
-        if kwargs.get("push_to_hub"):  # Transformers writes over the card if the folder is the one it was loaded from
+        if kwargs.get("push_to_hub"):  # Transformers overwrites the card if it saves to the folder it loaded from
             self._kept = self._card_files()
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -65,7 +65,7 @@ class KeepsCard(PreTrainedModel):
     def _upload_modified_files(
         self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.name_or_path != repo_id:  # else Transformers has fetched its card
+        if self.name_or_path != repo_id:  # otherwise Transformers has downloaded its card
             files = self._card_files() if self._kept is None else self._kept
             _write_card(Path(working_dir), repo_id, files, self.name_or_path)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
@@ -73,13 +73,13 @@ class KeepsCard(PreTrainedModel):
     def _card_files(self) -> dict[str, str]:
         files = {}
         if self.name_or_path:
-            with suppress(OSError, ValueError):  # there may be none any more
+            with suppress(OSError, ValueError):  # the folder or repository may no longer exist
                 files = {file: read_beside(self.name_or_path, file, self._revision) for file in (CARD_FILE, PLOT_FILE)}
         return files
 
 
 def _write_card(folder: Path, repository: str, files: dict[str, str], name: str | None) -> None:
-    """Put a card in the place of the one that Transformers wrote, with the tags of both."""
+    """Replace the card that Transformers wrote, with the tags of both."""
     written: Any = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=True)
     text = named(files.get(CARD_FILE, ""), repository, name)
     card: Any = ModelCard(text, ignore_metadata_errors=True) if text else written

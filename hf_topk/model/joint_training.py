@@ -1,4 +1,4 @@
-"""Joint training: router and combiner learn to follow the head while the model is trained."""
+"""Joint training: router and combiner are trained to follow the head while the model is trained."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,42 +19,41 @@ from .head import TopKExpertsHead
 from .whole_head import check_whole
 
 LOGITS_AT_ONCE = 1 << 25
-KEPT_OF_EARLIER_STATES = 0.99  # in a pass, so that the mean is one of the last hundred or so
-LEVEL_WEIGHT = 0.01  # of the square of how far the scores' level is off, in conversion too
+KEPT_OF_EARLIER_STATES = 0.99  # per pass: an exponential average over about the last hundred passes
+LEVEL_WEIGHT = 0.01  # of the squared error of the scores' level; used in conversion, too
 
 logger = logging.get_logger(__name__)
 
 
 class JointTrainingMixin:
-    """Lets a converted model be trained whole: the dense model, its head, and the head's router and combiner."""
+    """Trains a converted model as a whole: the dense model, its head, and the head's router and combiner."""
 
     base: PreTrainedModel
     config: TopKExpertsConfig
 
     @contextmanager
     def joint_training(self, router_loss_coef: float = 1.0, balance_loss_coef: float = 0.0) -> Iterator[None]:
-        """For a while, train router and combiner with the model, whatever trains it.
+        """Inside the context, train router and combiner with the model, with any trainer.
 
-        In training mode, and with gradients on, two terms come with the loss of every token. They train router and
-        combiner alone, and are means over the very tokens that the loss is a mean over:
+        In training mode with gradients enabled, two terms are added to the loss. They train only router and combiner,
+        and are averaged over the same tokens as the loss:
 
-        - distillation: the KL divergence of the router's distribution over experts and always-on tokens from the dense
-          head's, as it is at this step, plus that of the combiner if the head has one (Hinton et al. 2015,
+        - distillation: the KL divergence of the router's distribution over experts and always-on tokens from that of
+          the dense head at this step, plus that of the combiner if the head has one (Hinton et al. 2015,
           https://arxiv.org/abs/1503.02531);
-        - balance: M sum_e f_e P_e, where f_e is expert e's share of what is picked in the batch and P_e the
-          router's probability; 1 where all experts are alike (Fedus et al. 2021, https://arxiv.org/abs/2101.03961,
+        - balance: M sum_e f_e P_e, where f_e is expert e's share of the picks in the batch and P_e its probability by
+          the router; 1 where all experts are equally likely (Fedus et al. 2021, https://arxiv.org/abs/2101.03961,
           equation 4, here for several picked experts).
 
-        A packed router is in floats meanwhile, also in checkpoints, and packed again at the end, so that no score
-        changes at the mean hidden state. The tail stays as it was. Make optimizers that are not made by a trainer
-        inside.
+        Inside, a packed router is in floats, also in checkpoints. It is packed again at the end, such that no score
+        changes at the mean hidden state. The tail is not trained. Make the optimizer inside, unless a trainer does.
 
         Args:
-            router_loss_coef: weight of the distillation, in units of the loss of a token.
+            router_loss_coef: weight of the distillation term, relative to the loss of a token.
             balance_loss_coef: weight of the balance term.
 
         Raises:
-            InputError: when a weight is negative or both are 0, or something was put around the head; while training,
+            InputError: when a weight is negative or both are 0, or something was put around the head; in training,
                 when the model's output has no loss, or in nn.DataParallel.
         """
         head: TopKExpertsHead = cast(Any, self).head
@@ -77,15 +76,15 @@ class JointTrainingMixin:
 
 @dataclass
 class _JointLoss:
-    """What is added to a model's loss.
+    """The terms of joint training, added to a model's loss.
 
     Attributes:
-        head: its router, and its combiner if it has one, are trained.
-        router_coef: weight of the distillation.
+        head: whose router and combiner, if any, are trained.
+        router_coef: weight of the distillation term.
         balance_coef: weight of the balance term.
-        hidden: what last entered the head, or would have, [B, T, d].
-        passes: how often terms were added.
-        states: the sum of the hidden states of late passes, and how many these are, fp32 [d + 1].
+        hidden: hidden states of the current forward pass, [B, T, d].
+        passes: number of times that terms were added.
+        states: weighted sum of the hidden states of recent passes, and their weighted number, fp32 [d + 1].
     """
 
     head: TopKExpertsHead
@@ -96,22 +95,22 @@ class _JointLoss:
     states: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin with no states."""
+        """Start without states."""
         self.states = torch.zeros(self.head.in_features + 1, device=self.head.weight.device)
 
     def mean_state(self) -> Tensor | None:
-        """The mean hidden state of late passes, of all processes, fp32 [d]; None if there were none."""
-        if dist.is_available() and dist.is_initialized():  # all processes are to have one model
+        """The mean hidden state of recent passes over all processes, fp32 [d]; None if there were none."""
+        if dist.is_available() and dist.is_initialized():  # all processes must end with the same model
             dist.all_reduce(self.states)
         return self.states[:-1] / self.states[-1] if self.states[-1] > 0 else None
 
     @contextmanager
     def beside(self, model: Any, body: nn.Module) -> Iterator[None]:
-        """For a while, add the terms to what a model returns.
+        """Inside the context, add the terms to the loss that a model returns.
 
         Args:
             model: the converted model.
-            body: the part of it that makes hidden states.
+            body: its decoder, which returns the hidden states.
         """
         parameters = list(self.head.router.parameters())
         if self.head.combine == "learned":
@@ -119,7 +118,7 @@ class _JointLoss:
         bias = self.head.router.bias.detach().clone()
         hooks = [
             body.register_forward_hook(self._see_output),
-            self.head.register_forward_pre_hook(self._see_input),  # which has the last word where the head is run
+            self.head.register_forward_pre_hook(self._see_input),  # takes precedence if the head is called
             model.register_forward_hook(self._add_to, with_kwargs=True),
         ]
         try:
@@ -129,8 +128,8 @@ class _JointLoss:
             was_called = self.passes > 0 or self.hidden is not None
             if was_called and bias.equal(self.head.router.bias):
                 logger.warning(
-                    "The router is as it was before joint training. Make the optimizer inside `joint_training`, so "
-                    "that it has the router's parameters, and call the model itself, not its `forward`."
+                    "Joint training did not change the router. Make the optimizer inside `joint_training`, so that it "
+                    "has the router's parameters, and call the model itself, not its `forward`."
                 )
         finally:
             for hook in hooks:
@@ -145,10 +144,10 @@ class _JointLoss:
         self.hidden = inputs[0]
 
     def _add_to(self, model: nn.Module, args: Any, given: dict[str, Any], output: Any) -> Any:
-        """Add the terms to the loss, or to the tokens' log-probabilities where a trainer makes the loss of those."""
+        """Add the terms to the loss, or to the tokens' log-probabilities if a trainer computes the loss from those."""
         hidden, self.hidden = self.hidden, None
         is_trained = model.training and torch.is_grad_enabled()
-        if is_trained and getattr(model, "_is_replica", False):  # whose threads would see one another's hidden states
+        if is_trained and getattr(model, "_is_replica", False):  # the threads of replicas would mix up hidden states
             raise InputError(
                 "joint training does not run in nn.DataParallel, which trainers use if they see several GPUs: start "
                 "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
@@ -157,7 +156,7 @@ class _JointLoss:
             return output
         labels, is_shifted = given.get("shift_labels"), given.get("shift_labels") is not None
         labels = labels if is_shifted else given.get("labels")
-        is_shifted = is_shifted or cast(Any, model).config.is_encoder_decoder  # whose decoder reads what is shifted
+        is_shifted = is_shifted or cast(Any, model).config.is_encoder_decoder  # its decoder inputs are shifted instead
         log_probs = getattr(output, "log_probs", None)
         has_loss = log_probs is not None or getattr(output, "loss", None) is not None
         if labels is None or not has_loss or not isinstance(output, ModelOutput):
@@ -181,7 +180,7 @@ class _JointLoss:
         return output
 
     def terms(self, hidden: Tensor) -> Tensor:
-        """What each position adds to the loss: [N, d] to fp32 [N]."""
+        """The terms of each position: hidden states [N, d] to fp32 [N]."""
         head = self.head
         seen = F.pad(hidden.float(), (0, 1), value=1.0).sum(dim=0)
         self.states = KEPT_OF_EARLIER_STATES * self.states + seen.to(self.states.device)
@@ -193,7 +192,7 @@ class _JointLoss:
 
 
 class _WeighedAlike(torch.autograd.Function):
-    """Passes values on as they are, and has terms weigh in the loss as much as the values do, and never less than 0."""
+    """Returns values unchanged, and gives terms the absolute gradient of the values, so the same weight in the loss."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, terms: Tensor) -> Tensor:
@@ -206,10 +205,10 @@ class _WeighedAlike(torch.autograd.Function):
 
 @torch.no_grad()
 def dense_masses(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
-    """What a perfect router would score, and the always-on tokens' mass if there are any.
+    """The scores of a perfect router, and the mass of the always-on tokens if there are any.
 
     Args:
-        head: its dense logits count, before anything that the model does to them.
+        head: of whose dense logits the masses are, before the model caps or scales them.
         hidden: hidden states, [N, d].
 
     Returns:
@@ -231,15 +230,15 @@ def _with_always_on(scores: Tensor, masses: Tensor) -> Tensor:
 
 
 def divergence(predicted: Tensor, masses: Tensor) -> tuple[Tensor, Tensor]:
-    """What distillation lessens, the second weighed by `LEVEL_WEIGHT`, since a softmax does not see it.
+    """The two terms that distillation minimises, the second with weight `LEVEL_WEIGHT`, as a softmax ignores the level.
 
     Args:
         predicted: scores, fp32 [N, M].
-        masses: what a perfect router would score, fp32 [N, M].
+        masses: scores of a perfect router, fp32 [N, M].
 
     Returns:
-        The terms of the KL divergence of the scores' distribution from that of the masses, [N, M], and the square of
-        how far the scores are off the level of the masses, [N].
+        The summands of the KL divergence of the scores' distribution from that of the masses, [N, M], and the squared
+        error of the scores' log-sum-exp, [N].
     """
     kl = F.kl_div(predicted.log_softmax(-1), masses.log_softmax(-1), log_target=True, reduction="none")
     return kl, (predicted.logsumexp(-1) - masses.logsumexp(-1)).square()
@@ -252,7 +251,7 @@ def _distance(predicted: Tensor, masses: Tensor) -> Tensor:
 
 
 def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:
-    """The masses that experts and always-on tokens have in the sparse head's logits, for the combiner to learn."""
+    """The masses of experts and always-on tokens in the sparse head's logits, by which the combiner is trained."""
     with torch.no_grad():
         scores, top, estimated = head.pick(hidden)
         exact = masses.gather(1, top)
@@ -262,7 +261,7 @@ def _combined(head: TopKExpertsHead, hidden: Tensor, masses: Tensor) -> Tensor:
 
 
 def _imbalance(scores: Tensor, picked: int) -> Tensor:
-    """How much the router prefers what is picked most, for each position; 1 where all experts are alike: [N]."""
+    """The balance term of each position, [N]; 1 where all experts are equally likely."""
     num_experts = scores.shape[1]
     counts = scores.topk(picked, dim=-1).indices.flatten().bincount(minlength=num_experts)
     return num_experts * scores.softmax(dim=-1) @ (counts / counts.sum().clamp_min(1))

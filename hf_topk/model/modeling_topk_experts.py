@@ -1,4 +1,4 @@
-"""The converted model: the dense model with its head swapped."""
+"""The converted model: the dense model with its head replaced."""
 
 import copy
 import inspect
@@ -64,13 +64,13 @@ class TopKExpertsForCausalLM(
 ):
     """A dense causal language model whose output head reads only the experts its router picks.
 
-    The dense model is kept whole as `base`, only its head is replaced by a [`TopKExpertsHead`] on the same weight, so
-    soft-capping, logit scales, losses and caches are the dense model's own. Its tensors keep their dense names on disk.
+    `base` is the dense model, with its head replaced by a [`TopKExpertsHead`] on the same weight. So soft-capping,
+    logit scales, losses and caches are the dense model's own. Its tensors keep their dense names on disk.
 
     Attributes:
         base: the dense model.
         head: the [`TopKExpertsHead`] in it.
-        last_generation_stats: what the last `generate` took if it was lossless and drafted tokens, else None.
+        last_generation_stats: statistics of the last `generate` if it was lossless and drafted tokens, else None.
 
     Example:
         >>> import hf_topk
@@ -86,12 +86,12 @@ class TopKExpertsForCausalLM(
     config: TopKExpertsConfig
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
-    auto_class: str = "AutoModelForCausalLM"  # that loads it
-    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model has its own, which peft then looks for
-    _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # as Transformers has it; a device map keeps it together
+    auto_class: str = "AutoModelForCausalLM"  # loads this class
+    _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model's own apply, which peft looks for
+    _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # Transformers' type; device maps keep the head together
 
     def __init__(self, config: TopKExpertsConfig) -> None:
-        """Build the model with the dense weights and the head's additions not yet set.
+        """Build the model with random dense weights, and with the head's additions unset.
 
         Args:
             config: the converted model's configuration.
@@ -99,7 +99,7 @@ class TopKExpertsForCausalLM(
         Raises:
             InputError: when `config` is a dense model's, or the dense model has no single linear vocabulary head.
         """
-        # By its type: code that is loaded from a repository may have the class twice.
+        # By model type, not class: remote code may load the class twice.
         if type(config).model_type != TopKExpertsConfig.model_type:
             raise InputError(
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
@@ -116,7 +116,7 @@ class TopKExpertsForCausalLM(
     def _adopt(self, dense: PreTrainedModel) -> None:
         self.base = dense
         self.config.text_config = dense.config
-        # Not registered as a module of its own: it is already one of the dense model's.
+        # The head is not registered as a module here: it is a module of the dense model.
         self.head_name = name_of_head(dense)
         head = TopKExpertsHead(cast(nn.Linear, dense.get_submodule(self.head_name)), self.config)
         dense.set_submodule(self.head_name, head)
@@ -124,25 +124,25 @@ class TopKExpertsForCausalLM(
         self._keeps_logits = "logits_to_keep" in inspect.signature(dense.forward).parameters
 
     def initialize_weights(self) -> None:
-        """Initialise what was not loaded: the dense model as it does itself, then the head's additions."""
-        # Not by its own: for classes outside of Transformers it passes over modules that have no tensors themselves.
+        """Initialise tensors that were not loaded: the dense model by its own method, then the head's additions."""
+        # Not by `super()`: for classes outside Transformers it skips modules without tensors of their own.
         self.base.initialize_weights()
         self.head.reset_additions()
 
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, config: TopKExpertsConfig) -> "TopKExpertsForCausalLM":
-        """Wrap a dense model in memory; its tensors are shared, and the model itself is not changed.
+        """Wrap a dense model in memory; its tensors are shared, and the model is not changed.
 
         Args:
             dense: the dense model.
             config: the converted model's configuration; its `text_config` is replaced by the dense model's.
 
         Returns:
-            A model whose router and tail are not yet set, and in fp32 to be set, in evaluation mode.
+            A model in evaluation mode, whose router and tail are unset, in fp32.
 
         Raises:
-            InputError: when the dense model has no single linear vocabulary head, is of no class that Transformers
-                would load it as, or would not be loaded again with head and input embeddings tied as they are.
+            InputError: when the dense model has no single linear vocabulary head, Transformers would not load it as its
+                class, or would not reload it with head and input embeddings tied as they are.
         """
         name_of_head(dense)
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
@@ -151,8 +151,8 @@ class TopKExpertsForCausalLM(
         twin.config.architectures = [type(dense).__name__]
         if not isinstance(dense, class_that_writes_text(twin.config)):
             raise InputError(
-                f"{type(dense).__name__} is not what Transformers loads a '{dense.config.model_type}' as "
-                "to write text: load the model with AutoModelForCausalLM"
+                f"Transformers does not load a '{dense.config.model_type}' as {type(dense).__name__} to generate text: "
+                "load the model with AutoModelForCausalLM"
             )
         settle_ties(twin)
         config.text_config = twin.config
@@ -178,14 +178,14 @@ class TopKExpertsForCausalLM(
         head = self.base.get_submodule(self.head_name)
         if not isinstance(head, TopKExpertsHead):
             raise InputError(
-                f"there is a {type(head).__module__}.{type(head).__name__} around the head, of which router and tail "
-                "know nothing: merge it first (in peft: merge_and_unload), or leave the head out of what is adapted"
+                f"there is a {type(head).__module__}.{type(head).__name__} around the head, to which router and tail "
+                "are not fitted: merge it first (in peft: merge_and_unload), or exclude the head from its targets"
             )
         return head
 
     @property
     def head_mode(self) -> HeadMode:
-        """How the head runs: "auto", "sparse" or "dense"; the configuration's entry, as are those below."""
+        """The head mode: "auto", "sparse" or "dense"; an entry of the configuration, as are the properties below."""
         return self.config.head_mode
 
     @head_mode.setter
@@ -196,7 +196,7 @@ class TopKExpertsForCausalLM(
 
     @property
     def num_experts_per_tok(self) -> int:
-        """k, how many experts are scored for a position: from 1 to all."""
+        """k, the number of experts picked per position: from 1 to all."""
         return self.config.num_experts_per_tok
 
     @num_experts_per_tok.setter
@@ -205,7 +205,7 @@ class TopKExpertsForCausalLM(
 
     @property
     def sparse_max_positions(self) -> int | None:
-        """The most positions (batch x sequence) that head mode "auto" runs sparse; None if that is measured."""
+        """The largest number of positions (batch x sequence) that head mode "auto" runs sparse; None to measure it."""
         return self.config.sparse_max_positions
 
     @sparse_max_positions.setter
@@ -224,17 +224,17 @@ class TopKExpertsForCausalLM(
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the dense model with the swapped head; arguments and outputs are the dense model's own.
+        """Run the dense model with the replaced head; arguments and outputs are the dense model's.
 
         Args:
             input_ids: token ids, [B, T].
             attention_mask: 1 for tokens to attend to, [B, T].
             position_ids: positions of the tokens, [B, T].
-            past_key_values: the cache of earlier tokens.
+            past_key_values: the KV cache of earlier tokens.
             inputs_embeds: embeddings in place of `input_ids`, [B, T, d].
-            labels: token ids to compute the loss on, -100 where there is none, [B, T].
-            use_cache: whether to return the cache.
-            logits_to_keep: for how many last positions logits are computed; 0 for all.
+            labels: token ids to compute the loss on, -100 to ignore a position, [B, T].
+            use_cache: whether to return the KV cache.
+            logits_to_keep: number of last positions to compute logits for; 0 for all.
             **kwargs: further arguments of the dense model.
 
         Returns:
@@ -254,7 +254,7 @@ class TopKExpertsForCausalLM(
             "use_cache": use_cache,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if self._keeps_logits:  # else `generate` asks for it nevertheless
+        if self._keeps_logits:  # `generate` passes it even if the dense model does not accept it
             given["logits_to_keep"] = logits_to_keep
         return self.base(**given, **kwargs)
 
@@ -266,20 +266,20 @@ class TopKExpertsForCausalLM(
         lossless: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as Transformers does; what is not listed here is described there.
+        """Generate as Transformers does; see there for all else.
 
         Args:
             inputs: the prompt, [B, T].
-            generation_config: choices of the generation; may have an entry `lossless`.
+            generation_config: of the generation; may have an entry `lossless`.
             *args: further arguments of Transformers' `generate`.
-            lossless: whether to return the dense model's own tokens: greedily, those of dense decoding; sampling, those
-                of dense decoding with the same seed. The dense head is read once a block of tokens, and once a token in
-                beam search and assisted decoding, and where the cache cannot be rolled back. What drafting took is in
-                `last_generation_stats`. Unless given, as the generation config has it.
+            lossless: whether to return the tokens of dense decoding, when sampling those with the same seed. The dense
+                head runs once per block of tokens; in beam search and assisted decoding, and if the KV cache cannot be
+                cropped, once per token. Statistics of drafting are in `last_generation_stats`. None takes the entry of
+                the generation config.
             **kwargs: further arguments of Transformers' `generate`.
 
         Raises:
-            InputError: when `lossless` is no truth value.
+            InputError: when `lossless` is not true or false.
         """
         self.last_generation_stats = None
         head = self.head
@@ -289,12 +289,12 @@ class TopKExpertsForCausalLM(
             stack.enter_context(generating(is_lossless=is_lossless))
             if (stand_in := head.dense_logits if is_lossless else shared_tokens) is not None:
                 stack.enter_context(head.replaced_by(stand_in))
-                if self._is_compiled:  # it would not ask what stands in for the head; the stance is one of all threads
+                if self._is_compiled:  # compiled code ignores what replaces the head; this affects all threads
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Prepare the inputs of a generation step as the dense model does."""
+        """Prepare the inputs of a decode step as the dense model does."""
         inputs = cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
         if isinstance(shared_tokens := self.head.stand_in, SharedTokens):
             inputs["input_ids"] = shared_tokens.own_ids(inputs["input_ids"])
@@ -309,7 +309,7 @@ class TopKExpertsForCausalLM(
 
     @property
     def _is_compiled(self) -> bool:
-        """Whether what leads to the head was compiled."""
+        """Whether the head or a module around it was compiled."""
         path = f"{self.base_model_prefix}.{self.head_name}"
         return any(
             module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
@@ -317,7 +317,7 @@ class TopKExpertsForCausalLM(
             if path.startswith(name)
         )
 
-    def _sample(  # type: ignore[override]  # named, so that remote code needs not know what else there is
+    def _sample(  # type: ignore[override]  # only these by name: other arguments differ between versions
         self,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
@@ -340,7 +340,7 @@ class TopKExpertsForCausalLM(
         return cast(Any, super())._sample(*arguments, **kwargs)
 
     def _drafting_pays(self, rows: int) -> bool:
-        """Whether lossless decoding is to draft; not where the dense head is as fast."""
+        """Whether lossless decoding drafts; not where the dense head is as fast."""
         head = self.head
         is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
         return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
@@ -350,7 +350,7 @@ class TopKExpertsForCausalLM(
         return found if is_lossless_generation.get() else adapt(found)
 
     def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Start continuous batching as Transformers does; raises an InputError if that was to be lossless."""
+        """Start continuous batching as Transformers does; raises an InputError if lossless decoding is asked for."""
         if self.head_mode != "dense" and (
             is_lossless_generation.get() or self._asks_for_lossless(None, generation_config)
         ):
@@ -360,13 +360,13 @@ class TopKExpertsForCausalLM(
     def adjust_generation_fn(  # type: ignore[override]  # Transformers passes the first four by position
         self, generation_config: Any, from_auto: Any, from_pipeline: Any, name: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Load the generation config, with its entry `lossless` if it has one."""
+        """Load the generation config, with its entry `lossless` if any."""
         cast(Any, super()).adjust_generation_fn(generation_config, from_auto, from_pipeline, name, *args, **kwargs)
-        self._revision = str(kwargs.get("revision") or "main")  # where the card is from, too
+        self._revision = str(kwargs.get("revision") or "main")  # for the model card
         config = self.generation_config
         if config is None or not config._from_model_config or generation_config is not None or name is None:
             return
-        # Transformers drops entries that it does not know from files that it once wrote by itself.
+        # From generation configs that it once derived from a model's configuration, Transformers drops unknown entries.
         where = {argument: kwargs[argument] for argument in REPOSITORY_ARGUMENTS if argument in kwargs}
         with suppress(OSError):  # there may be no such file
             entries = GenerationConfig.from_pretrained(name, **where, _from_model_config=False)
@@ -378,7 +378,7 @@ def _to_device_of_head(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Ten
     return tuple(tensor.to(cast(Tensor, head.weight).device) for tensor in inputs)
 
 
-# Registered here, and not in the package, so that it covers copied code as well.
+# Registered in this file, not in the package, so that it works as remote code, too.
 register_checkpoint_conversion_mapping(
     TopKExpertsConfig.model_type, [NamesUnder(TopKExpertsPreTrainedModel.base_model_prefix)], overwrite=True
 )
