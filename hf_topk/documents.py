@@ -1,4 +1,4 @@
-"""Reads text, as documents, from files, folders and data sets."""
+"""Reads documents from files, folders and data sets."""
 
 import codecs
 import csv
@@ -25,7 +25,7 @@ TEXT_LIMIT = 64 * 2**20  # bytes; far more than a conversion needs
 CUT_WARNING = f"Reading the first {TEXT_LIMIT >> 20} MiB of %s, not the rest"
 INSTALL_HINT = "pip install 'hf-topk[datasets]'"
 ENDINGS_IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet")
-ENDINGS = (*ENDINGS_IN_FOLDERS, ".json", ".csv")  # those two seldom hold text
+ENDINGS = (*ENDINGS_IN_FOLDERS, ".json", ".csv")  # in folders, the last two seldom hold text
 MESSAGES = "messages"  # the key of conversations
 SUPPORTED = "supported are .txt, .md, .jsonl, .parquet, .json and .csv"
 OTHER_FILE_ENDINGS = (".tsv", ".text", ".gz", ".zip", ".zst", ".html", ".xml", ".pdf", ".rst")
@@ -56,16 +56,16 @@ Document = str | Chat | Pair
 def read_documents(source: str) -> list[Document]:
     """Read the documents of a text, the first 64 MiB of it.
 
-    A .txt or .md file is one document. Each line of a .jsonl file, each entry of the list in a .json file and each row
-    of a .parquet file or data set is one: the text under "text", or else the conversation under "messages" (a list of
-    {"role": ..., "content": ...}), or else the pair of "source" and, if there is one, "target", or else the text under
-    the only key that holds strings. Of a .csv file it is the column "text". Files are UTF-8, or UTF-16 with a byte
-    order mark. Blank documents are left out.
+    A .txt or .md file is one document. So is each line of a .jsonl file, each entry of the list in a .json file and
+    each row of a .parquet file or data set: the text under "text", or else the conversation under "messages" (a list of
+    {"role": ..., "content": ...}), or else the pair of "source" and an optional "target", or else the text under the
+    only key that holds strings. Of a .csv file the column "text" is read. Files are UTF-8, or UTF-16 with a byte order
+    mark. Blank documents are skipped.
 
     Args:
-        source: a .txt, .md, .jsonl, .parquet, .json or .csv file; a folder of the first four kinds, searched in depth
-            and in sorted order, without hidden files; or a data set: "name", "name:config", "name:config:split" or
-            "name::split". The split is "train" if none is named.
+        source: a .txt, .md, .jsonl, .parquet, .json or .csv file; a folder of files of the first four kinds, searched
+            recursively and in sorted order, without hidden files; or a data set: "name", "name:config",
+            "name:config:split" or "name::split". The default split is "train".
 
     Returns:
         The documents, in order; at least one.
@@ -129,7 +129,7 @@ def fingerprint(documents: Iterable[Document]) -> str:
 def _documents_of(source: str) -> Iterator[Document]:
     try:
         path = Path(source).expanduser()
-        exists = path.exists() and source != ""  # which would be the current folder
+        exists = path.exists() and source != ""  # an empty path would be the current folder
     except (OSError, RuntimeError) as error:  # no permission, name too long, or unknown ~USER
         raise _unreadable(_shown(source), error) from error
     data_set = DATA_SET.fullmatch(source)
@@ -271,7 +271,7 @@ def _read_csv(path: Path) -> Iterator[str]:
             found = ", ".join(map(_shown, columns[:20])) or "none"
             raise InputError(f"{path} has no column 'text' in its first line ({found}): name one column 'text'")
         for row in rows:
-            if None in row:  # where DictReader puts surplus values
+            if None in row:  # DictReader's key for surplus values
                 raise InputError(
                     f"{path}, line {rows.line_num}: more values than columns; quote texts that contain a comma"
                 )
@@ -361,7 +361,7 @@ def _read_data_set(source: re.Match[str]) -> Iterator[Document]:
     except ImportError as error:
         raise InputError(f"{no_file}; to read a data set of that name: {INSTALL_HINT}") from error
     if name.isidentifier() and importlib.util.find_spec(f"datasets.packaged_modules.{name}"):
-        # `datasets` has file readers of such names ("text", "json"), which would read the current folder.
+        # `datasets` has file readers with such names ("text", "json"), which would read the current folder.
         raise InputError(f"{no_file}, and no data set can have that name; check the path")
     http_error: type[Exception] = getattr(hub_errors, "HTTPError", OSError)  # that of the Hub's HTTP client
     try:
@@ -374,8 +374,8 @@ def _read_data_set(source: re.Match[str]) -> Iterator[Document]:
             yield _document_of(row, f"Data set {source[0]}, row {number}")
     except InputError:  # a ValueError too
         raise
-    # OSError: no network, HF_HUB_OFFLINE, no such data set. ValueError: no such config or split, a name that the Hub
-    # does not allow. RuntimeError: a data set that needs code to be run. ImportError: a format that needs a package.
+    # OSError: no network, HF_HUB_OFFLINE, no such data set. ValueError: no such config or split, an invalid name.
+    # RuntimeError: a data set with a loading script. ImportError: a format that needs a package.
     except (DatasetsError, ArrowException, http_error, OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(
             f"{no_file}, and a data set of that name cannot be read ({_one_line(error)}); check the name "

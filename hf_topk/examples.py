@@ -1,4 +1,4 @@
-"""Examples for an encoder-decoder: what it reads, text or speech, and what it is to write."""
+"""Examples for an encoder-decoder: sources, which are text or speech, and their targets."""
 
 import inspect
 import random
@@ -20,19 +20,19 @@ from .pairs import Pair
 from .speech import Recording
 
 LONGEST_SOURCE = 512  # tokens
-SECONDS_HEARD = 30  # at once, where a feature extractor does not say
+SECONDS_HEARD = 30  # of a recording, if the feature extractor sets no limit
 
 
 class Source(Protocol):
-    """What an encoder reads."""
+    """The input of an encoder."""
 
     @property
     def length(self) -> int:
-        """How much of a pass it takes, in positions."""
+        """Size in a forward pass, in positions."""
         ...
 
     def together(self, sources: Sequence[Any]) -> dict[str, Tensor]:
-        """Inputs of a model that reads several such sources side by side."""
+        """Model inputs for a batch of such sources."""
         ...
 
 
@@ -41,18 +41,18 @@ class TextSource:
     """A text to translate.
 
     Attributes:
-        token_ids: with the special tokens that the tokenizer puts around it.
+        token_ids: with the tokenizer's special tokens.
     """
 
     token_ids: tuple[int, ...]
 
     @property
     def length(self) -> int:
-        """Its tokens."""
+        """Number of tokens."""
         return len(self.token_ids)
 
     def together(self, sources: "Sequence[TextSource]") -> dict[str, Tensor]:
-        """Token ids [B, T], zero where a source has ended, and the attention mask [B, T]."""
+        """Token ids [B, T], padded with zeros, and the attention mask [B, T]."""
         longest = max(source.length for source in sources)
         rows = [torch.tensor(source.token_ids) for source in sources]
         padded = [F.pad(row, (0, longest - len(row))) for row in rows]
@@ -62,11 +62,11 @@ class TextSource:
 
 @dataclass(frozen=True)
 class SpeechSource:
-    """Speech to transcribe; its features are made when it is heard, for they take much memory.
+    """Speech to transcribe; features are computed per batch, as they take much RAM.
 
     Attributes:
-        samples: fp32 [n].
-        extractor: makes a model's features of samples.
+        samples: mono, fp32 [n].
+        extractor: the model's feature extractor.
     """
 
     samples: Any = field(repr=False)
@@ -74,11 +74,11 @@ class SpeechSource:
 
     @property
     def length(self) -> int:
-        """A position for each 20 ms, as Whisper's encoder has them."""
+        """One position per 20 ms, as in Whisper's encoder."""
         return len(self.samples) * 50 // self.extractor.sampling_rate
 
     def together(self, sources: "Sequence[SpeechSource]") -> dict[str, Tensor]:
-        """Features under the names that the model has for them."""
+        """Features, by the names of the model's arguments."""
         parameters = inspect.signature(type(self.extractor).__call__).parameters
         pads_by_itself = "padding" in parameters and parameters["padding"].default not in (None, False)
         made = self.extractor(
@@ -92,14 +92,14 @@ class SpeechSource:
 
 @dataclass(frozen=True)
 class Example:
-    """A source, and what is to be written of it.
+    """A source and its target.
 
     Attributes:
-        document: number of the document that it is from.
-        source: what is read.
-        target_ids: what is to be written, special tokens and all; None leaves it to the model.
-        target: the same as text.
-        follows_prompt: whether the model is asked what the decoder begins with, as for speech, in whatever language.
+        document: index of its document.
+        source: the encoder's input.
+        target_ids: token ids of the target, with special tokens; None to let the model generate it.
+        target: its text.
+        follows_prompt: whether the model chooses the decoder's first tokens, such as the language in speech.
     """
 
     document: int
@@ -111,11 +111,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Processor:
-    """What a model that hears speech reads and writes with.
+    """The tokenizer and feature extractor of a speech model.
 
     Attributes:
-        tokenizer: of what is written.
-        feature_extractor: of what is heard.
+        tokenizer: for transcripts.
+        feature_extractor: for recordings.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -123,16 +123,16 @@ class Processor:
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Processor":
-        """Load both; a processor of Transformers would be looked for by the type of the converted model.
+        """Load both; Transformers would look up a processor by the converted model's type, and find none.
 
         Args:
-            name: a folder, or a repository of the Hub.
+            name: a folder, or a repository on the Hub.
         """
         return cls(AutoTokenizer.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name))
 
 
 def hears(config: PreTrainedConfig) -> bool:
-    """Whether a dense model hears speech with an encoder; others of that Auto class can do with text alone.
+    """Whether a dense model is an encoder-decoder for speech; others of that Auto class can run on text alone.
 
     Args:
         config: its configuration.
@@ -143,32 +143,30 @@ def hears(config: PreTrainedConfig) -> bool:
 def read_examples(
     text: str, config: PreTrainedConfig, tokenizer: Any, window_length: int, seed: int
 ) -> tuple[list[Example], str]:
-    """Read sources, and targets where there are any.
+    """Read sources, with targets if there are any.
 
     Args:
-        text: as [`read_documents`] takes it; a folder of recordings for a model that hears speech.
+        text: a source as in [`read_documents`], or a folder of recordings for a speech model.
         config: the dense model's configuration.
-        tokenizer: its tokenizer, or its processor if it hears speech.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
         window_length: tokens of a target, at most.
         seed: of the order.
 
     Returns:
-        The examples, and a fingerprint of all that was read.
+        The examples, and a fingerprint of the text or recordings.
 
     Raises:
-        InputError: when there is nothing to read that suits the model, or it has no tokenizer or feature extractor.
+        InputError: when the text does not suit the model, or the model has no tokenizer or feature extractor.
     """
     if tokenizer is None:
-        raise InputError(
-            "the sample needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
-        )
+        raise InputError("the text needs a tokenizer, and the model has none: put the tokenizer's files in its folder")
     if not hears(config):
         documents = read_documents(text)
         return examples_of_text(documents, tokenizer, window_length, seed), fingerprint(documents)
     extractor = getattr(tokenizer, "feature_extractor", None)
     if extractor is None:
         raise InputError(
-            "speech needs a feature extractor, and the model has none: put preprocessor_config.json beside it"
+            "speech needs a feature extractor, and the model has none: put preprocessor_config.json in its folder"
         )
     seconds = getattr(extractor, "chunk_length", SECONDS_HEARD)
     recordings = speech.read_speech(text, extractor.sampling_rate, seconds)
@@ -178,10 +176,10 @@ def read_examples(
 def examples_of_text(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, window_length: int, seed: int
 ) -> list[Example]:
-    """Tokenise pairs, and the lines of plain texts, in random order.
+    """Tokenise pairs, and the lines of plain text, in random order.
 
     Args:
-        documents: pairs, or texts of which each line is a source.
+        documents: pairs, or texts whose lines are sources.
         tokenizer: the model's tokenizer.
         window_length: tokens of a target, at most.
         seed: of the order.
@@ -203,7 +201,7 @@ def examples_of_text(
 
 def _pairs_of(document: Document) -> list[Pair]:
     if isinstance(document, Chat):
-        raise InputError("the text has conversations, and the model translates: give pairs of source and target")
+        raise InputError("the text has conversations, and this is a translation model: give pairs of source and target")
     if isinstance(document, Pair):
         return [document]
     return [Pair(line.strip()) for line in document.splitlines() if line.strip()]
@@ -212,10 +210,10 @@ def _pairs_of(document: Document) -> list[Pair]:
 def examples_of_speech(
     recordings: Sequence[Recording], extractor: Any, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> list[Example]:
-    """Take recordings in random order.
+    """Make examples of recordings, in random order.
 
     Args:
-        recordings: at the extractor's rate.
+        recordings: at the extractor's sampling rate.
         extractor: the model's feature extractor.
         tokenizer: the model's tokenizer, for transcripts.
         seed: of the order.

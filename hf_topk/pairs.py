@@ -1,4 +1,4 @@
-"""Pairs of what a model reads and what it is to write of it, in records that are read as sample text."""
+"""Pairs of source and target text, in records of calibration text."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,23 +10,23 @@ SOURCE, TARGET = PAIR_KEYS = ("source", "target")
 
 @dataclass(frozen=True)
 class Pair:
-    """What a model reads and what it is to write of it, such as a sentence and its translation.
+    """A source text and its target, such as a sentence and its translation.
 
     Attributes:
-        source: what it reads.
-        target: what it is to write; None leaves it to the model.
+        source: input of the encoder.
+        target: output of the decoder; None to let the model generate it.
     """
 
     source: str
     target: str | None = None
 
     def __len__(self) -> int:
-        """Characters of both."""
+        """Characters of source and target."""
         return len(self.source) + len(self.target or "")
 
 
 def holds_pairs(keys: Iterable[str]) -> bool:
-    """Whether records with such keys are pairs; texts and conversations come first.
+    """Whether records with these keys are pairs; texts and conversations take precedence.
 
     Args:
         keys: of a record.
@@ -35,14 +35,14 @@ def holds_pairs(keys: Iterable[str]) -> bool:
 
 
 def pair_of(record: Mapping[str, object], where: str) -> Pair:
-    """Return a record's pair; null is no text.
+    """Return a record's pair; null counts as empty text.
 
     Args:
         record: a line or row.
-        where: it stands, for messages.
+        where: its place, for error messages.
 
     Raises:
-        InputError: when it holds something else than strings.
+        InputError: when its values are not strings.
     """
     source, target = record[SOURCE] or "", record.get(TARGET) or None
     if not isinstance(source, str) or not isinstance(target, str | None):

@@ -34,16 +34,16 @@ def serve(
     dtype: str = "auto",
     device: str = "auto",
 ) -> None:
-    """Answer requests until interrupted; those with images, sounds or files are refused.
+    """Answer requests until interrupted; requests with images, audio or files are refused.
 
     Args:
-        directory: a converted model, a folder or a repository of the Hub; clients call it by this name.
+        directory: a converted model, a folder or a repository on the Hub, which is also its name in requests.
         host: the address to listen on.
         port: the port to listen on.
         head_mode: "auto", "sparse" or "dense".
-        lossless: whether requests that do not say otherwise get the dense model's tokens.
-        dtype: "float32", "bfloat16", or "auto": as the model is stored.
-        device: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
+        lossless: whether decoding is lossless unless a request says otherwise.
+        dtype: "float32", "bfloat16", or "auto" for the dtype on disk.
+        device: such as "cpu" or "cuda:0", or "auto" for the accelerator, if any.
 
     Raises:
         InputError: when the server's packages are missing, the address is in use, there is no such device, or the model
@@ -59,7 +59,7 @@ def serve(
     name = directory.rstrip("/")
     print(f"hf-topk: serving model '{name}' at http://{host}:{port}/v1", file=sys.stderr)
     if tokenizer.chat_template is None:
-        print("hf-topk: it has no chat template, and continues the plain text of the messages", file=sys.stderr)
+        print("hf-topk: the model has no chat template and continues the plain text of messages", file=sys.stderr)
         tokenizer.chat_template = _plain_template(tokenizer)
     _run_server(name, model, tokenizer, host, port)
 
@@ -95,7 +95,7 @@ def _run_server(
 
 
 def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Serve this model only; by itself the server would download any model that a client names."""
+    """Serve only this model; by default the server downloads any model that a client names."""
     from fastapi import HTTPException
     from transformers.cli.serving import model_manager
     from transformers.cli.serving.utils import Modality
@@ -120,13 +120,13 @@ def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTra
             return modality
 
     started = int(time.time())
-    # Some vision-language chat templates accept only lists of parts, which this modality gives them.
+    # Some vision-language chat templates accept only lists of parts, which this modality produces.
     modality = Modality.VLM if looks_at_images(model.base) else Modality.LLM
     model_manager.ModelManager = OneModel  # type: ignore[misc]
 
 
 def _refuse_all_but_text() -> None:
-    """Refuse images, sounds and files, which the server would silently drop."""
+    """Refuse images, audio and files, which the server would silently drop."""
     from fastapi import HTTPException
     from transformers.cli.serving.utils import BaseHandler, Modality
 

@@ -1,4 +1,4 @@
-"""Speech to transcribe: recordings read from a folder, with transcripts where there are any."""
+"""Reads recordings of speech from a folder, with their transcripts if there are any."""
 
 import hashlib
 import wave
@@ -15,17 +15,17 @@ from .progress import progress_once_slow
 
 INSTALL_HINT = "pip install 'hf-topk[speech]'"
 ENDINGS = (".wav", ".flac")
-SHORTEST = 0.1  # seconds of a piece: less holds no word
+SHORTEST = 0.1  # seconds of a piece; shorter ones contain no word
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A piece of speech that a model hears at once.
+    """A piece of speech that fits the model's input.
 
     Attributes:
-        file: number of the file that it is from.
+        file: index of its file.
         samples: mono, fp32 [n], from -1 to 1.
-        transcript: what is said; None where nobody has written it down.
+        transcript: its text; None if there is none.
     """
 
     file: int
@@ -34,15 +34,15 @@ class Recording:
 
 
 def read_speech(folder: str, rate: int, seconds: float) -> list[Recording]:
-    """Read .wav and .flac files, the transcript of NAME.wav from NAME.txt where there is such a file.
+    """Read .wav and .flac files; the transcript of NAME.wav is NAME.txt, if there is one.
 
     Args:
-        folder: one of such files, searched in depth and in sorted order, without hidden files; or one file.
-        rate: samples a second that the model hears.
-        seconds: the longest that it hears at once. Longer files are cut, and their transcripts left aside.
+        folder: of recordings, searched recursively and in sorted order, without hidden files; or a single file.
+        rate: the model's sampling rate, in Hz.
+        seconds: the model's longest input. Longer files are cut, and their transcripts ignored.
 
     Raises:
-        InputError: when there is no such folder, no file in it, or one of them cannot be read.
+        InputError: when there is no such folder, no recording in it, or a file cannot be read.
     """
     files, recordings = _files(folder), []
     with progress_once_slow("Reading speech", len(files), "files") as advance:
@@ -53,7 +53,7 @@ def read_speech(folder: str, rate: int, seconds: float) -> list[Recording]:
             recordings += [Recording(number, piece, transcript) for piece in pieces]
             advance()
     if not recordings:
-        raise InputError(f"the recordings in {folder} are all shorter than {SHORTEST} s: give speech")
+        raise InputError(f"the recordings in {folder} are all shorter than {SHORTEST} s: give longer ones")
     return recordings
 
 
@@ -83,7 +83,7 @@ def _files(folder: str) -> list[Path]:
 
 
 def _samples(file: Path) -> tuple[Any, int]:
-    """A file's samples, fp32 [n, channels], and how many a second has."""
+    """A file's samples, fp32 [n, channels], and its sampling rate in Hz."""
     if file.suffix.lower() == ".wav" and (plain := _plain_wave(file)) is not None:
         return plain
     try:
@@ -93,12 +93,12 @@ def _samples(file: Path) -> tuple[Any, int]:
     try:
         samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"{file} is damaged or no sound ({' '.join(str(error).split())}): copy it again") from error
+        raise InputError(f"{file} is not a valid recording ({' '.join(str(error).split())}): copy it again") from error
     return samples, rate
 
 
 def _plain_wave(file: Path) -> tuple[Any, int] | None:
-    """The same of a .wav file of 16 bits a sample, by Python's own library; None if it is another one."""
+    """Samples and rate of a 16-bit .wav file, read with Python's own library; None for other formats."""
     try:
         with wave.open(str(file), "rb") as sound:
             if sound.getsampwidth() != 2:
@@ -138,4 +138,4 @@ def _transcript(file: Path) -> str | None:
     try:
         return " ".join(beside.read_text(encoding="utf-8").split()) or None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the transcript {beside} cannot be read as UTF-8 text: mend or remove it") from error
+        raise InputError(f"the transcript {beside} cannot be read as UTF-8 text: fix or remove it") from error

@@ -1,4 +1,4 @@
-"""What an encoder-decoder writes, as windows: positions of its decoder, with what its encoder reads."""
+"""Windows of an encoder-decoder: the decoder's positions in a target, with the encoder's source."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -13,17 +13,17 @@ from .examples import Example, Source
 from .progress import progress
 from .windows import Window
 
-SOURCES_AT_ONCE = 16  # that a model writes of side by side
-ROOM_FOR_PROMPT = 8  # tokens that a decoder may begin with, such as the language and the task
+SOURCES_AT_ONCE = 16  # batch size when the model generates targets
+ROOM_FOR_PROMPT = 8  # tokens of the decoder's prompt, at most, such as language and task
 
 
 @dataclass(frozen=True)
 class TargetWindow(Window):
-    """What a decoder reads while it writes a target: its beginning, and the target's tokens but the last.
+    """The decoder's inputs for a target: its prompt, and the target's tokens but the last.
 
     Attributes:
-        source: what the target is written of.
-        first: the first position whose follower the model chose; those before it are given to it.
+        source: the encoder's input.
+        first: the first position whose next token the model chooses; that of earlier ones is fixed by the prompt.
         last_token: the target's last token, which follows the last position.
     """
 
@@ -33,29 +33,29 @@ class TargetWindow(Window):
 
     @property
     def positions(self) -> int:
-        """How many positions it has: where the model chooses."""
+        """Number of positions at which the model chooses the next token."""
         return len(self.token_ids) - self.first
 
     @property
     def length(self) -> int:
-        """How much of a pass it takes, in positions."""
+        """Size in a forward pass, in positions of encoder and decoder."""
         return len(self.token_ids) + self.source.length
 
     @property
     def followers(self) -> tuple[int, ...]:
-        """The token that follows each position."""
+        """The next token of each position."""
         return (*self.token_ids[self.first + 1 :], self.last_token)
 
 
 def inputs_of(windows: Sequence[Window], model: PreTrainedModel) -> tuple[dict[str, Tensor], Tensor]:
-    """What a model is called with to read windows in one pass, padded on the right.
+    """The model's arguments for one forward pass over windows, padded on the right.
 
     Args:
         windows: of one kind.
-        model: what is called, dense or converted.
+        model: dense or converted.
 
     Returns:
-        The arguments, token ids [B, T] int64 among them, and which positions are real, [B, T] bool.
+        The arguments, with token ids [B, T] int64, and a mask of the positions that count, [B, T] bool.
     """
     longest = max(len(window.token_ids) for window in windows)
     token_ids = torch.zeros(len(windows), longest, dtype=torch.long)
@@ -69,7 +69,7 @@ def inputs_of(windows: Sequence[Window], model: PreTrainedModel) -> tuple[dict[s
 
 
 def read(sources: Sequence[Source], model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a model is called with to read several sources of one kind side by side, in its number type."""
+    """The encoder's arguments for a batch of sources of one kind, on the model's device and in its dtype."""
     inputs = sources[0].together(sources)
     return {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
@@ -84,17 +84,17 @@ def write_targets(
     positions: int | None = None,
     run: Callable[..., Iterator[Any]] | None = None,
 ) -> list[TargetWindow | None]:
-    """Make windows of examples, and have the model write, greedily, the targets that are not given.
+    """Make windows of examples; the model generates missing targets greedily.
 
     Args:
-        model: the dense model, or a converted one.
-        examples: sources with targets or without.
+        model: dense or converted.
+        examples: sources with or without targets.
         window_length: tokens of a target, at most.
-        positions: how many are wanted; None takes all examples.
-        run: deals batches out to processes, as [`Processes.run`] does.
+        positions: number wanted; None takes all examples.
+        run: distributes batches to workers, as [`Processes.run`] does.
 
     Returns:
-        A window for each example, in their order, until there are enough; None where nothing is written.
+        A window per example, in order, until there are enough positions; None for an empty target.
     """
     batches = list(_batches(examples))
     calls = ((batch, window_length) for batch in batches)
@@ -111,7 +111,7 @@ def write_targets(
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples of one kind side by side: with targets, or without."""
+    """Batches of examples that either all have targets, or none."""
     batch: list[Example] = []
     for example in examples:
         if batch and (len(batch) == SOURCES_AT_ONCE or (batch[0].target_ids is None) != (example.target_ids is None)):
@@ -126,12 +126,15 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
 def windows_of_batch(
     model: PreTrainedModel, examples: Sequence[Example], window_length: int
 ) -> list[TargetWindow | None]:
-    """Windows of examples that all have targets, or none.
+    """Make windows of a batch.
 
     Args:
-        model: the dense model, or a converted one.
-        examples: sources side by side.
+        model: dense or converted.
+        examples: which all have targets, or none.
         window_length: tokens of a target, at most.
+
+    Returns:
+        A window per example; None for an empty target.
     """
     if examples[0].target_ids is None:
         rows = write(model, examples, window_length)
@@ -150,7 +153,7 @@ def windows_of_batch(
 
 
 def _beginning(model: Any, target_ids: tuple[int, ...]) -> tuple[int, ...]:
-    """What the decoder reads to write a target: its start, and all but the last token."""
+    """The decoder's inputs for a target: its start token, and all tokens but the last."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return tuple(model.prepare_decoder_input_ids_from_labels(torch.tensor([target_ids]))[0].tolist())
     return (model.generation_config.decoder_start_token_id, *target_ids[:-1])
@@ -159,22 +162,22 @@ def _beginning(model: Any, target_ids: tuple[int, ...]) -> tuple[int, ...]:
 def write(
     model: Any, examples: Sequence[Example], new_tokens: int, **choices: Any
 ) -> list[tuple[tuple[int, ...], int]]:
-    """What a model writes of sources side by side, greedily.
+    """Generate targets for a batch of sources, greedily.
 
     Args:
         model: dense or converted.
-        examples: sources, whose targets are not looked at.
-        new_tokens: to write at most.
-        **choices: further ones of `generate`.
+        examples: sources; their targets are ignored.
+        new_tokens: to generate, at most.
+        **choices: further arguments of `generate`.
 
     Returns:
-        For each source the decoder's token ids, prompt and all, up to the end, and the last position of the prompt.
+        For each source the decoder's token ids up to the end token, with the prompt, and the prompt's last position.
     """
     inputs = read([one.source for one in examples], model)
     prompt = _SeesPrompt()
     choices = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, **choices}
     if "force_unique_generate_call" in inspect.signature(_own_generate(model)).parameters:
-        choices["force_unique_generate_call"] = True  # else Whisper cuts its prompt off
+        choices["force_unique_generate_call"] = True  # otherwise Whisper removes its prompt
     written = model.generate(**inputs, **choices, logits_processor=LogitsProcessorList([prompt]))
     ends = model.generation_config.eos_token_id
     ends = {*ends} if isinstance(ends, list) else {ends}
@@ -186,12 +189,12 @@ def write(
 
 
 def _own_generate(model: Any) -> Callable[..., Any]:
-    """The `generate` that a model runs in the end: a converted one runs that of the dense model's class."""
+    """The `generate` that a model runs; a converted one runs that of the dense model's class."""
     return type(getattr(model, "base", model)).generate
 
 
 class _SeesPrompt(LogitsProcessor):
-    """Changes nothing, and keeps how many tokens the decoder began with."""
+    """Records the length of the decoder's prompt, and changes nothing."""
 
     length = 0
 

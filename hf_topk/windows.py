@@ -1,4 +1,4 @@
-"""Windows: documents cut into runs of tokens, each with the special tokens that begin a text."""
+"""Splits documents into windows: runs of tokens, each after the special tokens that begin a text."""
 
 import random
 import sys
@@ -20,10 +20,10 @@ from .progress import progress_once_slow
 WINDOW_LENGTH = 256  # tokens
 POSITIONS_AT_ONCE = 4096  # per forward pass of the dense model
 MIN_WINDOW_LENGTH = 2  # a single token predicts nothing
-CHARACTERS_PER_PIECE = 2**16  # tokenizers take some 200 bytes of RAM per character: never pass a whole book
+CHARACTERS_PER_PIECE = 2**16  # tokenizers need some 200 bytes of RAM per character, too much for a whole book
 PIECES_PER_BATCH = 16  # tokenised in parallel
 PROBE = "a"  # any text
-NO_TOKEN = -100  # as losses have it
+NO_TOKEN = -100  # the index that losses ignore
 
 
 @dataclass(frozen=True)
@@ -42,37 +42,37 @@ class Window:
 
     @property
     def positions(self) -> int:
-        """How many positions it has."""
+        """Number of positions."""
         return len(self.token_ids)
 
     @property
     def length(self) -> int:
-        """How much of a pass it takes, in positions."""
+        """Size in a forward pass, in positions."""
         return len(self.token_ids)
 
     @property
     def followers(self) -> tuple[int, ...]:
-        """The token that follows each position; `NO_TOKEN` after the last one, which predicts none of the run."""
+        """The next token of each position; `NO_TOKEN` for the last one."""
         return (*self.token_ids[1:], NO_TOKEN)
 
 
 def make_windows(
     documents: Sequence[Document], tokenizer: Tokenizer, window_length: int, max_positions: int | None, seed: int
 ) -> list[Window]:
-    """Tokenise documents and cut them into windows: all of them, or a random sample that covers the documents evenly.
+    """Tokenise documents and split them into windows: all, or a random selection that covers the documents evenly.
 
-    Every window begins with the special tokens that the tokenizer puts before a text, also in the middle of a
-    document, as models are trained with them; windows of a conversation begin as its chat template does. Tokens of the
-    document fill it up to `window_length`. The last window of a document is shorter, and dropped if it has a single
-    token. A sample takes a random window of each document, the documents in random order, then a second window of
-    each, and so on; the last window is cut to fit `max_positions`.
+    Every window begins with the special tokens that the tokenizer puts before a text, even in the middle of a document,
+    as models are trained with them; windows of a conversation begin as its chat template does. Tokens of the document
+    fill it up to `window_length`. The last window of a document may be shorter, and is dropped if it has a single
+    token. A selection takes a random window of each document, in random order of documents, then a second window of
+    each, and so on; its last window is cut to fit `max_positions`.
 
     Args:
         documents: texts and conversations.
         tokenizer: the model's tokenizer.
         window_length: tokens in a window, at least 2, and more than the special tokens that begin a text.
         max_positions: the most tokens in all windows, at least 2; None for no limit.
-        seed: of the random sample.
+        seed: of the random selection.
 
     Returns:
         The windows, in the order of the documents; at least one.
@@ -176,9 +176,7 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
     if isinstance(document, str):
         return document
     if isinstance(document, Pair):
-        raise InputError(
-            "the text has pairs of source and target, which are for models that translate: give plain text"
-        )
+        raise InputError("the text has pairs of source and target, which only translation models read: give plain text")
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:

@@ -123,7 +123,7 @@ def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "parts"), [(None, ("no recordings",)), (b"not a sound", ("damaged or no sound", "x.wav"))]
+    ("content", "parts"), [(None, ("no recordings",)), (b"not a sound", ("not a valid recording", "x.wav"))]
 )
 def test_what_is_no_speech_is_refused(
     converted: Path,
