@@ -1,4 +1,4 @@
-"""Uploads a converted model to the Hub: what can be refused first, then one commit, whole or not at all."""
+"""Uploads a converted model to the Hub: checks permissions first, then makes a single commit."""
 
 import dataclasses
 import shlex
@@ -28,8 +28,8 @@ from hf_topk.model.hub_card import CARD_FILE, named
 from .recipe import RECIPE_FILE, public_name
 from .source import open_source, read_json
 
-MAY_WRITE = ("write", "admin")  # roles of tokens that may write all that their owner may
-NOT_SPOKEN = (404, 405, 501)  # what servers answer that speak no more of the Hub's words than an upload needs
+MAY_WRITE = ("write", "admin")  # roles of tokens with all write permissions of their owner
+NOT_SPOKEN = (404, 405, 501)  # from servers that implement only the part of the Hub's API that uploads need
 CACHES = ("__pycache__",)
 TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
 WAYS_OUT = {
@@ -39,18 +39,18 @@ WAYS_OUT = {
 
 
 class UploadError(TopKExpertsError):
-    """An upload failed; the folder on this machine is whole, and the repository has all of it or nothing."""
+    """An upload failed; the local folder is complete, and the repository has all of it or nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Destination:
-    """Where on the Hub a converted model goes.
+    """The place on the Hub to upload a converted model to.
 
     Attributes:
-        repository: "owner/name", or the name alone for one of the user's own; it is made if there is none.
-        private: whether it is made private.
-        revision: the branch, which is made if there is none, or "refs/pr/NUMBER"; main if None.
-        create_pr: whether to open a pull request in place of committing.
+        repository: "owner/name", or only the name for one of the user's own; created if missing.
+        private: whether to create it as a private one.
+        revision: the branch, created if missing, or "refs/pr/NUMBER"; None for main.
+        create_pr: whether to open a pull request instead of committing to the branch.
     """
 
     repository: str
@@ -61,12 +61,12 @@ class Destination:
 
 @dataclasses.dataclass(frozen=True)
 class Uploaded:
-    """What an upload made.
+    """The commit of an upload.
 
     Attributes:
         repository: "owner/name".
         commit: its hash.
-        url: of the commit, or of the pull request.
+        url: of the commit or pull request.
     """
 
     repository: str
@@ -78,11 +78,11 @@ def push(folder: Path, destination: Destination) -> Uploaded:
     """Upload a converted model's folder.
 
     Args:
-        folder: as a conversion or `save_pretrained` has written it.
-        destination: where it goes.
+        folder: written by a conversion or `save_pretrained`.
+        destination: where to upload it.
 
     Raises:
-        InputError: when the folder holds no whole converted model, or the destination is refused.
+        InputError: when the folder is not a complete converted model, or the destination is refused.
         UploadError: when the upload fails.
     """
     _check_folder(folder)
@@ -90,13 +90,13 @@ def push(folder: Path, destination: Destination) -> Uploaded:
 
 
 def check_destination(destination: Destination) -> Destination:
-    """Refuse beforehand what the Hub would refuse in the end: login, name, permission, revision.
+    """Check login, name, permissions and revision before the conversion, which the Hub would refuse after it.
 
     Args:
-        destination: where a model is to go.
+        destination: where to upload a model.
 
     Returns:
-        The same, with the repository's owner named.
+        The destination, with the repository's owner.
 
     Raises:
         InputError: when it is refused, or the Hub cannot be reached.
@@ -112,7 +112,7 @@ def check_destination(destination: Destination) -> Destination:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"{name} is no name of a repository: write OWNER/NAME, as in me/gemma-topk") from error
+        raise InputError(f"{name} is not a valid repository name: write OWNER/NAME, as in me/gemma-topk") from error
     with _explained(f"cannot push to {name}", InputError):
         user = _who_asks(name)
         _check_token(user)
@@ -123,17 +123,17 @@ def check_destination(destination: Destination) -> Destination:
 
 
 def upload(folder: Path, destination: Destination) -> Uploaded:
-    """Upload a folder that was checked to a destination that was checked, in one commit.
+    """Upload a folder in one commit; folder and destination are checked already.
 
     Args:
-        folder: a converted model's.
-        destination: where it goes, with the repository's owner named.
+        folder: of a converted model.
+        destination: where to upload it, with the repository's owner.
 
     Raises:
-        UploadError: when it fails; the repository is as it was then, but for one or a branch that was made for it.
+        UploadError: when it fails; the repository's files are then unchanged, but it or a branch may have been created.
     """
     repository, api = destination.repository, _api()
-    again = f"{folder} is whole: push it again with `{_command(folder, destination)}`"
+    again = f"{folder} is complete: push it again with `{_command(folder, destination)}`"
     try:
         with _explained(f"the upload to {repository} failed", UploadError, f"; {again}"):
             files = _files(folder, repository)
@@ -175,27 +175,27 @@ def _check_folder(folder: Path) -> None:
 
 
 def _who_asks(name: str) -> dict[str, Any]:
-    """Whose the token is; empty where the server cannot tell, and the repository's name does without."""
+    """The token's user; empty if the server cannot tell and the repository's name has an owner."""
     try:
         return _api().whoami()
     except HfHubHTTPError as error:
         if error.response.status_code not in NOT_SPOKEN:
             raise
         if "/" not in name:
-            raise InputError(f"{constants.ENDPOINT} does not tell who you are: write OWNER/{name}") from error
+            raise InputError(f"{constants.ENDPOINT} does not tell the token's user: write OWNER/{name}") from error
         return {}
 
 
 def _check_token(user: dict[str, Any]) -> None:
     if _role(user) == "read":
         raise InputError(
-            f"the token of {user['name']} may only read: make one that may write at "
+            f"the token of {user['name']} is read-only: create one with write permission at "
             f"{constants.ENDPOINT}/settings/tokens, and log in with `hf auth login`"
         )
 
 
 def _role(user: dict[str, Any]) -> str | None:
-    """What a user's token may do, as far as the Hub says."""
+    """The role of a user's token; None if the Hub does not tell."""
     return user.get("auth", {}).get("accessToken", {}).get("role")
 
 
@@ -211,7 +211,7 @@ def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
         return
     if destination.private and found.private is False:
         raise InputError(
-            f"{name} is there and public: make it private at {constants.ENDPOINT}/{name}/settings, choose another "
+            f"{name} exists and is public: make it private at {constants.ENDPOINT}/{name}/settings, choose another "
             "name, or leave out --private"
         )
     if _is_pull_request(destination.revision):
@@ -221,7 +221,7 @@ def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
 
 
 def _is_pull_request(revision: str | None) -> bool:
-    """Whether a revision is a pull request that is there, to which who opened it may write."""
+    """Whether a revision is an existing pull request; its author may write to it."""
     return revision is not None and revision.startswith("refs/")
 
 
@@ -229,7 +229,7 @@ def _check_new_repository(destination: Destination, user: dict[str, Any]) -> Non
     name = destination.repository
     if destination.create_pr or _is_pull_request(destination.revision):
         raise InputError(
-            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be made "
+            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be opened "
             "there: check the name, or push without --create-pr"
         )
     if _role(user) not in MAY_WRITE:
@@ -237,8 +237,8 @@ def _check_new_repository(destination: Destination, user: dict[str, Any]) -> Non
     owner, _, rest = name.partition("/")
     if owner not in (user["name"], *(organization["name"] for organization in user.get("orgs", []))):
         raise InputError(
-            f"{user['name']} cannot make a repository for {owner}: push to {user['name']}/{rest}, or log in as "
-            "somebody else with `hf auth login`"
+            f"{user['name']} cannot create a repository for {owner}: push to {user['name']}/{rest}, or log in as "
+            "another user with `hf auth login`"
         )
 
 
@@ -248,7 +248,7 @@ def _check_may_write(name: str, user: dict[str, Any]) -> None:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in NOT_SPOKEN and not isinstance(error, RepositoryNotFoundError):
-            return  # a server that cannot tell beforehand
+            return  # this server cannot check permissions
         if status in (401, 403, 404):
             own = f"{user['name']}/{name.rpartition('/')[2]}" if user else "a repository of your own"
             raise InputError(
@@ -259,7 +259,7 @@ def _check_may_write(name: str, user: dict[str, Any]) -> None:
 
 
 def _files(folder: Path, repository: str) -> list[CommitOperationAdd]:
-    """What belongs to a model: neither hidden files, which caches and work folders are, nor byte code."""
+    """The files to upload: all but hidden files, such as caches and work folders, and byte code."""
     files = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
@@ -270,18 +270,18 @@ def _files(folder: Path, repository: str) -> list[CommitOperationAdd]:
 
 
 def _for_the_hub(path: Path, repository: str) -> bytes | None:
-    """A file as it is uploaded, if that is other than it lies here: names that hold on the Hub, too."""
+    """The content to upload where it differs from the file: local names are replaced by public ones."""
     if path.name == CARD_FILE:
         return named(path.read_text(encoding="utf-8"), repository).encode()
     if path.name == RECIPE_FILE:
-        with suppress(yaml.YAMLError, KeyError, TypeError):  # somebody's own file
+        with suppress(yaml.YAMLError, KeyError, TypeError):  # another file of that name
             choices = yaml.safe_load(path.read_text(encoding="utf-8"))
             return yaml.safe_dump({**choices, "text": public_name(choices["text"])}, sort_keys=False).encode()
     return None
 
 
 def _command(folder: Path, destination: Destination) -> str:
-    """What to type to upload a folder."""
+    """The command that uploads a folder."""
     options = ["--private"] if destination.private else []
     options += ["--revision", destination.revision] if destination.revision else []
     options += ["--create-pr"] if destination.create_pr else []
@@ -290,7 +290,7 @@ def _command(folder: Path, destination: Destination) -> str:
 
 @contextmanager
 def _explained(what: str, kind: type[TopKExpertsError], ending: str = "") -> Iterator[None]:
-    """Turns the client's errors into one line each."""
+    """Raise the client's errors as one-line errors of the given class."""
     try:
         yield
     except TopKExpertsError:
@@ -300,11 +300,11 @@ def _explained(what: str, kind: type[TopKExpertsError], ending: str = "") -> Ite
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, and the way out."""
+    """The cause of an error, and the way out."""
     while not isinstance(error, HTTPError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, LocalTokenNotFoundError):
-        return f"nobody is logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
+        return f"you are not logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         said = f" ({' '.join(error.server_message.split())[:LONGEST_REASON]})" if error.server_message else ""
@@ -312,6 +312,6 @@ def _reason(error: BaseException) -> str:
         way_out = WAYS_OUT.get(status, "wait a while, and try again" if is_passing else "check the names")
         return f"the Hub answered {status}{said}: {way_out}"
     if isinstance(error, HTTPError):
-        kind = type(error).__name__  # its message may hold headers, and so the token
+        kind = type(error).__name__  # not the message, which may contain headers with the token
         return f"{constants.ENDPOINT} cannot be reached ({kind}): check the network, HF_ENDPOINT and HF_TOKEN"
     return one_line(error)

@@ -1,1 +1,1 @@
-"""The bundled dense model, and the main job run on it."""
+"""The bundled dense model, and the demo that runs on it."""

@@ -1,4 +1,4 @@
-"""The main job on the bundled model: convert, evaluate, load in a new process, generate; and speed where it pays."""
+"""The demo: converts, evaluates and reloads the bundled model, and measures speed on a larger one."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ from ..run import convert_checkpoint
 TEXT = Path(__file__).parent / "kwaidan.txt"
 PROMPT = "The old man looked at the sea and said"
 NEW_TOKENS = 48
-SHAPE, ROUNDS = "gemma-3-270m", 2  # whose speed is shown, and of how many rounds
+SHAPE, ROUNDS = "gemma-3-270m", 2  # of the speed measurement
 GENERATE_BOTH = """
 import json, sys
 import hf_topk
@@ -48,9 +48,9 @@ print(json.dumps(texts))
 
 
 def run_demo() -> None:
-    """Run the main job in a temporary folder and print two tables and two texts on standard output.
+    """Run the demo in a temporary folder, and print two tables and two texts to standard output.
 
-    The bundled model's head is too small for anything to be won there, so speed is shown of a published model's shape.
+    The bundled model's head is too small for a speed-up, so speed is measured on the shape of a published model.
 
     Raises:
         TopKExpertsError: when the new process fails.
@@ -78,17 +78,15 @@ def _generate_in_a_new_process(directory: str) -> dict[str, str]:
 
 @torch.inference_mode()
 def _tokens_a_second() -> dict[str, Spread]:
-    """Greedy decoding with random weights, by head."""
+    """Speed of greedy decoding with random weights, by head."""
     dtype = faster_dtype(torch.bfloat16, torch.device("cpu"))
     models = Competitors.of(convert_at_random(random_model(SHAPE, dtype)))
     return Decoding(models, ROUNDS).greedy()
 
 
 def _show_bundled(fidelity: Fidelity, texts: dict[str, str]) -> None:
-    table = _table(
-        f"The bundled model on {fidelity.positions:,} positions of a book it has not seen", "dense", "sparse"
-    )
-    table.add_row("agreement", "100 %", f"{100 * fidelity.agreement:.2f} %")
+    table = _table(f"The bundled model on {fidelity.positions:,} positions of an unseen book", "dense", "sparse")
+    table.add_row("top-1 agreement", "100 %", f"{100 * fidelity.agreement:.2f} %")
     table.add_row("perplexity", f"{fidelity.perplexity_dense:.2f}", f"{fidelity.perplexity_sparse:.2f}")
     table.add_row("bytes of the head read", "100 %", f"{100 * fidelity.bytes_read:.1f} %")
     console = Console()
@@ -101,14 +99,14 @@ def _show_speed(speed: dict[str, Spread]) -> None:
     heads = ("dense", "sparse", "lossless")
     table = _table(f"Speed of {SHAPE}, with random weights and {torch.get_num_threads()} threads", *heads)
     medians = [speed[head].median for head in heads]
-    table.add_row("tokens a second", *(f"{median:.1f}" for median in medians))
-    table.add_row("milliseconds a token", *(f"{1000 / median:.1f}" for median in medians))
+    table.add_row("tokens/s", *(f"{median:.1f}" for median in medians))
+    table.add_row("ms/token", *(f"{1000 / median:.1f}" for median in medians))
     console = Console()
     console.print()
     console.print(table)
     console.print(
-        f"Without a head it would write {speed['no_head'].median:.1f} tokens a second. Where a head is too small for a "
-        "gain, as the bundled model's is, head mode auto runs the dense one.",
+        f"Without a head the speed would be {speed['no_head'].median:.1f} tokens/s. Where the sparse head is not "
+        "faster, as in the bundled model, head mode auto runs the dense one.",
         highlight=False,
     )
 

@@ -52,7 +52,7 @@ def test_an_upload_that_fails_can_be_repeated(fault: Fault, part: str, run: Run,
     assert len(lines) == 1, done.err
     assert lines[0].startswith("hf-topk: the upload to me/x failed: ")
     assert part in lines[0]
-    assert "out is whole" in lines[0]
+    assert "out is complete" in lines[0]
     assert contents(here) == before
     assert all(set(commit.files) == {".gitattributes"} for commit in hub.repositories["me/x"].revisions.values())
     hub.faults.clear()
@@ -86,7 +86,7 @@ def test_an_interrupted_upload_says_how_to_go_on(run: Run) -> None:
     done = run(*PUSH, script=INTERRUPTED)
     assert done.code == 130
     assert done.err == (
-        "hf-topk: the upload to me/x was interrupted; out is whole: push it again with `hf-topk push out me/x`\n"
+        "hf-topk: the upload to me/x was interrupted; out is complete: push it again with `hf-topk push out me/x`\n"
     )
     assert repeats(done, run).code == 0
 
@@ -99,15 +99,15 @@ def is_there(hub: Hub, **choices: Any) -> None:
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[str, ...]]] = {
-    "nobody": (PUSH, lambda hub: None, "", ("nobody is logged in", "hf auth login", "HF_TOKEN")),
+    "nobody": (PUSH, lambda hub: None, "", ("you are not logged in", "hf auth login", "HF_TOKEN")),
     "unknown token": (PUSH, lambda hub: hub.users.clear(), TOKEN, ("the Hub answered 401", "HF_TOKEN")),
     "read token": (
         PUSH,
         lambda hub: hub.add_user(TOKEN, "me", role="read"),
         TOKEN,
-        ("may only read", "settings/tokens"),
+        ("is read-only", "settings/tokens"),
     ),
-    "another's name": (("push", "out", "them/x"), is_there, TOKEN, ("cannot make a repository for them", "me/x")),
+    "another's name": (("push", "out", "them/x"), is_there, TOKEN, ("cannot create a repository for them", "me/x")),
     "another's": (
         ("push", "out", "them/x"),
         lambda hub: hub.repositories.update({"them/x": Repository()}),
@@ -118,18 +118,18 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         ("push", "out", "them/x"),
         lambda hub: hub.repositories.update({"them/x": Repository(private=True)}),
         TOKEN,
-        ("cannot make a repository for them",),
+        ("cannot create a repository for them",),
     ),
     "no pull request": ((*PUSH, "--create-pr"), lambda hub: None, TOKEN, ("there is no repository me/x",)),
-    "public": ((*PUSH, "--private"), is_there, TOKEN, ("me/x is there and public", "settings", "--private")),
+    "public": ((*PUSH, "--private"), is_there, TOKEN, ("me/x exists and is public", "settings", "--private")),
     "no revision": ((*PUSH, "--revision", "refs/pr/9"), is_there, TOKEN, ("the Hub answered 404", "check the names")),
     "both": ((*PUSH, "--revision", "a", "--create-pr"), lambda hub: None, TOKEN, ("leave out --revision",)),
-    "no name": (("push", "out", "a/b/c"), lambda hub: None, TOKEN, ("a/b/c is no name of a repository", "OWNER/NAME")),
+    "no name": (("push", "out", "a/b/c"), lambda hub: None, TOKEN, ("a/b/c is not a valid repository", "OWNER/NAME")),
     "whose": (
         ("push", "out", "x"),
         lambda hub: hub.faults.append(Fault("GET", "/whoami", 404)),
         TOKEN,
-        ("does not tell who you are", "write OWNER/x"),
+        ("does not tell the token's user", "write OWNER/x"),
     ),
     "whoever's": (
         ("push", "out", "them/x"),
@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         ("convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", "them/x"),
         lambda hub: None,
         TOKEN,
-        ("cannot make a repository for them",),
+        ("cannot create a repository for them",),
     ),
     "no destination": (
         ("convert", "model", "new", "--recipe", "recipe.yaml", "--private"),
