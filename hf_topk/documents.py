@@ -170,7 +170,7 @@ def _files_below(folder: Path) -> list[Path]:
     if not files:
         raise InputError(
             f"The folder {folder} has no readable text file: {SUPPORTED}; hidden files are skipped, and .json and .csv "
-            "files, which have to be given by name"
+            "files must be given by name"
         )
     return sorted(files)
 

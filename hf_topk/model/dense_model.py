@@ -245,8 +245,8 @@ class DensePartsMixin(OwnGenerateMixin):
         forms = ["in floats" if f"{router}.rows" in tensors else "packed" for tensors in (own, renamed)]
         if f"{router}.bias" in renamed and forms[0] != forms[1]:
             raise InputError(
-                f"the router is {forms[0]} in the model and {forms[1]} in the checkpoint: what was saved inside "
-                "`joint_training` is loaded inside it, and what was saved outside, outside"
+                f"the router is {forms[0]} in the model and {forms[1]} in the checkpoint: load it inside "
+                "`joint_training` if it was saved inside, and outside otherwise"
             )
         return cast(Any, super()).load_state_dict(renamed, strict=strict, assign=assign)
 

@@ -149,7 +149,7 @@ class _JointLoss:
         is_trained = model.training and torch.is_grad_enabled()
         if is_trained and getattr(model, "_is_replica", False):  # the threads of replicas would mix up hidden states
             raise InputError(
-                "joint training does not run in nn.DataParallel, which trainers use if they see several GPUs: start "
+                "joint training does not support nn.DataParallel, which trainers use with several visible GPUs: start "
                 "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
         if hidden is None or not is_trained:
@@ -161,8 +161,8 @@ class _JointLoss:
         has_loss = log_probs is not None or getattr(output, "loss", None) is not None
         if labels is None or not has_loss or not isinstance(output, ModelOutput):
             raise InputError(
-                "joint training adds to the model's own loss, and there is none: pass labels by name, and leave out "
-                "return_dict=False, label_smoothing_factor and compute_loss_func"
+                "joint training needs a loss in the model's output, and there is none: pass labels by name, and do not "
+                "set return_dict=False, label_smoothing_factor or compute_loss_func"
             )
         if not is_shifted:
             hidden, labels = hidden[:, :-1], labels[:, 1:]

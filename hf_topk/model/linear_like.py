@@ -27,13 +27,13 @@ def as_linear(layer: nn.Module, head: nn.Linear) -> nn.Linear:
     name, hidden_size = type(layer).__name__, head.in_features
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
-        raise InputError(f"this {name} has no `weight`, whose rows experts are made of: set a linear layer as the head")
+        raise InputError(f"this {name} has no `weight` to take the experts' rows from: set a linear layer as the head")
     if not (isinstance(layer, nn.Linear) and _is_plain(layer)):
         return _read_out(layer, head)
     if weight.shape[1] != hidden_size:
         raise InputError(
-            f"this {name} has rows of {weight.shape[1]} numbers, and hidden states have {hidden_size}: set a linear "
-            "layer of that size as the head"
+            f"this {name} has {weight.shape[1]} inputs, but hidden states have size {hidden_size}: set a linear layer "
+            "with as many inputs as the head"
         )
     return layer
 
@@ -55,11 +55,11 @@ def _read_out(layer: nn.Module, head: nn.Linear) -> nn.Linear:
         is_linear = _are_close(logits, nn.functional.linear(probe, rows, bias[0]))
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise InputError(
-            f"this {name} makes no logits of hidden states of {size} numbers ({one_line(error)}): "
+            f"this {name} cannot compute logits from hidden states of size {size} ({one_line(error)}): "
             "set a linear layer as the head"
         ) from error
     if not is_linear:
-        raise InputError(f"this {name} does not compute W h + b, as experts do: set a linear layer as the head")
+        raise InputError(f"this {name} does not compute W h + b: set a linear layer as the head")
     plain = nn.Linear(size, len(rows), bias=getattr(layer, "bias", None) is not None, **like)
     plain.weight.copy_(rows)
     if plain.bias is not None:

@@ -36,10 +36,10 @@ def check_whole(head: nn.Linear) -> None:
     if is_split or tuple(weight.shape) != (head.out_features, head.in_features):
         here = cast(Any, weight).to_local().shape if is_split else weight.shape
         raise InputError(
-            f"the head's weight is spread over processes, and this one has {list(here)} of its "
-            f"{[head.out_features, head.in_features]} numbers here: leave the head, and input embeddings tied to it, "
-            "out of the tensor-parallel plan and of what is sharded by itself, call the model and not its head, or use "
-            "ZeRO stage 2"
+            f"the head's weight is sharded over processes, and this one has a part of shape {list(here)} of "
+            f"{[head.out_features, head.in_features]}: exclude the head, and input embeddings tied to it, from the "
+            "tensor-parallel plan and from modules that are sharded separately, call the model and not its head, or "
+            "use ZeRO stage 2"
         )
 
 

@@ -281,7 +281,7 @@ def test_refuses_weights_that_train_nothing(coefs: tuple[float, float]) -> None:
 @pytest.mark.parametrize("given", [{}, {"labels": IDS, "return_dict": False}])
 def test_refuses_a_model_without_a_loss(given: dict[str, Any]) -> None:
     model = converted()
-    with model.joint_training(), pytest.raises(InputError, match="the model's own loss"):
+    with model.joint_training(), pytest.raises(InputError, match="needs a loss in the model's output"):
         model(input_ids=IDS, **given)
     assert loss_of(model).isfinite()
 
@@ -321,7 +321,7 @@ def test_loads_a_checkpoint_s_tensors_as_trainers_do(tmp_path: Path) -> None:
 def test_refuses_a_router_in_the_other_form() -> None:
     """As trainers would load it that resume outside of the context what was saved inside, or the other way round."""
     floats, packed = converted(), pack_router_of(converted())
-    with pytest.raises(InputError, match="in floats in the model and packed in the checkpoint: what was saved inside"):
+    with pytest.raises(InputError, match="in floats in the model and packed in the checkpoint: load it inside"):
         floats.load_state_dict(packed.state_dict(), strict=False)
     names = {name.removeprefix("base."): tensor for name, tensor in floats.state_dict().items()}
     with pytest.raises(InputError, match="packed in the model and in floats in the checkpoint"):
