@@ -1,1 +1,1 @@
-"""What a converted model is made of: a saved model carries a copy of all of this, and loads without the package."""
+"""The code of a converted model. A saved model has a copy of these files, and loads without the package."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import cache_utils as layers
 
-# By exact type: a class derived from one of these may keep more.
+# By exact type: a subclass may keep other states.
 WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
 KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .whole_head import is_one_of_several
 
-MOST_POSITIONS = 64  # with more, the dense head is bound by arithmetic
+MOST_POSITIONS = 64  # with more, the dense head is compute-bound
 FIRST_GUESS = 4  # positions up to which it counts as faster where it cannot be measured
 ROUNDS, SECONDS = 5, 0.2  # limits of a measurement, which takes at least two rounds
 WORTH_IT = 0.95  # of the dense head's time; a smaller gain is noise

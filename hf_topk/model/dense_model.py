@@ -222,7 +222,7 @@ class DensePartsMixin(OwnGenerateMixin):
         return self.base.get_decoder()
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        """Replace the dense model without its head."""
+        """Replace the decoder, which is the dense model without its head."""
         self.base.set_decoder(decoder)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

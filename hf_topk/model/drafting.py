@@ -14,7 +14,7 @@ from .cache_rollback import RollBack
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
 
-MOST_POSITIONS = 128  # of all rows, in a block; beyond this the dense product is no longer bound by memory bandwidth
+MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 # Drafting stops where more of the probability lies outside the scored tokens: such draft tokens are often rejected, and
 # all that follow a rejected one are lost.
 DOUBTFUL_SHARE = 0.6
@@ -63,7 +63,7 @@ class DraftingHead:
 
     @property
     def drafted(self) -> int:
-        """Positions seen so far."""
+        """Number of positions so far."""
         return len(self._states)
 
     def __call__(self, hidden: Tensor) -> Tensor:

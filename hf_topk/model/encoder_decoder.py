@@ -44,7 +44,7 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Run the dense model with the swapped head; arguments and outputs are the dense model's own.
+        """Run the dense model with the replaced head; arguments and outputs are the dense model's.
 
         Args:
             input_ids: token ids of the source, [B, T].

@@ -1,4 +1,4 @@
-"""The inner loops of the sparse head, as plain torch: exact logits of gathered rows, and products of few bits."""
+"""The inner loops of the sparse head in plain torch: exact logits of gathered rows, and products of packed rows."""
 
 from importlib.util import find_spec
 
@@ -36,7 +36,7 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         from .triton_kernels import gather_dot as on_triton
 
         return on_triton(hidden, weight, bias, rows)
-    if torch.compiler.is_compiling():  # one loop, in which no row is copied
+    if torch.compiler.is_compiling():  # fused into one loop without a copy of the rows
         logits = (F.embedding(rows, weight).float() * hidden.float().unsqueeze(1)).sum(dim=-1).to(hidden.dtype)
         return logits if bias is None else logits + bias[rows]
     if len(hidden) == 1:

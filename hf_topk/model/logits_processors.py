@@ -21,7 +21,7 @@ class SelectingTopPLogitsWarper(TopPLogitsWarper):
     """
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Set the scores [B, V] of the tokens outside of the nucleus to `filter_value`."""
+        """Set the scores [B, V] of the tokens outside the nucleus to `filter_value`."""
         if scores.device.type != "cpu":
             return super().__call__(input_ids, scores)
         probabilities = scores.softmax(dim=-1)

@@ -245,7 +245,7 @@ class Candidates:
         return self._tokens(self._logits.argmax(dim=-1, keepdim=True))
 
     def drawn(self) -> Tensor:
-        """A token at random, [B]."""
+        """Sample a token per row, [B]."""
         if self._are_others_out:
             return self._tokens(draw(self._logits))
         count = self._logits.shape[1]

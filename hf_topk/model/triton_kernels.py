@@ -1,4 +1,4 @@
-"""The inner loops of the sparse head on CUDA, in Triton; their plain references are in `kernels.py`."""
+"""The inner loops of the sparse head in Triton, for CUDA; the reference implementations are in `kernels.py`."""
 
 from contextlib import AbstractContextManager, nullcontext
 
