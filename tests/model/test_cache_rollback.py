@@ -155,7 +155,7 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "of a class derived": (of_other_class, "its OtherCache cannot be rolled back"),
     "encoder-decoder": (
         lambda: EncoderDecoderCache(with_prompt(cache_of("dynamic")), with_prompt(cache_of("dynamic"))),
-        "there is no KV cache",
+        "its EncoderDecoderCache cannot be rolled back",
     ),
     "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be rolled back"),
     "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be rolled back"),
