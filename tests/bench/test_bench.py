@@ -27,6 +27,8 @@ from hf_topk.bench.timing import Spread, TokenClock, interleaved
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.model.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 HEAD_KEYS = {f"{name}_ms" for name in ("dense", "int8", "flashhead", "hnsw", "sparse", "lossless")}
 E2E_KEYS = {f"{name}_tok_s" for name in ("dense", "sparse", "lossless", "no_head")}
 

@@ -17,6 +17,8 @@ from hf_topk.convert import Recipe, convert_checkpoint, processes
 from hf_topk.convert.steps import hidden_states
 from hf_topk.model.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ACCELERATE = (
     "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
     "--mixed_precision no --dynamo_backend no"

@@ -11,6 +11,8 @@ from support.command_line import contents
 from hub.fixtures import TOKEN, Done, Run
 from hub.server import Fault, Hub, Repository
 
+pytestmark = pytest.mark.slow
+
 PUSH = ("push", "out", "me/x")
 INTERRUPTED = """
 import hf_topk.convert.hub

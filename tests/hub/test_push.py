@@ -52,6 +52,7 @@ def snippets_of(card: bytes) -> set[str]:
 # There and back
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("login")
 def test_converts_pushes_and_loads_with_and_without_the_package(
     run: Run, hub: Hub, here: Path, home: Path, tmp_path: Path

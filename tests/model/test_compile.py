@@ -10,6 +10,8 @@ from transformers import CompileConfig
 
 from hf_topk import TopKExpertsForCausalLM
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 

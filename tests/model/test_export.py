@@ -14,6 +14,8 @@ from transformers.integrations.executorch import (
 
 from hf_topk import TopKExpertsForCausalLM
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 17, 42, 8, 23]])
 ROUNDED = {"rtol": 2e-2, "atol": 6e-2}  # estimates, which eager code rounds to bfloat16
 MODELS: dict[str, dict[str, Any]] = {

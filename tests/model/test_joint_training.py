@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from hf_topk import InputError, TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.model.joint_training import dense_masses
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(2, 98, (3, 12), generator=torch.Generator().manual_seed(7))
 LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(8)) < 0.3, -100)
 

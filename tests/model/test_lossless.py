@@ -340,6 +340,7 @@ def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
     return block.served < len(block.block.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("experts", "is_broken"), [(4, False), (6, False), (4, True)], ids=["some wrong", "all right", "wrongly accepted"]
 )

@@ -47,6 +47,7 @@ def calls(kind: type[Tensor] = Tensor, dtype: torch.dtype = torch.bfloat16) -> d
 # The kernels
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     """In a process of its own: see the file that it runs."""
@@ -205,6 +206,7 @@ print(*traced)
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_launches_are_traced_into_one_graph() -> None:
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, check=False)

@@ -12,6 +12,8 @@ from hf_topk.convert.steps.hidden_states import tapped_head
 from hf_topk.model.errors import InputError
 from studies import at_size
 
+pytestmark = pytest.mark.slow
+
 VOCAB_SIZE, HIDDEN_SIZE = 500, 48
 
 
