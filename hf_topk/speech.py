@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .model.errors import InputError
+from .model.errors import InputError, one_line
 from .progress import progress_once_slow
 
 INSTALL_HINT = "pip install 'hf-topk[speech]'"
@@ -93,7 +93,7 @@ def _samples(file: Path) -> tuple[Any, int]:
     try:
         samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"{file} is not a valid recording ({' '.join(str(error).split())}): copy it again") from error
+        raise InputError(f"{file} is not a valid recording ({one_line(error)}): copy it again") from error
     return samples, rate
 
 

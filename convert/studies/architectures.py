@@ -9,8 +9,8 @@ import json
 import multiprocessing
 import random
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -43,11 +43,11 @@ from transformers.utils import logging
 from hf_topk.cli import main
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.run import convert_checkpoint
-from hf_topk.model import drafting
 from hf_topk.model.cache_rollback import why_not_rolled_back
 from hf_topk.model.errors import InputError, TopKExpertsError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
+from studies.checks import are_close, check, every_draft
 from studies.encoder_decoders import check_encoder_decoder, tiny_encoder_decoder
 from studies.tiny_models import FIRST_OTHER_ID, PADDING, PROBE, VOCAB_SIZE, tiny_model
 
@@ -139,18 +139,18 @@ def check_conversion(dense: PreTrainedModel, folder: Path) -> None:
     converted.head_mode = "sparse"
     converted.save_pretrained(folder / "again")
     again = _load(folder / "again", AutoModelForCausalLM)
-    _check(_are_close(_logits(again), _logits(converted)), "saved and loaded again it gives different logits")
-    _check(_is_tied(converted) == _is_tied(again) == is_tied, "its embeddings are tied differently")
+    check(are_close(_logits(again), _logits(converted)), "saved and loaded again it gives different logits")
+    check(_is_tied(converted) == _is_tied(again) == is_tied, "its embeddings are tied differently")
     for one in (folder / "converted", folder / "again"):
         config = AutoConfig.from_pretrained(one).text_config
-        _check(
-            _are_close(_logits(_load(one, type(dense), config=config)), expected),
+        check(
+            are_close(_logits(_load(one, type(dense), config=config)), expected),
             "loaded as the dense model it gives different logits",
         )
     converted.head.num_experts_per_tok = converted.head.num_experts
-    _check(_are_close(_logits(converted), expected), "with all experts its logits are not the dense model's")
+    check(are_close(_logits(converted), expected), "with all experts its logits are not the dense model's")
     text = _text(dense)
-    _check(_text(converted) == text, "with all experts its text is not the dense model's")
+    check(_text(converted) == text, "with all experts its text is not the dense model's")
     _check_lossless(converted, text)
 
 
@@ -174,22 +174,12 @@ def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
 def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) -> None:
     """Check that lossless decoding drafts wherever the cache can be rolled back, and gives the dense model's tokens."""
     converted.head.num_experts_per_tok = converted.head.num_experts // 2
-    with _every_draft():
+    with every_draft():
         written = _continued(converted, lossless=True, return_dict_in_generate=True)
-    _check(written.sequences.tolist() == text, "its lossless text is not the dense model's")
+    check(written.sequences.tolist() == text, "its lossless text is not the dense model's")
     stats, cache = converted.last_generation_stats, written.get("past_key_values")
     has_drafted = stats is not None and stats.drafted > 0
-    _check(has_drafted or why_not_rolled_back(cache) is not None, "its lossless text is not drafted")
-
-
-@contextmanager
-def _every_draft() -> Iterator[None]:
-    """Let lossless decoding draft where the router is unsure, too, as a tiny model's router always is."""
-    before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
-    try:
-        yield
-    finally:
-        drafting.DOUBTFUL_SHARE = before
+    check(has_drafted or why_not_rolled_back(cache) is not None, "its lossless text is not drafted")
 
 
 def _load(folder: Path, loader: Any, **choices: Any) -> Any:
@@ -197,7 +187,7 @@ def _load(folder: Path, loader: Any, **choices: Any) -> Any:
     wrong = found["missing_keys"] or found["mismatched_keys"]
     if isinstance(model, TopKExpertsForCausalLM):
         wrong = wrong or found["unexpected_keys"]
-    _check(not wrong, f"a tensor is not loaded: {min(map(str, wrong), default='')}")
+    check(not wrong, f"a tensor is not loaded: {min(map(str, wrong), default='')}")
     return model
 
 
@@ -220,15 +210,6 @@ def _continued(model: Any, **choices: Any) -> Any:
 def _is_tied(model: PreTrainedModel) -> bool:
     head: Any = model.get_output_embeddings()
     return head is not None and model.get_input_embeddings().weight is head.weight
-
-
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-
-
-def _check(is_right: bool, what_else: str) -> None:
-    if not is_right:
-        raise TopKExpertsError(what_else)
 
 
 def try_type(kind: Kind, model_type: str) -> Result:

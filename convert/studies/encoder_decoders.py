@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.convert import Recipe, convert
-from hf_topk.model import drafting
 from hf_topk.model.cache_rollback import why_not_rolled_back
-from hf_topk.model.errors import InputError, TopKExpertsError
+from hf_topk.model.errors import InputError
 from hf_topk.targets import TargetWindow
+from studies.checks import are_close, check, every_draft
 from studies.tiny_models import FIRST_OTHER_ID, LOGIT_DEVIATION, PADDING, VOCAB_SIZE, tiny_config, tiny_model
 
 NEW_TOKENS = 12
@@ -120,23 +120,20 @@ def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) 
     model = auto_class.from_pretrained(folder)
     model.head_mode = "sparse"
     as_dense = auto_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder).text_config)
-    _check(_are_close(_logits(as_dense, inputs), expected), "as dense model it gives others")
+    check(are_close(_logits(as_dense, inputs), expected), "as dense model it gives others")
     model.num_experts_per_tok = model.head.num_experts
-    _check(_are_close(_logits(model, inputs), expected), "with all experts its logits are not the dense model's")
-    _check(_text(model, inputs) == text, "with all experts its text is not the dense model's")
+    check(are_close(_logits(model, inputs), expected), "with all experts its logits are not the dense model's")
+    check(_text(model, inputs) == text, "with all experts its text is not the dense model's")
     beams = _text(dense, inputs, num_beams=2)
-    _check(_text(model, inputs, num_beams=2) == beams, "with all experts its beams are not the dense model's")
+    check(_text(model, inputs, num_beams=2) == beams, "with all experts its beams are not the dense model's")
     model.num_experts_per_tok = model.head.num_experts // 2
-    before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
-    try:
+    with every_draft():
         written = _generated(model, inputs, lossless=True, return_dict_in_generate=True)
-    finally:
-        drafting.DOUBTFUL_SHARE = before
     sequences = written["sequences"] if isinstance(written, dict) else written.sequences
-    _check(sequences.tolist() == text, "its lossless text is not the dense model's")
+    check(sequences.tolist() == text, "its lossless text is not the dense model's")
     stats, cache = model.last_generation_stats, written.get("past_key_values")
     has_drafted = stats is not None and stats.drafted > 0
-    _check(has_drafted or why_not_rolled_back(cache, has_encoder=True) is not None, "its lossless text is not drafted")
+    check(has_drafted or why_not_rolled_back(cache, has_encoder=True) is not None, "its lossless text is not drafted")
 
 
 def _windows(inputs: dict[str, Tensor]) -> list[Any]:
@@ -162,12 +159,3 @@ def _text(model: Any, inputs: dict[str, Tensor], **choices: Any) -> list[list[in
     written = _generated(model, inputs, return_dict_in_generate=True, **choices)
     tokens: list[list[int]] = written["sequences"].tolist()
     return tokens
-
-
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
-
-
-def _check(is_right: bool, what_else: str) -> None:
-    if not is_right:
-        raise TopKExpertsError(what_else)
