@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         ("push", "out", "them/x"),
         lambda hub: hub.repositories.update({"them/x": Repository()}),
         TOKEN,
-        ("me may not write to them/x", "--create-pr", "me/x"),
+        ("the Hub answered 403", "--create-pr"),
     ),
     "another's private": (
         ("push", "out", "them/x"),
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         TOKEN,
         ("cannot create a repository for them",),
     ),
-    "no pull request": ((*PUSH, "--create-pr"), lambda hub: None, TOKEN, ("there is no repository me/x",)),
+    "no pull request": ((*PUSH, "--create-pr"), lambda hub: None, TOKEN, ("cannot push to me/x", "answered 404")),
     "public": ((*PUSH, "--private"), is_there, TOKEN, ("me/x exists and is public", "settings", "--private")),
     "no revision": ((*PUSH, "--revision", "refs/pr/9"), is_there, TOKEN, ("the Hub answered 404", "check the names")),
     "both": ((*PUSH, "--revision", "a", "--create-pr"), lambda hub: None, TOKEN, ("leave out --revision",)),
@@ -140,13 +140,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
             or hub.repositories.update({"them/x": Repository()})
         ),
         TOKEN,
-        ("you may not write to them/x", "--create-pr", "a repository of your own"),
+        ("the Hub answered 403", "--create-pr"),
     ),
     "whoever's pull request": (
         ("push", "out", "them/x", "--create-pr"),
         lambda hub: hub.faults.append(Fault("GET", "/whoami", 404)),
         TOKEN,
-        ("there is no repository them/x that you can see",),
+        ("cannot push to them/x", "the Hub answered 404"),
     ),
     "no network": (
         PUSH,
@@ -162,8 +162,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         TOKEN,
         ("answered 403", "ask for access"),
     ),
-    "no folder": (("push", "gone", "me/x"), lambda hub: None, TOKEN, ("there is no folder gone",)),
-    "no model": (("push", ".", "me/x"), lambda hub: None, TOKEN, ("no config.json",)),
+    "no folder": (("push", "gone", "me/x"), lambda hub: None, TOKEN, ("there is no gone/config.json",)),
+    "no model": (("push", ".", "me/x"), lambda hub: None, TOKEN, ("there is no config.json",)),
     "dense": (("push", "model", "me/x"), lambda hub: None, TOKEN, ("model is a dense model ('llama')",)),
     "a conversion": (
         ("convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", "them/x"),
