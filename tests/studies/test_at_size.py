@@ -8,7 +8,7 @@ from support.tiny_models import QUICK
 
 from hf_topk.cli import main
 from hf_topk.convert import Recipe
-from hf_topk.convert.steps.hidden_states import tapped_head
+from hf_topk.convert.steps.hidden_states import recorded_head_input
 from hf_topk.model.errors import InputError
 from studies import at_size
 
@@ -24,11 +24,11 @@ def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits()
     windows = at_size.random_windows(frequencies, 650, seed=0)
     assert sum(len(window.token_ids) for window in windows) == 650
     token_ids = torch.tensor([window.token_ids for window in windows[:3]])
-    with torch.inference_mode(), tapped_head(model) as tap:
+    with torch.inference_mode(), recorded_head_input(model) as head_input:
         model(input_ids=token_ids)
-        together = tap.states
+        together = head_input.states
         model(input_ids=token_ids[1:2, :50])
-        assert torch.equal(together[1:2, :50], tap.states)
+        assert torch.equal(together[1:2, :50], head_input.states)
     probabilities = (together.float() @ model.lm_head.weight.detach().float().t()).softmax(dim=-1)
     assert 0.2 < float(probabilities.amax(dim=-1).mean()) < 0.95
 
