@@ -22,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.errors import INTERRUPTED, LONGEST_REASON, InputError, TopKExpertsError, one_line
+from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError, one_line
 from hf_topk.model.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
@@ -282,7 +282,7 @@ def _reason(error: BaseException) -> str:
         return f"you are not logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        said = f" ({' '.join(error.server_message.split())[:LONGEST_REASON]})" if error.server_message else ""
+        said = f" ({one_line(error.server_message)})" if error.server_message else ""
         is_passing = status == TOO_MANY_REQUESTS or status >= SERVER_ERROR
         way_out = WAYS_OUT.get(status, "wait a while, and try again" if is_passing else "check the names")
         return f"the Hub answered {status}{said}: {way_out}"

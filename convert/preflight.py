@@ -19,14 +19,7 @@ from transformers import (
 
 from hf_topk.examples import Processor, hears
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.dense_model import (
-    class_that_writes_text,
-    hears_speech,
-    name_of_head,
-    random_dense_model,
-    translates,
-    writes_text,
-)
+from hf_topk.model.dense_model import name_of_head, random_dense_model, writes_text
 from hf_topk.model.errors import InputError, one_line
 from hf_topk.windows import Window, readable_length
 
@@ -128,14 +121,9 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
 
 def _check_class(name: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
-    is_known = not architectures or any(map(writes_text, architectures))
-    if is_known and config.is_encoder_decoder:  # those that look at images are not supported
-        named = class_that_writes_text(config).__name__
-        is_known = translates(named) or hears_speech(named)
-    if not is_known:
-        kind = architectures[0] if architectures else config.model_type
+    if architectures and not any(map(writes_text, architectures)):
         raise InputError(
-            f"{name} is a {kind}, which has no single vocabulary head that writes text: "
+            f"{name} is a {architectures[0]}, which has no single vocabulary head that writes text: "
             "choose a causal language model (a ...ForCausalLM), or one that translates or transcribes"
         )
 

@@ -44,7 +44,7 @@ from hf_topk.cli import main
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.run import convert_checkpoint
 from hf_topk.model.cache_rollback import why_not_rolled_back
-from hf_topk.model.errors import InputError, TopKExpertsError
+from hf_topk.model.errors import InputError, TopKExpertsError, one_line
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from studies.checks import are_close, check, every_draft
@@ -79,7 +79,6 @@ RECIPE = Recipe(
 WITH_ENCODER: tuple[Kind, ...] = ("source and target text", "speech")
 NEW_TOKENS = 12
 SECONDS = 120  # timeout of one type
-REASON_LENGTH = 160
 # Raised by Transformers when a tiny model cannot be built, or needs more inputs than text.
 NOT_BUILT = (
     ArithmeticError,
@@ -223,7 +222,7 @@ def try_type(kind: Kind, model_type: str) -> Result:
     try:
         dense = (tiny_encoder_decoder if kind in WITH_ENCODER else tiny_model)(AUTO_CLASSES[kind], model_type)
     except NOT_BUILT as error:
-        return Result(model_type, name, "is not built", _one_line(error))
+        return Result(model_type, name, "is not built", one_line(error))
     try:
         with tempfile.TemporaryDirectory() as folder:
             if dense.config.is_encoder_decoder:
@@ -231,15 +230,10 @@ def try_type(kind: Kind, model_type: str) -> Result:
             else:
                 check_conversion(dense, Path(folder))
     except InputError as error:
-        return Result(model_type, name, "refused", _one_line(error).replace(f"{folder}/dense", "it"))
+        return Result(model_type, name, "refused", one_line(error).replace(f"{folder}/dense", "it"))
     except (*NOT_BUILT, TopKExpertsError) as error:
-        return Result(model_type, name, "fails", _one_line(error))
+        return Result(model_type, name, "fails", one_line(error))
     return Result(model_type, name, "passes")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]} ..."
 
 
 def try_types(kind: Kind, names: Iterable[str]) -> list[Result]:

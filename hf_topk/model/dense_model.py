@@ -48,14 +48,15 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
         config: its configuration.
 
     Returns:
-        The class named in the configuration, if it generates text, from text, images or speech; otherwise the class
-        that AutoModelForCausalLM loads (not with an encoder), or else AutoModelForSeq2SeqLM or
-        AutoModelForSpeechSeq2Seq.
+        The class named in the configuration, if it generates text, from text, images or speech (with an encoder, not
+        from images); otherwise the class that AutoModelForCausalLM loads (not with an encoder), or else
+        AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq.
 
     Raises:
         InputError: when there is none.
     """
-    named = next(filter(writes_text, config.architectures or ()), None)
+    is_supported = _has_encoder if config.is_encoder_decoder else writes_text
+    named = next(filter(is_supported, config.architectures or ()), None)
     if named is not None:
         return cast(type[PreTrainedModel], getattr(transformers, named))
     mappings = [MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING]
@@ -73,7 +74,12 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def writes_text(name: str) -> bool:
     """Whether this is the name of a Transformers class that generates text, from whatever input."""
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    return any(map(partial(_names, name), tables)) or translates(name) or hears_speech(name)
+    return any(map(partial(_names, name), tables)) or _has_encoder(name)
+
+
+def _has_encoder(name: str) -> bool:
+    """Whether this is the name of a class that translates or transcribes."""
+    return translates(name) or hears_speech(name)
 
 
 def translates(name: str) -> bool:

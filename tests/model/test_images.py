@@ -15,14 +15,16 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     CLIPImageProcessorPil,
+    Florence2Config,
     LlavaProcessor,
     PreTrainedModel,
     pipeline,
 )
 
-from hf_topk import TopKExpertsForCausalLM
+from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.model import drafting
+from hf_topk.model.dense_model import class_that_writes_text
 from hf_topk.model.hub_card import named
 
 NEW_TOKENS = 24
@@ -111,3 +113,9 @@ def test_pipelines(tmp_path: Path) -> None:
         for model in (dense, converted, str(tmp_path))
     ]
     assert plain[0] == plain[1] == plain[2]
+
+
+def test_encoder_decoders_that_read_images_are_refused() -> None:
+    config = Florence2Config(architectures=["Florence2ForConditionalGeneration"])
+    with pytest.raises(InputError, match="no causal language model for model type 'florence2'"):
+        class_that_writes_text(config)
