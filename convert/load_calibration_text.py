@@ -11,7 +11,7 @@ from hf_topk.model.errors import InputError
 from hf_topk.windows import Window, make_windows
 
 from .recipe import MIXED, Recipe
-from .steps.write_targets import sample_from_examples
+from .steps.generate_targets import examples_of_recipe
 
 Sample = list[Window] | list[Example]  # of examples the dense model makes windows: it may have to write the targets
 TEXTS = Path(__file__).parent / "calibration_text" / "texts"
@@ -51,7 +51,7 @@ def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Reci
 
     Args:
         config: the dense model's configuration.
-        tokenizer: its tokenizer, or its processor if it hears speech.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
         recipe: every choice.
 
     Returns:
@@ -61,7 +61,7 @@ def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Reci
         InputError: when there is no tokenizer or feature extractor, or nothing that suits the model.
     """
     if config.is_encoder_decoder:
-        return sample_from_examples(config, tokenizer, recipe)
+        return examples_of_recipe(config, tokenizer, recipe)
     return calibration_windows(tokenizer, recipe)
 
 

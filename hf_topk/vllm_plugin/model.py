@@ -25,7 +25,7 @@ from vllm.model_executor.models.interfaces import (
 from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
 from ..model.configuration_topk_experts import TopKExpertsConfig
-from ..model.dense_model import class_that_writes_text
+from ..model.dense_model import dense_class_of
 from ..model.errors import InputError
 from .additions import Additions, names_of_additions
 from .head_method import SparseHeadMethod
@@ -88,7 +88,7 @@ class TopKExpertsForCausalLM(nn.Module, SupportsPP):
             InputError: when vLLM cannot run the dense model this way.
         """
         config = vllm_config.model_config.hf_config
-        architecture = class_that_writes_text(config.dense_config).__name__
+        architecture = dense_class_of(config.dense_config).__name__
         dense_config = vllm_config.with_hf_config(config.dense_config, architectures=[architecture])
         dense_class, _ = get_model_architecture(dense_config.model_config)
         check_class(dense_class, dense_config)

@@ -13,13 +13,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_topk import TopKExpertsForSeq2SeqLM
 from hf_topk.convert import Recipe, convert, convert_checkpoint
-from hf_topk.convert.steps import write_targets
+from hf_topk.convert.steps import generate_targets
 from hf_topk.convert.steps.hidden_states import states_of_batch
 from hf_topk.examples import examples_of_text
 from hf_topk.model.errors import InputError
 from hf_topk.pairs import Pair
-from hf_topk.targets import TargetWindow
-from hf_topk.targets import write_targets as make_windows
+from hf_topk.targets import TargetWindow, windows_of_examples
 
 CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 12}
 
@@ -32,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 def windows_of(dense: Any, *documents: Any, window_length: int = 8) -> list[TargetWindow]:
     examples = examples_of_text(documents, tiny_tokenizer(), window_length, seed=0)
-    found = [one for one in make_windows(dense, examples, window_length) if one is not None]
+    found = [one for one in windows_of_examples(dense, examples, window_length) if one is not None]
     return sorted(found, key=lambda one: one.document)
 
 
@@ -83,7 +82,7 @@ def test_an_interrupted_conversion_does_not_write_its_targets_again(
     dense, _ = tiny_model("marian")
     recipe = Recipe(text=str(tiny_pairs(tmp_path / "pairs.jsonl", targets=10)), **CHOICES)
     expected = convert(dense, tiny_tokenizer(), recipe, folder=tmp_path / "work")
-    monkeypatch.setattr(write_targets, "write_targets", lambda *_: pytest.fail("are written again"))
+    monkeypatch.setattr(generate_targets, "windows_of_examples", lambda *_: pytest.fail("targets are generated again"))
     again = convert(dense, tiny_tokenizer(), recipe, folder=tmp_path / "work")
     assert again.fidelity == expected.fidelity
 

@@ -22,7 +22,7 @@ from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.examples import Processor, read_examples
 from hf_topk.model import drafting
 from hf_topk.speech import read_speech
-from hf_topk.targets import write_targets
+from hf_topk.targets import windows_of_examples
 
 CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 16, "num_experts_per_tok": 4}
 
@@ -88,7 +88,7 @@ def test_a_transcript_follows_the_model_s_prompt(converted: Path, tmp_path: Path
     dense = AutoModelForSpeechSeq2Seq.from_pretrained(converted / "dense")
     folder = tiny_speech(tmp_path / "speech", files=2, transcripts=1)
     examples, _ = read_examples(str(folder), dense.config, Processor.from_pretrained(converted / "dense"), 16, seed=0)
-    given, own = sorted(write_targets(dense, examples, 16), key=lambda one: one.document)
+    given, own = sorted(windows_of_examples(dense, examples, 16), key=lambda one: one.document)
     assert given.token_ids[given.first + 1 :] == (36, 37, 38)
     assert given.followers == (36, 37, 38, 0)
     assert own.positions == len(own.followers) > 3

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import cache_utils as layers
 
-from hf_topk.model.cache_rollback import RollBack, why_not_rolled_back
+from hf_topk.model.cache_rollback import CroppableCache, why_not_croppable
 
 ROWS, HEADS, DIM = 2, 3, 4
 MAX_LENGTH, WINDOW = 32, 8
@@ -64,21 +64,21 @@ def doubled(some: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), ("dynamic window", "dynamic")], ids=" and ".join)
 def test_the_drafts_are_as_if_never_seen(kinds: tuple[str, ...], prompt: int) -> None:
     for steps in range(1, 6):
-        for taken_back in range(steps):
+        for cropped in range(steps):
             cache, plain = cache_of(*kinds), cache_of(*kinds)
             feed(cache, 0, prompt)
             feed(plain, 0, prompt)
-            watched, length = RollBack(cache), prompt
+            croppable, length = CroppableCache(cache), prompt
             for block in (1, 2):  # the second one must not undo what the first one did
-                watched.start_block()
+                croppable.start_block()
                 for step in range(steps):
-                    watched.before_step()
+                    croppable.before_step()
                     feed(cache, 100 * block + step, 1)
-                    if step < steps - taken_back:
+                    if step < steps - cropped:
                         feed(plain, 100 * block + step, 1)
-                watched.back(taken_back)
-                length += steps - taken_back
-                assert watched.length() == length
+                croppable.crop(cropped)
+                length += steps - cropped
+                assert croppable.length() == length
             check_same(cache, plain)
 
 
@@ -86,13 +86,13 @@ def test_layers_that_a_block_does_not_go_to_stay_as_they_are() -> None:
     cache = cache_of("dynamic", "dynamic")
     feed(cache, 0, 5)
     image = cache.layers[1].keys
-    watched = RollBack(cache)
-    watched.start_block()
+    croppable = CroppableCache(cache)
+    croppable.start_block()
     for step in range(3):
-        watched.before_step()
+        croppable.before_step()
         cache.update(states(step, 1), states(step, 1), 0)
-    watched.back(2)
-    assert watched.length() == cache.layers[0].get_seq_length() == 6
+    croppable.crop(2)
+    assert croppable.length() == cache.layers[0].get_seq_length() == 6
     assert cache.layers[1].keys.equal(image)
 
 
@@ -100,15 +100,15 @@ def test_layers_that_a_block_does_not_go_to_stay_as_they_are() -> None:
 def test_room_is_what_a_static_layer_has_left(kind: str, room: int | None) -> None:
     cache = cache_of(kind)
     feed(cache, 0, 5)
-    found = RollBack(cache).room()
+    found = CroppableCache(cache).room()
     assert found == room if room else found > 1 << 30
 
 
 def test_knows_the_cache_it_watches() -> None:
     cache, other = cache_of("dynamic"), cache_of("dynamic")
     feed(cache, 0, 5)
-    assert RollBack(cache).watches(cache)
-    assert not RollBack(cache).watches(other)
+    assert CroppableCache(cache).wraps(cache)
+    assert not CroppableCache(cache).wraps(other)
 
 
 class OtherLayer(layers.DynamicLayer):
@@ -151,14 +151,14 @@ def with_quantised_layer() -> Any:
 REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "none": (lambda: None, "there is no KV cache"),
     "empty": (lambda: cache_of("dynamic"), "there is no KV cache"),
-    "offloaded": (offloaded, "its DynamicCache cannot be rolled back"),
-    "of a class derived": (of_other_class, "its OtherCache cannot be rolled back"),
+    "offloaded": (offloaded, "its DynamicCache cannot be cropped"),
+    "of a class derived": (of_other_class, "its OtherCache cannot be cropped"),
     "encoder-decoder": (
         lambda: EncoderDecoderCache(with_prompt(cache_of("dynamic")), with_prompt(cache_of("dynamic"))),
-        "its EncoderDecoderCache cannot be rolled back",
+        "its EncoderDecoderCache cannot be cropped",
     ),
-    "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be rolled back"),
-    "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be rolled back"),
+    "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be cropped"),
+    "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be cropped"),
     "dynamic": (lambda: with_prompt(cache_of("dynamic", "dynamic window")), None),
     "static": (lambda: with_prompt(cache_of("static", "static window")), None),
 }
@@ -167,4 +167,4 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
 @pytest.mark.parametrize("name", REASONS)
 def test_says_why_not(name: str) -> None:
     make, reason = REASONS[name]
-    assert why_not_rolled_back(make()) == reason
+    assert why_not_croppable(make()) == reason

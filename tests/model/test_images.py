@@ -24,7 +24,7 @@ from transformers import (
 from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.model import drafting
-from hf_topk.model.dense_model import class_that_writes_text
+from hf_topk.model.dense_model import dense_class_of
 from hf_topk.model.hub_card import named
 
 NEW_TOKENS = 24
@@ -118,4 +118,4 @@ def test_pipelines(tmp_path: Path) -> None:
 def test_encoder_decoders_that_read_images_are_refused() -> None:
     config = Florence2Config(architectures=["Florence2ForConditionalGeneration"])
     with pytest.raises(InputError, match="no causal language model for model type 'florence2'"):
-        class_that_writes_text(config)
+        dense_class_of(config)

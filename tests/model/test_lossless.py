@@ -321,7 +321,7 @@ def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: 
     before = generate(small)
     with pytest.raises(RuntimeError, match="stop"):
         generate(small, lossless=True, logits_processor=[fail])
-    assert small.head.stand_in is None
+    assert small.head.replacement is None
     assert small.head_mode == "auto"
     assert generate(small).equal(before)
     small.head_mode = "dense"
@@ -337,7 +337,7 @@ def test_refuses_what_is_no_truth_value(small: TopKExpertsForCausalLM) -> None:
 
 def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
     """What a block must not do: go on whatever token the loop chose."""
-    return block.served < len(block.block.outputs)
+    return block.returned < len(block.block.outputs)
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_distribution_of_two_tokens(
     for module in (lossless, drafting):
         monkeypatch.setattr(module, "MOST_POSITIONS", 1 << 20)
     if is_broken:
-        monkeypatch.setattr(lossless.BlockReader, "goes_on_with", accept_all)
+        monkeypatch.setattr(lossless.BlockReader, "continues_with", accept_all)
     prompt, choices = PROMPT[:1], {**SAMPLED, "max_new_tokens": 3, "num_return_sequences": 2000, "lossless": True}
     draws = []
     for seed in range(100):  # 200 000 draws

@@ -1,4 +1,4 @@
-"""A conversion of a stand-in model: its head, what is said of it, and the command that prints it."""
+"""A conversion of a model with a random head: its states, its metrics, and the command that prints them."""
 
 import json
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 VOCAB_SIZE, HIDDEN_SIZE = 500, 48
 
 
-def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits() -> None:
-    model, frequencies = at_size.stand_in(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
+def test_states_depend_on_earlier_tokens_and_have_peaked_logits() -> None:
+    model, frequencies = at_size.model_with_random_head(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert frequencies.max() > 10 * frequencies.median()
     windows = at_size.random_windows(frequencies, 650, seed=0)
