@@ -47,7 +47,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     places = torch.arange(logits.shape[1]).expand_as(logits)
     tokens = torch.stack([candidates._tokens(place.unsqueeze(1)) for place in places.unbind(1)], dim=1)
     masses = torch.full((len(logits), head.num_experts), -torch.inf)
-    if not candidates._are_others_out:
+    if not candidates._has_removed:
         masses = candidates._masses()
     shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
     probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_distribution_of_200_000_draws(
         scores = one(PREFIX[:1], scores)
     if is_broken:
         monkeypatch.setattr(Candidates, "_masses", lambda self: torch.full_like(self._scored.tail_scores, -torch.inf))
-        monkeypatch.setattr(Candidates, "_take_apart_above", lambda *_: False)
+        monkeypatch.setattr(Candidates, "_expand_above", lambda *_: False)
     torch.manual_seed(0)
     many = hidden.expand(2000, -1)
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)

@@ -81,9 +81,9 @@ def test_a_head_in_another_number_type_is_refused(folder: Path, start: Callable[
 @pytest.mark.parametrize(
     ("dense_class", "model_type", "message"),
     [
-        (MambaForCausalLM, "mamba", "keeps a state"),
-        (type("LooksAtImages", (nn.Module,), {"supports_multimodal": True}), "some", "looks at images"),
-        (FalconForCausalLM, "falcon", "by its name alone"),
+        (MambaForCausalLM, "mamba", "has a state besides"),
+        (type("TakesImages", (nn.Module,), {"supports_multimodal": True}), "some", "takes images"),
+        (FalconForCausalLM, "falcon", "settings of its own"),
     ],
 )
 def test_models_that_are_not_served(dense_class: Any, model_type: str, message: str) -> None:

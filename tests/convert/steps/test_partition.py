@@ -20,14 +20,14 @@ def check(experts: torch.Tensor, num_tokens: int, expert_size: int) -> torch.Ten
     num_experts = math.ceil(num_tokens / expert_size)
     assert experts.dtype == torch.int64
     assert experts.shape == (num_experts, expert_size)
-    home = torch.full((num_tokens,), -1)
+    expert_of = torch.full((num_tokens,), -1)
     for expert, slots in enumerate(experts.tolist()):
         own = sorted(set(slots))
         assert slots == own + [own[0]] * (expert_size - len(own)), "ascending, then the first one repeated"
-        assert (home[own] == -1).all(), "in one expert only"
-        home[own] = expert
-    assert (home >= 0).all(), "in one expert at least"
-    return home
+        assert (expert_of[own] == -1).all(), "in one expert only"
+        expert_of[own] = expert
+    assert (expert_of >= 0).all(), "in one expert at least"
+    return expert_of
 
 
 def clusters(num_tokens: int, num_clusters: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -39,37 +39,41 @@ def clusters(num_tokens: int, num_clusters: int, d: int, seed: int = 0) -> torch
     return centres[of] + torch.randn(num_tokens, d, generator=generator)
 
 
-def inertia(features: torch.Tensor, home: torch.Tensor) -> float:
+def inertia(features: torch.Tensor, expert_of: torch.Tensor) -> float:
     """Total squared distance of the rows to the means of their experts."""
-    return sum(float((rows - rows.mean(0)).square().sum()) for rows in (features[home == e] for e in home.unique()))
+    return sum(
+        float((rows - rows.mean(0)).square().sum()) for rows in (features[expert_of == e] for e in expert_of.unique())
+    )
 
 
 def greedy_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
     """One token after another to the nearest centroid with room."""
     distance = torch.cdist(features, centroids)
     room = torch.full((len(centroids),), expert_size)
-    home = torch.empty(len(features), dtype=torch.int64)
+    expert_of = torch.empty(len(features), dtype=torch.int64)
     for token, row in enumerate(distance):
-        home[token] = torch.where(room > 0, row, torch.inf).argmin()
-        room[home[token]] -= 1
-    return home
+        expert_of[token] = torch.where(room > 0, row, torch.inf).argmin()
+        room[expert_of[token]] -= 1
+    return expert_of
 
 
-def exact_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
+def exact_assignment(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
     """The least total squared distance to given centroids, by the Hungarian method: [n]."""
     cost = torch.cdist(features.double(), centroids.double()).square()
     slot = linear_sum_assignment(cost.repeat_interleave(expert_size, dim=1).numpy())[1]
     return torch.from_numpy(slot) // expert_size
 
 
-def auctioned_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int, finest: float) -> torch.Tensor:
+def auctioned_assignment(
+    features: torch.Tensor, centroids: torch.Tensor, expert_size: int, finest: float
+) -> torch.Tensor:
     """The auction alone, on given centroids, with ever finer raises."""
     rows = _Rows(features, torch.arange(len(features)), torch.zeros(features.shape[1]), 1.0)
     auction = _Auction(rows, expert_size, centroids)
     auction.search_all(lambda amount=1: None)
     for increment in (1e-1, 1e-2, finest):
         auction.run(increment, 100_000, lambda amount=1: None)
-    return auction.home[: len(features)]
+    return auction.expert_of[: len(features)]
 
 
 @given(
@@ -124,9 +128,9 @@ def test_quality_is_that_of_exact_assignments_on_clusters_far_apart():
     ours = inertia(features, check(partition(features, 20, seed=0), 600, 20))
     centroids = torch.from_numpy(KMeans(30, n_init=1, random_state=0).fit(features.numpy()).cluster_centers_)
     for _ in range(8):
-        home = exact_home(features, centroids, expert_size=20)
-        centroids = torch.stack([features[home == expert].mean(0) for expert in range(30)])
-    assert ours < 1.1 * inertia(features, home)
+        expert_of = exact_assignment(features, centroids, expert_size=20)
+        centroids = torch.stack([features[expert_of == expert].mean(0) for expert in range(30)])
+    assert ours < 1.1 * inertia(features, expert_of)
 
 
 def test_bisection_first_is_about_as_good(monkeypatch):
@@ -143,16 +147,16 @@ def test_bisection_first_is_about_as_good(monkeypatch):
 def test_the_auction_finds_the_known_optimum(num_tokens, num_nearest, monkeypatch):
     monkeypatch.setattr(module, "NEAREST_EXPERTS", num_nearest)
     features, centroids = clusters(num_tokens, 6, 5, seed=3), clusters(10, 3, 5, seed=4)
-    home = auctioned_home(features, centroids, expert_size=6, finest=1e-5)
-    assert torch.equal(home, exact_home(features, centroids, expert_size=6))
+    expert_of = auctioned_assignment(features, centroids, expert_size=6, finest=1e-5)
+    assert torch.equal(expert_of, exact_assignment(features, centroids, expert_size=6))
 
 
 def test_a_coarse_raise_bounds_the_loss():
     features, centroids = clusters(400, 20, 8, seed=5), clusters(10, 3, 8, seed=6)
-    home = auctioned_home(features, centroids, expert_size=40, finest=1e-2)
+    expert_of = auctioned_assignment(features, centroids, expert_size=40, finest=1e-2)
     cost = torch.cdist(features.double(), centroids.double()).square()
-    least = cost.gather(1, exact_home(features, centroids, expert_size=40)[:, None]).sum()
-    total = cost.gather(1, home[:, None]).sum()
+    least = cost.gather(1, exact_assignment(features, centroids, expert_size=40)[:, None]).sum()
+    total = cost.gather(1, expert_of[:, None]).sum()
     assert least <= total + 1e-6
     assert total <= least + 1e-2 * cost.amin(1).sum()
 
@@ -169,8 +173,8 @@ def test_hundreds_of_equal_rows_share_experts():
     features = clusters(1200, 40, 16)
     unused = torch.randperm(1200, generator=torch.Generator().manual_seed(0))[:300]
     features[unused] = 0.001 * torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    home = check(partition(features, 20, seed=0), 1200, 20)
-    assert len(home[unused].unique()) <= 24, "15 would hold them, 60 are there"
+    expert_of = check(partition(features, 20, seed=0), 1200, 20)
+    assert len(expert_of[unused].unique()) <= 24, "15 would hold them, 60 are there"
 
 
 def test_features_that_are_all_equal():
@@ -237,5 +241,5 @@ def test_bisection_fills_all_experts_but_the_last(num_tokens, expert_size, d, se
 def test_bisection_cuts_between_groups_that_lie_apart():
     of = torch.arange(8).repeat_interleave(12)[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
     corners = torch.tensor([[x, y, z] for x in (-9.0, 9.0) for y in (-9.5, 9.5) for z in (-10.0, 10.0)])
-    home = bisect(corners[of] + torch.rand(96, 3, generator=torch.Generator().manual_seed(1)), 8, 12)
-    assert all(len(of[home == expert].unique()) == 1 for expert in range(8))
+    expert_of = bisect(corners[of] + torch.rand(96, 3, generator=torch.Generator().manual_seed(1)), 8, 12)
+    assert all(len(of[expert_of == expert].unique()) == 1 for expert in range(8))
