@@ -91,7 +91,7 @@ def convert(
     check_ends_always_on(resolved.num_always_on, end_ids(model.generation_config), head.out_features)
     if windows is None:
         windows = read_calibration_text(model.config, tokenizer, resolved)[0]
-    if not model.config.is_encoder_decoder:  # else the model may have to write the targets first
+    if not model.config.is_encoder_decoder:  # which may have to generate the targets first
         check_windows(cast(list[Window], windows), *head.weight.shape)
     with tempfile.TemporaryDirectory() as temporary:
         return convert_checked(

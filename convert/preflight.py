@@ -91,7 +91,7 @@ def preflight(
     if tokenizer is not None:
         _check_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), vocab_size)
     windows, text_fingerprint = read_calibration_text(config, tokenizer, resolved)
-    if not config.is_encoder_decoder:  # else the model may have to write the targets first
+    if not config.is_encoder_decoder:  # which may have to generate the targets first
         check_windows(cast(list[Window], windows), vocab_size, hidden_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)

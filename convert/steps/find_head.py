@@ -52,7 +52,7 @@ def check_causal(model: PreTrainedModel, example: Window | None = None) -> None:
 
     Args:
         model: the dense model.
-        example: of what it reads and writes, for a model with an encoder of its own.
+        example: a window of the calibration text, for an encoder-decoder.
 
     Raises:
         InputError: when it attends to later tokens, needs more than text, or has not one state per token at its head.

@@ -291,17 +291,17 @@ def as_markdown(results: dict[Kind, list[Result]]) -> str:
         "",
         "A tiny random model of each type is converted on disk, with 6 experts and 4 always-on tokens of 100, and "
         "checked: with all experts",
-        "its logits and its text are the dense model's; lossless text, drafted with half of them, is too; "
-        "saved again it is the same;",
-        "ties stay; the folder loads as the dense model. Made by one command:",
+        "its logits and its text are the dense model's; so is the lossless text, drafted with half of the experts; "
+        "saved again",
+        "it is the same; ties stay; the folder loads as the dense model. One command makes this page:",
         "",
         "```",
         'make study NAME=architectures ARGS="--write docs/architectures.md"',
         "```",
         "",
-        f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
-        "not write text",
-        "from text alone; or timm, a library that it takes from elsewhere, was not installed where this was made.",
+        f"With {versions}. *Is not built*: Transformers builds no model from the tiny configuration, or one that does "
+        "not generate",
+        "text from text alone; or it needs the package timm, which was not installed.",
     ]
     for kind, some in results.items():
         lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]
@@ -336,7 +336,7 @@ def architectures(
     known = {name for kind in kinds for name in model_types(kind)}
     unknown = [name for name in types or () if name not in known]
     if unknown:
-        raise InputError(f"Transformers has no model type '{unknown[0]}' that writes text")
+        raise InputError(f"Transformers has no model type '{unknown[0]}' that generates text")
     results = {
         kind: try_types(kind, [name for name in model_types(kind) if not types or name in types]) for kind in kinds
     }
