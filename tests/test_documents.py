@@ -84,7 +84,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_readable(tmp_path, name):
+def test_readable_files(tmp_path, name):
     files, expected = READABLE[name]
     write(tmp_path, files)
     assert read_documents(str(tmp_path / name)) == expected
@@ -196,7 +196,7 @@ def test_refused(tmp_path, monkeypatch, case):
 @pytest.mark.parametrize(
     "name", ["bok.txt", "./book", "a/b/c", "~/book", "boo k", "a\\b", "data.json", "", " ", "a\nb"]
 )
-def test_name_that_looks_like_a_path(tmp_path, monkeypatch, name):
+def test_a_missing_path_is_not_taken_for_a_data_set(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     check_refused(name, "There is no file or folder", ".jsonl", "data set")
@@ -220,7 +220,7 @@ def test_unreadable_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_file_that_does_not_open(tmp_path, monkeypatch, name):
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch, name):
     def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
@@ -349,7 +349,7 @@ def test_data_set_that_cannot_be_read(hub, module, name, message):
     check_refused("owner/set", "no file or folder 'owner/set'", one_line, "check the name", "network", "give a file")
 
 
-def test_data_set_that_breaks_off(hub):
+def test_data_set_that_fails_while_streaming(hub):
     def rows():
         yield {"body": "one"}
         raise ConnectionError("the line went dead")
@@ -382,7 +382,7 @@ def test_datasets_missing(tmp_path, monkeypatch):
 # Fingerprint
 
 
-def test_fingerprint_tells_order_and_boundaries():
+def test_fingerprint_depends_on_order_and_boundaries():
     different = [
         [],
         [""],

@@ -61,7 +61,7 @@ def test_refused(
     check_refused(monkeypatch, capsys, "serve", "out", "--port", _free_port(), *arguments, parts=parts)
 
 
-def test_a_model_that_looks_at_images_is_served(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
+def test_a_vision_language_model_is_served(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
     dense, _ = tiny_llava()
     tiny_converted(dense).save_pretrained("pictures")
     tiny_tokenizer().save_pretrained("pictures")
@@ -86,7 +86,7 @@ def test_parts_of_messages_that_are_no_text(content: Any, others: list[str]) -> 
     assert serving.other_parts([{"role": "system", "content": "w3"}, {"role": "user", "content": content}]) == others
 
 
-def test_choices_reach_the_model(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
+def test_choices_are_in_the_model_s_configuration(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
     choices = ("--head-mode", "sparse", "--lossless", "--dtype", "bfloat16", "--port", str(_free_port()))
     assert run_main(monkeypatch, "serve", "out/", *choices) == 0
     ((name, model, tokenizer, host, port),) = served

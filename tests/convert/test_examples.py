@@ -35,7 +35,7 @@ def windows_of(dense: Any, *documents: Any, window_length: int = 8) -> list[Targ
     return sorted(found, key=lambda one: one.document)
 
 
-def test_a_target_that_is_given_is_shifted_as_the_model_does() -> None:
+def test_a_given_target_is_shifted_as_by_the_model() -> None:
     dense, _ = tiny_model("marian")
     (window,) = windows_of(dense, Pair("w1 w2", "w5 w6 w7"))
     assert window.source.token_ids == (3, 4)
@@ -44,7 +44,7 @@ def test_a_target_that_is_given_is_shifted_as_the_model_does() -> None:
     assert window.positions == 3
 
 
-def test_a_target_that_is_not_given_is_what_the_model_writes() -> None:
+def test_a_missing_target_is_generated_by_the_model() -> None:
     dense, _ = tiny_model("marian")
     window, other = windows_of(dense, "w1 w2 w3", Pair("w40 w41"))
     for one, source in ((window, [[3, 4, 5]]), (other, [[42, 43]])):
@@ -76,7 +76,7 @@ def test_converts_on_disk(folder: Path, tmp_path: Path, targets: int) -> None:
     assert model.base.final_logits_bias.any()
 
 
-def test_an_interrupted_conversion_does_not_write_its_targets_again(
+def test_a_resumed_conversion_does_not_generate_targets_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, _ = tiny_model("marian")
@@ -87,7 +87,7 @@ def test_an_interrupted_conversion_does_not_write_its_targets_again(
     assert again.fidelity == expected.fidelity
 
 
-def test_a_sample_that_does_not_suit_is_refused(
+def test_a_text_that_does_not_suit_the_model_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

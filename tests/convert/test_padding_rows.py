@@ -72,7 +72,7 @@ def hidden_states(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tenso
 
 
 @torch.no_grad()
-def test_padding_is_sampled_no_more_often_than_by_the_dense_head(
+def test_padding_rows_are_sampled_no_more_often_than_by_the_dense_head(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = converted(dense, tokenizer, write_text(tmp_path / "text.jsonl", seed=1))
@@ -96,7 +96,7 @@ def test_padding_is_sampled_no_more_often_than_by_the_dense_head(
 
 
 @pytest.mark.slow
-def test_a_token_that_the_padding_gains_is_reached_after_joint_training_or_another_conversion(
+def test_a_new_token_in_a_padding_row_is_scored_after_joint_training_or_conversion(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     plain = converted(dense, tokenizer, write_text(tmp_path / "text.jsonl", seed=1))

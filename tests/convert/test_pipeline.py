@@ -56,7 +56,7 @@ def head(request: pytest.FixtureRequest) -> TopKExpertsHead:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_hidden_states_are_what_enters_the_head(model_type: str, tmp_path: Path) -> None:
+def test_hidden_states_are_the_inputs_of_the_head(model_type: str, tmp_path: Path) -> None:
     dense, windows = tiny_dense(model_type), some_windows()
     head = dense.get_output_embeddings()
     entered: list[Tensor] = []
@@ -90,7 +90,7 @@ def test_batches_hold_every_window_in_order() -> None:
 
 
 @pytest.mark.parametrize("chats", [False, True])
-def test_models_that_chat_read_prompts_behind_the_texts(chats: bool) -> None:
+def test_models_with_a_chat_template_also_read_the_prompts(chats: bool) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE if chats else None
     texts, prompts = read_documents(str(TEXTS)), read_documents(str(PROMPTS))
@@ -105,14 +105,14 @@ def test_models_that_chat_read_prompts_behind_the_texts(chats: bool) -> None:
     assert fingerprint != calibration_windows(tokenizer, Recipe(positions=99))[1]
 
 
-def test_a_sample_of_ones_own_is_read_in_its_place(tmp_path: Path) -> None:
+def test_a_user_s_text_replaces_the_bundled_texts(tmp_path: Path) -> None:
     recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), positions=200, window_length=32)
     windows, _ = calibration_windows(tiny_tokenizer(), recipe)
     assert {window.document for window in windows} == {0, 1, 2, 3}
     assert sum(len(window.token_ids) for window in windows) == 200
 
 
-def test_conversations_of_ones_own_are_read_through_the_chat_template(tmp_path: Path) -> None:
+def test_conversations_are_read_through_the_chat_template(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
     (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": turns, "source": "w9"})] * 3))
     recipe = Recipe(text=str(tmp_path / "chats.jsonl"), positions=200, window_length=32)
@@ -149,7 +149,7 @@ def test_masses_are_the_log_sum_exp_of_each_expert(
     torch.testing.assert_close(got, expected.detach())
 
 
-def test_groups_hold_every_token_once(head: TopKExpertsHead) -> None:
+def test_groups_contain_every_token_once(head: TopKExpertsHead) -> None:
     assert torch.cat(groups_of(head)).sort().values.tolist() == list(range(VOCAB_SIZE))
 
 
@@ -163,7 +163,7 @@ def masses_of(head: TopKExpertsHead, states: Tensor) -> Tensor:
     return expert_masses(states, head.weight, head.bias, groups_of(head))
 
 
-def test_a_router_starts_at_the_ridge_regression_of_the_masses(
+def test_the_initial_router_is_a_ridge_regression_of_the_masses(
     head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distillation, "STATES_AT_ONCE", 70)
@@ -183,7 +183,7 @@ def test_a_router_starts_at_the_ridge_regression_of_the_masses(
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1e3])
-def test_a_router_starts_alike_at_states_of_any_magnitude(magnitude: float, head: TopKExpertsHead) -> None:
+def test_the_initial_router_does_not_depend_on_the_scale_of_the_states(magnitude: float, head: TopKExpertsHead) -> None:
     states = some_states()
     masses = masses_of(head, states)
     start_router(head.router, states, masses)
@@ -193,7 +193,7 @@ def test_a_router_starts_alike_at_states_of_any_magnitude(magnitude: float, head
 
 
 @pytest.mark.parametrize("copies", [1, 30])
-def test_a_router_starts_from_states_that_do_not_tell_all_directions_apart(copies: int) -> None:
+def test_the_initial_router_fits_the_masses_of_low_rank_states(copies: int) -> None:
     head, states = tiny_converted().head, some_states(10).repeat(copies, 1)
     masses = masses_of(head, states)
     start_router(head.router, states, masses)
@@ -202,7 +202,7 @@ def test_a_router_starts_from_states_that_do_not_tell_all_directions_apart(copie
 
 @pytest.mark.parametrize("starts_well", [False, True])
 @pytest.mark.parametrize("magnitude", [0.01, 1.0, 100.0])
-def test_training_brings_the_router_nearer_to_the_dense_head(starts_well: bool, magnitude: float) -> None:
+def test_training_reduces_the_kl_divergence_of_the_router(starts_well: bool, magnitude: float) -> None:
     head = tiny_converted().head
     states = some_states() * magnitude
     head.weight.data.div_(magnitude)
@@ -217,7 +217,7 @@ def test_training_brings_the_router_nearer_to_the_dense_head(starts_well: bool, 
     assert last == pytest.approx(after, rel=0.5)
 
 
-def test_training_leaves_all_but_the_rows_and_the_bias(head: TopKExpertsHead) -> None:
+def test_training_changes_only_the_rows_and_the_bias(head: TopKExpertsHead) -> None:
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     train_router(head.router, some_states(), masses_of(head, some_states()), 20, 64, 1e-2, 0)
     changed = {name for name, tensor in head.state_dict().items() if not tensor.equal(before[name])}
@@ -243,7 +243,7 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     assert head.tail.log_prior.isfinite().all()
 
 
-def test_ids_that_no_text_has_keep_their_share_of_an_expert(head: TopKExpertsHead) -> None:
+def test_unused_ids_keep_their_share_of_an_expert(head: TopKExpertsHead) -> None:
     """And the others are tempered among themselves."""
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6)).pow(3)
     probabilities /= probabilities.sum()
@@ -274,7 +274,7 @@ def test_a_learned_combiner_does_not_add_divergence() -> None:
     assert divergence() < before
 
 
-def test_there_is_nothing_to_combine_where_logits_are_exact(head: TopKExpertsHead) -> None:
+def test_exact_logits_have_no_combiner(head: TopKExpertsHead) -> None:
     before = {name: tensor.clone() for name, tensor in head.state_dict().items()}
     fit_combiner(head, some_states(), 0)
     assert all(tensor.equal(before[name]) for name, tensor in head.state_dict().items())
@@ -283,7 +283,7 @@ def test_there_is_nothing_to_combine_where_logits_are_exact(head: TopKExpertsHea
 # The whole
 
 
-def test_no_document_is_on_both_sides() -> None:
+def test_no_document_is_in_both_parts() -> None:
     windows = [Window(number // 3, (1, 2)) for number in range(30)]
     distil_on, held_out = split_by_document(windows, 0.2, 0)
     assert len({window.document for window in held_out}) == 2
@@ -292,7 +292,7 @@ def test_no_document_is_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("held_out", [0.001, 0.5, 0.999])
-def test_both_sides_hold_something(held_out: float) -> None:
+def test_neither_part_of_a_split_is_empty(held_out: float) -> None:
     for documents in (1, 2, 5):
         windows = [Window(number % documents, (1, 2)) for number in range(10)]
         distil_on, rest = split_by_document(windows, held_out, 0)
@@ -355,7 +355,7 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not all(torch.equal(tensor, models[2][name]) for name, tensor in models[0].items())
 
 
-def test_windows_are_cut_to_what_the_model_reads() -> None:
+def test_windows_are_limited_to_the_model_s_positions() -> None:
     dense = tiny_dense("gpt2")
     report = convert(dense, tiny_tokenizer(), Recipe(**{**QUICK, "window_length": 500, "positions": 2000}))
     assert report.recipe.window_length == 128
@@ -372,7 +372,7 @@ def test_refuses_ids_that_the_head_does_not_have() -> None:
         convert(tiny_dense(), None, Recipe(**QUICK), windows=windows)
 
 
-def test_refuses_a_sample_of_fewer_positions_than_numbers_of_a_state() -> None:
+def test_refuses_fewer_positions_than_dimensions() -> None:
     windows = [Window(0, tuple(range(15))), Window(1, tuple(range(16)))]
     with pytest.raises(
         InputError, match="the calibration text has 31 positions, fewer than the 32 dimensions of a hidden state"
@@ -382,7 +382,7 @@ def test_refuses_a_sample_of_fewer_positions_than_numbers_of_a_state() -> None:
     assert convert(tiny_dense(), None, Recipe(**QUICK), windows=enough).fidelity.positions > 0
 
 
-def test_refuses_a_model_that_is_converted() -> None:
+def test_refuses_a_converted_model() -> None:
     with pytest.raises(InputError, match="already converted"):
         head_of(tiny_converted())
     with pytest.raises(InputError, match="already converted"):
@@ -390,7 +390,7 @@ def test_refuses_a_model_that_is_converted() -> None:
 
 
 @pytest.mark.parametrize("name", ["router_rank", "tail_rank"])
-def test_more_numbers_are_nearer_to_the_dense_head(name: str) -> None:
+def test_a_larger_rank_is_closer_to_the_dense_head(name: str) -> None:
     few, many = (quick(num_experts_per_tok=3, num_rescored=16, **{name: rank}) for rank in (1, 32))
     assert many.fidelity.kl < few.fidelity.kl
     assert many.fidelity.agreement >= few.fidelity.agreement

@@ -91,7 +91,7 @@ def result(folder: Path) -> dict[str, bytes | None]:
     return {**files, "metrics": json.dumps(metrics).encode()}
 
 
-def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_resume_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, batches = hidden_states.inputs_of, iter(range(2))
 
     def inputs_of(*arguments: Any) -> Any:
@@ -116,7 +116,7 @@ def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pyt
         assert sum(line.startswith(step) for line in lines) == times, done.stderr
 
 
-def test_two_processes_make_of_a_text_what_one_does(folder: Path) -> None:
+def test_two_processes_convert_as_one_does(folder: Path) -> None:
     done = launch(folder, f"{TORCHRUN} -m hf_topk.cli", "shared", "text")
     assert done.returncode == 0, done.stderr
     assert result(folder / "shared") == result(folder / "text")
@@ -133,7 +133,7 @@ def test_an_error_of_one_process_is_printed_once(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_one_process_goes_on_where_one_of_two_died(folder: Path) -> None:
+def test_one_process_resumes_where_one_of_two_died(folder: Path) -> None:
     # In its second pass, so that something has been kept.
     launcher = in_trouble(folder, 'os._exit(9) if os.environ.pop("FIRST", "") else os.environ.update(FIRST="no")')
     done = launch(folder, launcher, "late", "text")

@@ -90,7 +90,7 @@ def uninterrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Uninterrupted:
 
 
 @pytest.mark.parametrize("interrupt_at", [2, 4, 6])
-def test_goes_on_with_hidden_states(
+def test_resumes_with_the_stored_hidden_states(
     interrupt_at: int, here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, all_passes = uninterrupted
@@ -109,7 +109,7 @@ def test_goes_on_with_hidden_states(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_goes_on_after_an_interruption_in_a_later_step(
+def test_resumes_after_an_interruption_in_a_later_step(
     here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -123,7 +123,7 @@ def test_goes_on_after_an_interruption_in_a_later_step(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_resume_without_anything_to_resume_starts_anew(
+def test_resume_without_an_interrupted_conversion_starts_over(
     here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(monkeypatch, "--resume") == 0
@@ -149,7 +149,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_notices_that_states_are_not_whole(
+def test_incomplete_states_are_computed_again(
     damage: str, here: Path, uninterrupted: Uninterrupted, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, all_passes = uninterrupted
@@ -161,7 +161,7 @@ def test_notices_that_states_are_not_whole(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_writes_over_what_lies_beyond_the_record(
+def test_bytes_beyond_the_record_are_overwritten(
     here: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (interrupted / ".out.work" / "hidden_states.bin").open("ab") as file:
@@ -177,7 +177,7 @@ def test_writes_over_what_lies_beyond_the_record(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_refuses_to_forget_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
+def test_refuses_to_discard_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
     refused(*ARGUMENTS, parts=("a conversion to out was interrupted", "--resume", "--overwrite"))
 
 
@@ -217,7 +217,7 @@ NAMED = {"config": "model", "end of text": "model", "tokenizer": "model"}
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 @pytest.mark.parametrize("change", CHANGES)
-def test_refuses_to_go_on_with_something_else(
+def test_refuses_to_resume_with_changed_inputs(
     change: str, interrupted: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     CHANGES[change](interrupted)
@@ -243,7 +243,7 @@ def test_refuses_a_text_of_another_name(interrupted: Path, refused: Any) -> None
     refused(*ARGUMENTS, "--resume", parts=("have changed: text;",))
 
 
-def test_two_conversions_side_by_side_do_not_meet(here: Path) -> None:
+def test_two_conversions_beside_each_other(here: Path) -> None:
     recipe = Recipe.from_yaml(here / "recipe.yaml")
     for out in ("a", "b"):
         convert_checkpoint("model", out, recipe)

@@ -67,7 +67,7 @@ def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch
     assert model.last_generation_stats.drafted > 0
 
 
-def test_the_pipeline_takes_it_for_a_whisper(converted: Path) -> None:
+def test_the_speech_pipeline_recognises_it_as_whisper(converted: Path) -> None:
     texts = []
     for folder in ("dense", "out"):
         model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / folder)
@@ -107,7 +107,7 @@ def test_evaluate_prints_the_word_error_rate_of_each_way(
     assert 0 <= figures["agreement_along_output"] <= 1
 
 
-def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
+def test_reads_speech_at_the_given_rate(tmp_path: Path) -> None:
     tone = np.sin(np.arange(22_050) * 2 * np.pi * 440 / 22_050)
     with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
         file.setnchannels(2)
@@ -125,7 +125,7 @@ def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"), [(None, ("no recordings",)), (b"not a sound", ("not a valid recording", "x.wav"))]
 )
-def test_what_is_no_speech_is_refused(
+def test_invalid_recordings_are_refused(
     converted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +141,7 @@ def test_what_is_no_speech_is_refused(
     check_refused(monkeypatch, capsys, "convert", converted / "dense", "out", "--text", "speech", parts=parts)
 
 
-def test_no_sample_is_refused(
+def test_bundled_texts_are_refused(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -142,7 +142,7 @@ def test_tied_by_hand_although_the_config_is_untied(name: str, tmp_path: Path) -
     check_same(loaded, logits_of(dense))
 
 
-def test_a_tie_that_no_configuration_can_say_is_refused_before_any_work(
+def test_ties_that_no_configuration_expresses_are_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pipeline, "collect", lambda *_: pytest.fail("hidden states were collected"))

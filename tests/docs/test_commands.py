@@ -61,7 +61,7 @@ def test_extras_of_the_package_exist(page: Path) -> None:
     assert named <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_the_readme_names_what_a_checkout_and_a_user_begin_with() -> None:
+def test_the_readme_has_the_first_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets_in(readme)
     assert {command for _, command, *_ in commands_in(readme)} == COMMANDS.keys()

@@ -52,7 +52,7 @@ def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypat
     assert small.head_mode == "auto"
 
 
-def test_comparison_judges_by_what_tokens_are_chosen_by(
+def test_comparison_uses_the_scores_after_logits_processors(
     small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[tuple[float, float]] = []

@@ -78,13 +78,13 @@ def test_a_conversion_whose_upload_fails_is_kept(run: Run, hub: Hub, here: Path)
     assert set(contents(here / "new")) < set(hub.files("me/x"))
 
 
-def test_a_passing_failure_is_got_over(run: Run, hub: Hub) -> None:
+def test_a_temporary_failure_is_retried(run: Run, hub: Hub) -> None:
     hub.faults.append(Fault("PUT", "/storage/", 503, times=1))
     assert run(*PUSH).code == 0
     assert "config.json" in hub.files("me/x")
 
 
-def test_an_interrupted_upload_says_how_to_go_on(run: Run) -> None:
+def test_an_interrupted_upload_names_the_command_to_repeat(run: Run) -> None:
     done = run(*PUSH, script=INTERRUPTED)
     assert done.code == 130
     assert done.err == (
@@ -197,7 +197,7 @@ def test_refuses_at_once(case: str, run: Run, hub: Hub, here: Path) -> None:
     assert all(request.startswith("GET ") for request in hub.requests)
 
 
-def test_refuses_a_folder_that_is_not_whole(run: Run, hub: Hub, here: Path) -> None:
+def test_refuses_an_incomplete_folder(run: Run, hub: Hub, here: Path) -> None:
     max((here / "out").glob("*.safetensors")).unlink()
     done = run(*PUSH)
     assert done.code == 2

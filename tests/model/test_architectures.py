@@ -98,7 +98,7 @@ def test_loss_and_hidden_states_are_the_dense_model_s(
     assert all(one.equal(other) for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True))
 
 
-def test_generates_what_the_dense_model_does(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
+def test_generates_the_dense_model_s_tokens(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
     expected = continuations(dense)
     assert continuations(converted) == expected
     converted.head_mode = "dense"
@@ -144,7 +144,7 @@ def test_folder_loads_as_the_dense_model(folders: tuple[Path, Path], dense: PreT
     assert logits_of(loaded).equal(logits_of(dense))
 
 
-def test_answers_as_the_dense_class_does(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
+def test_class_attributes_are_the_dense_class_s(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
     """What attention and which cache it may be run with."""
     for name in ("_supports_sdpa", "_supports_flash_attn", "_can_compile_fullgraph", "_is_stateful", "main_input_name"):
         assert getattr(converted, name) == getattr(dense, name)
@@ -152,7 +152,7 @@ def test_answers_as_the_dense_class_does(dense: PreTrainedModel, converted: TopK
 
 
 @pytest.mark.parametrize(("model_type", "is_drafted"), [("llama", True), ("mamba", False)])
-def test_the_check_of_each_type_sees_whether_drafts_are_made(
+def test_the_check_of_each_type_fails_without_drafting(
     model_type: str, is_drafted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = tiny_model(AutoModelForCausalLM, model_type)

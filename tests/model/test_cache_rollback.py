@@ -62,7 +62,7 @@ def doubled(some: list[Any]) -> list[Any]:
 # Short of the window all along; filling it up within the block, at its start and at its end; full from the start.
 @pytest.mark.parametrize("prompt", [1, 4, 6, 7, 8, 13])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), ("dynamic window", "dynamic")], ids=" and ".join)
-def test_the_drafts_are_as_if_never_seen(kinds: tuple[str, ...], prompt: int) -> None:
+def test_a_cropped_cache_equals_one_without_the_cropped_tokens(kinds: tuple[str, ...], prompt: int) -> None:
     for steps in range(1, 6):
         for cropped in range(steps):
             cache, plain = cache_of(*kinds), cache_of(*kinds)
@@ -82,7 +82,7 @@ def test_the_drafts_are_as_if_never_seen(kinds: tuple[str, ...], prompt: int) ->
             check_same(cache, plain)
 
 
-def test_layers_that_a_block_does_not_go_to_stay_as_they_are() -> None:
+def test_layers_that_a_block_is_not_written_to_are_not_cropped() -> None:
     cache = cache_of("dynamic", "dynamic")
     feed(cache, 0, 5)
     image = cache.layers[1].keys
@@ -104,7 +104,7 @@ def test_room_is_what_a_static_layer_has_left(kind: str, room: int | None) -> No
     assert found == room if room else found > 1 << 30
 
 
-def test_knows_the_cache_it_watches() -> None:
+def test_recognises_the_wrapped_cache() -> None:
     cache, other = cache_of("dynamic"), cache_of("dynamic")
     feed(cache, 0, 5)
     assert CroppableCache(cache).wraps(cache)
@@ -165,6 +165,6 @@ REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_says_why_not(name: str) -> None:
+def test_reasons_against_cropping(name: str) -> None:
     make, reason = REASONS[name]
     assert why_not_croppable(make()) == reason

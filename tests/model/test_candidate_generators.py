@@ -50,13 +50,13 @@ def check_target(dense: PreTrainedModel, **assisted: Any) -> None:
     assert generate(few, **assisted, lossless=True).equal(expected)
 
 
-def test_drafting_with_the_first_layers() -> None:
+def test_early_exit_drafting() -> None:
     dense = tiny_dense(tied=False)
     check_target(dense, assistant_early_exit=1)
     assert dense.config.num_hidden_layers == 2
 
 
-def test_a_block_at_once_through_the_target_s_head() -> None:
+def test_block_drafting_with_the_target_s_head() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model(
         "muse_glimmer_assistant",
@@ -132,7 +132,9 @@ def as_saved(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def test_layers_for_further_tokens(with_further_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multi_token_prediction_layers(
+    with_further_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those of the dense checkpoint, which come along into the folder of the converted one."""
     monkeypatch.setattr(Glm4MoePreTrainedModel, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
     dense = AutoModelForCausalLM.from_pretrained(with_further_layers)
@@ -147,6 +149,6 @@ def test_layers_for_further_tokens(with_further_layers: Path, tmp_path: Path, mo
     assert model.state_dict().keys() == names
 
 
-def test_a_model_without_such_layers_says_so() -> None:
+def test_a_model_without_prediction_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="num_mtp_layers"):
         generate(converted(tiny_dense(tied=False)), use_mtp=True)

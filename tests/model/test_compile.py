@@ -77,7 +77,7 @@ def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eage
     assert not counters["graph_break"]
 
 
-def test_a_model_compiled_as_a_whole_generates_the_tokens_of_eager_mode() -> None:
+def test_a_compiled_model_generates_the_tokens_of_eager_mode() -> None:
     model = converted()
     expected, dense = generate(model), model.base.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")

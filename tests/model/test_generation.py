@@ -143,7 +143,7 @@ def test_left_padding_changes_nothing(way: str, either: TopKExpertsForCausalLM) 
     assert generate(either, padded, attention_mask=mask, **choices)[:, 5:].tolist() == alone
 
 
-def test_embeddings_stand_for_a_prompt(dense: PreTrainedModel, whole: TopKExpertsForCausalLM) -> None:
+def test_a_prompt_can_be_given_as_embeddings(dense: PreTrainedModel, whole: TopKExpertsForCausalLM) -> None:
     theirs, ours = (
         model.generate(inputs_embeds=model.get_input_embeddings()(PROMPT), pad_token_id=1, do_sample=False, **NO_END)
         for model in (dense, whole)

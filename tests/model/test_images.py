@@ -40,7 +40,7 @@ def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[lis
 
 
 @torch.no_grad()
-def test_writes_about_an_image_as_the_dense_model_does(
+def test_text_about_an_image_is_the_dense_model_s(
     dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
@@ -62,14 +62,14 @@ def test_writes_about_an_image_as_the_dense_model_does(
     assert again(**inputs).logits.equal(expected)
 
 
-def test_the_image_is_looked_at(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]]) -> None:
+def test_the_output_depends_on_the_image(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]]) -> None:
     dense, inputs = dense_and_inputs
     model = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-2)
 
 
-def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_names_the_auto_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, _ = tiny_llava()
     tiny_checkpoint(tmp_path / "model", dense)
     recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), num_experts_per_tok=2, **QUICK)

@@ -62,7 +62,7 @@ def moved(tensor: Tensor, by: int) -> Tensor:
 
 @pytest.mark.parametrize("by", [0, 2, 8, 24, 32, 48])
 @pytest.mark.parametrize("positions", [1, 2, 3, 4])
-def test_int8_products_wherever_tensors_lie(positions: int, by: int) -> None:
+def test_int8_products_of_unaligned_tensors(positions: int, by: int) -> None:
     """As they do in a mapped file, where torch's kernel would crash, and in views of others."""
     inputs, rows = normal(0, positions, 64).bfloat16(), int8_rows(1, 33, 64)
     for some, others in ((moved(inputs, by), rows), (inputs, moved(rows, by)), (inputs.t().contiguous().t(), rows)):
@@ -160,7 +160,7 @@ def test_expert_dot_equals_gather_dot(
     assert_exact_logits(logits.flatten(1), hidden, weight, bias, expert_ids[experts].flatten(1))
 
 
-def test_an_expert_that_several_positions_chose_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_picked_at_several_positions_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[int] = []
     shared = kernels.shared_rows_dot
     monkeypatch.setattr(kernels, "shared_rows_dot", lambda *inputs: gathered.append(len(inputs[3])) or shared(*inputs))
@@ -179,7 +179,7 @@ def assert_exact_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Te
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, bits=st.sampled_from([1, 2, 4]), rows=st.integers(1, 9), width=st.integers(1, 9))
-def test_unpacking_gives_what_was_packed(seed: int, bits: int, rows: int, width: int) -> None:
+def test_unpacking_restores_packed_numbers(seed: int, bits: int, rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 2**bits, (rows, width * 8 // bits), generator=generator)
     assert kernels.unpack(kernels.pack(numbers, bits), bits).equal(numbers.to(torch.int8))

@@ -172,7 +172,7 @@ WRITES = "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))"
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_loads_offline_where_nothing_may_be_written(
+def test_loads_offline_from_a_read_only_cache(
     how: str, read_only: Path, ordinary_user: tuple[str, ...], models: dict[str, TopKExpertsForCausalLM]
 ) -> None:
     home = read_only / "home" / "hub" / REPOSITORY
@@ -190,7 +190,7 @@ print(json.dumps([result(model) for model in [*models, *map(load, go_on)]]), flu
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_loaded_model_stays_what_it_is_when_its_folder_is_overwritten(
+def test_a_loaded_model_is_unchanged_when_its_folder_is_overwritten(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -125,7 +125,7 @@ def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> None:
+def test_user_mappings_of_names_are_applied(model_type: str, tmp_path: Path) -> None:
     converted = tiny_converted(tiny_dense(model_type))
     converted.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -137,7 +137,7 @@ def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> N
     assert logits_of(loaded).equal(logits_of(converted))
 
 
-def test_additions_in_a_shard_of_their_own(tmp_path: Path) -> None:
+def test_additions_load_from_a_separate_shard(tmp_path: Path) -> None:
     """The dense checkpoint's file as it was, a second one with the rest, and an index."""
     dense = tiny_dense(tied=False)
     converted = tiny_converted(dense)
@@ -191,7 +191,7 @@ def test_unknown_head_mode_is_refused() -> None:
     assert converted.head_mode == "sparse"
 
 
-def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
+def test_k_and_r_are_set_and_saved(tmp_path: Path) -> None:
     converted = tiny_converted(head_mode="sparse")
     two = logits_of(converted)
     converted.num_experts_per_tok, converted.sparse_max_positions = 5, 0
@@ -203,7 +203,7 @@ def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
     assert logits_of(again).equal(logits_of(converted))
 
 
-def test_what_is_set_in_the_configuration_of_a_loaded_model_counts() -> None:
+def test_changes_of_a_loaded_model_s_configuration_take_effect() -> None:
     """As users of other mixtures of experts do it."""
     converted, other = tiny_converted(head_mode="sparse"), tiny_converted(head_mode="sparse")
     converted.config.num_experts_per_tok = other.num_experts_per_tok = 5
@@ -229,7 +229,7 @@ def test_what_is_set_in_the_configuration_of_a_loaded_model_counts() -> None:
         ("sparse_max_positions", -1, "is -1, cannot be negative"),
     ],
 )
-def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> None:
+def test_k_and_r_are_bounded(name: str, value: int, cause: str) -> None:
     converted = tiny_converted()
     before = getattr(converted, name)
     with pytest.raises(InputError, match=f"{name} {cause}"):
@@ -237,7 +237,7 @@ def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> N
     assert getattr(converted, name) == getattr(converted.head, name) == getattr(converted.config, name) == before
 
 
-def test_an_argument_that_the_dense_model_does_not_take_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_argument_is_passed_on_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     converted = tiny_converted()
     forward = converted.base.forward
     monkeypatch.setattr(converted.base, "forward", lambda input_ids, logits_to_keep: forward(input_ids))
@@ -283,7 +283,7 @@ def test_head_that_is_not_linear_is_refused() -> None:
 @pytest.mark.parametrize("vocab_size", [70, 99, 100, 103, 128])
 @pytest.mark.parametrize("num_rescored", [5, 256])
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("gpt2", True), ("phi", False)])
-def test_resized(model_type: str, tied: bool, num_rescored: int, vocab_size: int, tmp_path: Path) -> None:
+def test_resized_embeddings(model_type: str, tied: bool, num_rescored: int, vocab_size: int, tmp_path: Path) -> None:
     dense = copy.deepcopy(tiny_dense(model_type, tied=tied, bias=model_type == "phi"))
     converted = tiny_converted(dense, num_rescored=num_rescored, num_experts_per_tok=6, head_mode="sparse")
     always = converted.head.always_on_ids.tolist()

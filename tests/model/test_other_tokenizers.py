@@ -65,7 +65,7 @@ def alone(model: Any, **choices: Any) -> Tensor:
     return model.generate(PROMPT, **{**CHOICES, "do_sample": False, **choices})
 
 
-def test_it_drafts_as_the_dense_model_would(dense: PreTrainedModel) -> None:
+def test_its_drafts_are_those_of_the_dense_model(dense: PreTrainedModel) -> None:
     expected, found = (
         [target.generate(assistant), target.generate(assistant), target.generate(assistant, top_p=0.7)]
         for target, assistant in ((Target(30, 110), copy.deepcopy(dense)), (Target(30, 110), convert(dense)))
@@ -78,7 +78,7 @@ def test_it_drafts_with_few_experts(dense: PreTrainedModel) -> None:
     assert Target(30, 110).generate(convert(dense, 1)).shape == (1, 25)
 
 
-def test_it_generates_by_itself_afterwards(dense: PreTrainedModel) -> None:
+def test_it_generates_on_its_own_afterwards(dense: PreTrainedModel) -> None:
     """Dense assistants are left with the pruned head and without a repetition penalty."""
     for experts in (1, 6):
         model = convert(dense, experts)
@@ -122,7 +122,7 @@ def test_targets_in_turn(dense: PreTrainedModel) -> None:
     assert not expected[one.generate].equal(expected[other.generate])
 
 
-def test_as_a_target(dense: PreTrainedModel) -> None:
+def test_as_target_of_assisted_generation(dense: PreTrainedModel) -> None:
     """Of a dense assistant and of a converted one, sparse and lossless."""
     other = tokenizer_of([f"w{number}" for number in range(30, 110)])
     assistant = Target(30, 110).model

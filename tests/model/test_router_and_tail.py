@@ -82,9 +82,7 @@ def test_rounds_to_the_nearest_level(seed: int, rows: int, rank: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, experts=st.integers(1, 5), size=st.integers(1, 5), rank=st.integers(1, 40))
-def test_a_third_of_the_directions_have_4_bits_and_bytes_are_full(
-    seed: int, experts: int, size: int, rank: int
-) -> None:
+def test_a_third_of_the_directions_have_4_bits_in_full_bytes(seed: int, experts: int, size: int, rank: int) -> None:
     packed = PackedRows(3, (experts, size), rank)
     bits = packed.bits.tolist()
     assert rank <= len(bits) <= rank + 5
@@ -100,7 +98,9 @@ def test_a_third_of_the_directions_have_4_bits_and_bytes_are_full(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, dtype=float_types, scale=st.sampled_from([1e-2, 1.0, 30.0]))
-def test_basis_is_near_and_its_coordinates_are_zero_at_the_mean(seed: int, dtype: torch.dtype, scale: float) -> None:
+def test_basis_is_approximated_and_coordinates_are_zero_at_the_mean(
+    seed: int, dtype: torch.dtype, scale: float
+) -> None:
     packed, basis, mean = PackedRows(16, (3,), 7), normal(seed, 12, 16) * scale, normal(seed + 1, 16)
     packed.set_basis(basis, mean, dtype)
     # A scale that is stored in few digits can be less than the largest number takes.
@@ -175,7 +175,7 @@ def test_scores_are_fp32(seed: int, dtype: torch.dtype, stored: torch.dtype, pos
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_router_of_nothing_scores_zero(is_packed: bool) -> None:
+def test_an_unset_router_scores_zero(is_packed: bool) -> None:
     router = random_router(0, is_packed=is_packed)
     router.reset_parameters()
     assert router(normal(0, 2, 16)).equal(torch.zeros(2, 5))
@@ -196,7 +196,7 @@ def test_packed_scores_are_near(seed: int, dtype: torch.dtype, magnitude: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_rank_above_the_hidden_size_does_no_harm(dtype: torch.dtype) -> None:
+def test_a_rank_above_the_hidden_size_is_allowed(dtype: torch.dtype) -> None:
     """As the default has it for small models; all directions that there are can then have 4 bits."""
     states, rows = normal(0, 600, 24), normal(1, 300, 24)
     router, packed = packed_from(rows, states, 72, dtype)
@@ -205,7 +205,7 @@ def test_a_rank_above_the_hidden_size_does_no_harm(dtype: torch.dtype) -> None:
     assert error_share(packed(states), router(states)) < 0.03
 
 
-def test_keeps_the_directions_that_states_have() -> None:
+def test_the_basis_has_the_directions_of_largest_variance() -> None:
     """Those that they have little of need not be right."""
     spread = torch.cat([torch.ones(6), torch.full((18,), 0.05)])
     states, rows = normal(0, 800, 24) * spread, normal(1, 200, 24)
@@ -251,7 +251,7 @@ def test_unpacked_scores_are_the_packed_ones(seed: int, dtype: torch.dtype, rank
 
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, experts=st.integers(30, 90), rank=st.integers(1, 40))
-def test_what_is_packed_twice_is_rounded_once(seed: int, experts: int, rank: int) -> None:
+def test_packing_twice_rounds_once(seed: int, experts: int, rank: int) -> None:
     states = normal(seed, 300, 24)
     _, packed = packed_from(normal(seed + 1, experts, 24), states, rank)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
@@ -269,7 +269,7 @@ def test_what_is_packed_twice_is_rounded_once(seed: int, experts: int, rank: int
     assert used.equal(packed.coordinates()[:, in_use])
 
 
-def test_repacking_keeps_what_was_learned_meanwhile() -> None:
+def test_repacking_keeps_the_training() -> None:
     """By least squares in the basis there is; what all experts have in common is kept as it is."""
     states = normal(0, 400, 24)
     _, packed = packed_from(normal(1, 80, 24), states, 24)
@@ -284,7 +284,7 @@ def test_repacking_keeps_what_was_learned_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_what_is_learned_reaches_the_scores(is_packed: bool) -> None:
+def test_the_trained_parameters_have_gradients(is_packed: bool) -> None:
     router = random_router(0, is_packed=is_packed).requires_grad_()
     router(normal(1, 4, 16)).square().sum().backward()
     assert {name for name, _ in router.named_parameters()} == ({"bias"} if is_packed else {"rows", "bias"})
@@ -303,7 +303,7 @@ def test_screen_by_hand() -> None:
     torch.testing.assert_close(screened, (PRODUCTS + torch.tensor([0.0, 10.0])).unsqueeze(1), atol=ROUNDING, rtol=0)
 
 
-def test_tokens_of_an_expert_are_alike_to_a_tail_of_nothing() -> None:
+def test_an_unset_tail_makes_tokens_of_an_expert_equally_likely() -> None:
     tail = Tail(8, 3, 4, 2)
     experts = torch.tensor([[2, 0]])
     assert tail.screen(normal(0, 1, 8), experts).equal(torch.zeros(1, 2, 4))

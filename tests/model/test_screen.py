@@ -44,7 +44,7 @@ def expected_logits(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
 
 @settings(max_examples=50, deadline=None)
 @given(seed=seeds, positions=st.integers(1, 4), bias=st.booleans(), choices=sizes(), num_rescored=st.integers(1, 40))
-def test_logits_are_those_worked_out(
+def test_logits_equal_the_worked_example(
     seed: int, positions: int, bias: bool, choices: dict[str, int], num_rescored: int
 ) -> None:
     head, hidden = make_head(bias=bias, num_rescored=num_rescored, **choices), make_hidden(seed, positions)
@@ -61,7 +61,7 @@ def test_logits_are_those_worked_out(
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_laws(
+def test_invariants(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int, bias: bool, dtype: torch.dtype
 ) -> None:
     """Rescored tokens have their dense logits, the likeliest one is that of the sparse ones, all experts are dense."""
@@ -83,9 +83,7 @@ def test_laws(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, choices=sizes(), num_rescored=st.integers(1, 60))
-def test_exact_logits_go_to_the_likeliest_and_to_no_token_twice(
-    seed: int, choices: dict[str, int], num_rescored: int
-) -> None:
+def test_the_likeliest_tokens_get_exact_logits_once_each(seed: int, choices: dict[str, int], num_rescored: int) -> None:
     """However short the last expert is: what repeats there takes the place of none."""
     head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, 1)
     assume(head.screens)
@@ -96,7 +94,7 @@ def test_exact_logits_go_to_the_likeliest_and_to_no_token_twice(
     assert min(estimates[token] for token in rescored) >= max(left, default=-torch.inf) - 1e-4
 
 
-def test_as_many_as_are_picked_need_no_screen() -> None:
+def test_rescoring_all_picked_tokens_needs_no_screen() -> None:
     few, many, hidden = make_head(num_rescored=2 * 16 - 1), make_head(num_rescored=2 * 16), make_hidden(0, 3)
     assert few.screens
     assert not many.screens
@@ -105,7 +103,7 @@ def test_as_many_as_are_picked_need_no_screen() -> None:
 
 
 @pytest.mark.parametrize("combine", ["router", "learned"])
-def test_what_combines_needs_all_exact_logits(combine: str) -> None:
+def test_other_combines_need_all_exact_logits(combine: str) -> None:
     head, hidden = make_head(num_rescored=3, combine=combine), make_hidden(0, 3)
     assert not head.screens
     assert head(hidden).equal(make_head(combine=combine)(hidden))
@@ -122,7 +120,7 @@ def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)
 
 
-def test_share_outside_of_what_was_picked() -> None:
+def test_share_outside_the_picked_experts() -> None:
     head, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(1, 6)
     logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
     picked = torch.zeros_like(logits, dtype=torch.bool)

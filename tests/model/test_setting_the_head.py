@@ -138,7 +138,7 @@ def test_a_plain_layer_is_shared() -> None:
         (lambda: nn.Linear(32, 1), "a head of 1 rows leaves no token to route"),
     ],
 )
-def test_what_is_no_linear_layer_is_refused_and_nothing_changes(make: Any, reason: str) -> None:
+def test_a_layer_that_is_not_linear_is_refused(make: Any, reason: str) -> None:
     model, layer = converted(), make()
     head = model.head
     with torch.no_grad():  # the first token is in no expert
@@ -156,7 +156,7 @@ def test_what_is_no_linear_layer_is_refused_and_nothing_changes(make: Any, reaso
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_was_set_is_saved(tied: bool, tmp_path: Any) -> None:
+def test_a_replaced_head_is_saved(tied: bool, tmp_path: Any) -> None:
     model = tiny_converted(tiny_dense(tied=tied), num_experts_per_tok=6, head_mode="sparse")
     embeddings = model.get_input_embeddings().weight.clone()
     layer = nn.Linear(32, 100, bias=False)

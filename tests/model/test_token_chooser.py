@@ -92,7 +92,7 @@ def test_probabilities_are_those_of_the_sparse_logits(
 
 @settings(max_examples=100, deadline=None)
 @given(seed=seeds, positions=st.integers(1, 3), choices=sizes(), num_rescored=st.integers(1, 60))
-def test_the_best_is_that_of_the_sparse_logits(
+def test_the_best_candidate_is_the_sparse_argmax(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int
 ) -> None:
     head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, positions)
@@ -139,7 +139,7 @@ def test_distribution_of_200_000_draws(
     assert (found_p < 1e-6) if is_broken else (found_p > 1e-4)
 
 
-def test_draws_of_one_and_of_none() -> None:
+def test_tokens_without_probability_are_never_drawn() -> None:
     """What has no probability is never drawn, wherever it stands."""
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
     for _ in range(100):
@@ -181,7 +181,7 @@ def whole_steps(model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, 
         {"do_sample": True, "top_k": 0, "min_p": 0.1},
     ],
 )
-def test_only_the_prompt_has_logits_of_all_tokens(
+def test_logits_of_all_tokens_are_computed_only_in_prefill(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
     assert whole_steps(model, monkeypatch, **choices) == 1
@@ -196,7 +196,7 @@ def test_only_the_prompt_has_logits_of_all_tokens(
         {"do_sample": True, "logits_processor": [lambda ids, scores: scores]},
     ],
 )
-def test_other_choices_have_them_at_every_step(
+def test_with_other_settings_all_logits_are_computed_at_every_step(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(token_chooser.TokenChooser, "__init__", None)
@@ -207,7 +207,7 @@ def test_other_choices_have_them_at_every_step(
     assert len(steps) == 8
 
 
-def test_greedy_tokens_are_those_of_whole_logits(
+def test_greedy_tokens_are_the_argmax_of_all_logits(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [generate(model, do_sample=False), generate(model, do_sample=False, repetition_penalty=1.4)]
@@ -216,7 +216,7 @@ def test_greedy_tokens_are_those_of_whole_logits(
     assert chosen[1].equal(generate(model, do_sample=False, repetition_penalty=1.4))
 
 
-def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_caps_its_logits_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """And draws from what the cap leaves."""
     model = tiny_converted(tiny_dense("gemma2", final_logit_softcapping=0.5), head_mode="sparse", num_rescored=20)
     assert whole_steps(model, monkeypatch, do_sample=True, top_k=0) == 8
@@ -225,7 +225,7 @@ def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest
     assert chosen.equal(generate(model, do_sample=False))
 
 
-def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_masks_logits_in_place_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """As some do with the tokens of images."""
     model = tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20)
     forward = model.base.forward
@@ -240,7 +240,7 @@ def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: 
         assert (generate(model, **choices)[:, PREFIX.shape[1] :] >= 50).all()
 
 
-def test_all_experts_are_left_to_transformers() -> None:
+def test_with_all_experts_transformers_samples() -> None:
     """So that the same seed gives the dense model's tokens."""
     head = make_head(num_experts_per_tok=6)
     assert head.num_experts == 6

@@ -54,7 +54,7 @@ def test_the_metrics_are_of_a_conversion() -> None:
         (["--vocab-size", "100"], "no size: give --shape"),
     ],
 )
-def test_sizes_that_are_none_are_refused(
+def test_invalid_sizes_are_refused(
     arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["at_size", *arguments])

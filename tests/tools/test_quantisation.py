@@ -137,7 +137,7 @@ def test_a_quantised_folder_loads_as_the_dense_model(kind: str, folder: Path, tm
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
-def test_a_folder_that_torchao_wrote_is_refused_as_the_dense_model(kind: str, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_written_by_torchao_is_refused_as_dense_model(kind: str, folder: Path, tmp_path: Path) -> None:
     """Its files name the tensors of this class; what could not be read must not be made up."""
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind][0]()).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):

@@ -117,7 +117,7 @@ def test_completion(client: openai.OpenAI, folder: Path) -> None:
     assert answer.choices[0].text == expected(folder)
 
 
-def test_response(client: openai.OpenAI, folder: Path) -> None:
+def test_responses_endpoint(client: openai.OpenAI, folder: Path) -> None:
     asked: dict[str, Any] = {"model": "out", "input": MESSAGES, "max_output_tokens": NEW_TOKENS, "temperature": 0}
     assert client.responses.create(**asked, stream=False).output_text == expected(folder)
     events = list(client.responses.create(**asked, stream=True))
@@ -164,11 +164,11 @@ def check_images_are_refused(client: openai.OpenAI) -> None:
         client.responses.create(model="out", input=[image], stream=False)
 
 
-def test_images_are_refused_and_not_left_out(client: openai.OpenAI) -> None:
+def test_images_in_requests_are_refused(client: openai.OpenAI) -> None:
     check_images_are_refused(client)
 
 
-def test_a_model_that_looks_at_images_answers_text_and_refuses_images(tmp_path: Path) -> None:
+def test_a_vision_language_model_answers_text_and_refuses_images(tmp_path: Path) -> None:
     dense, _ = tiny_llava()
     tiny_converted(dense).save_pretrained(tmp_path / "out")
     tokenizer, address = tiny_tokenizer(), free_address()
@@ -184,7 +184,7 @@ def test_a_model_that_looks_at_images_answers_text_and_refuses_images(tmp_path: 
         check_images_are_refused(client)
 
 
-def test_model_outlives_a_reset(client: openai.OpenAI, address: str) -> None:
+def test_a_model_survives_a_reset_of_the_compiler(client: openai.OpenAI, address: str) -> None:
     before = chat(client).choices[0].message.content
     client.with_options(base_url=f"http://{address}").post("/reset", cast_to=object)
     assert chat(client).choices[0].message.content == before

@@ -112,7 +112,7 @@ def test_the_dense_names_are_kept_and_the_rest_is_in_a_shard_of_its_own(folders:
         assert set(tensors.keys()) == set(added)
 
 
-def test_the_source_is_left_as_it_was(folders: SimpleNamespace) -> None:
+def test_the_dense_checkpoint_is_unchanged(folders: SimpleNamespace) -> None:
     assert contents(folders.dense) == folders.before
     assert sorted(path.name for path in folders.parent.iterdir()) == ["dense", "out", "text.jsonl"]
 
@@ -131,7 +131,7 @@ def test_the_added_bytes_are_counted_right(folders: SimpleNamespace) -> None:
     assert index["metadata"]["total_size"] == sum(dense) + added
 
 
-def test_what_belongs_to_the_model_comes_along(folders: SimpleNamespace) -> None:
+def test_companion_files_are_copied(folders: SimpleNamespace) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "chat_template.jinja"):
         assert (folders.out / name).read_bytes() == (folders.dense / name).read_bytes()
     assert not (folders.out / "training_args.bin").exists()
@@ -146,7 +146,7 @@ def test_the_card_has_the_base_model_s_licence(folders: SimpleNamespace) -> None
     assert dataclasses.replace(folders.report.recipe, text="text.jsonl").to_yaml() in card.text
 
 
-def test_the_recipe_beside_the_weights_is_the_one_that_was_used(folders: SimpleNamespace) -> None:
+def test_the_written_recipe_is_the_recipe_of_the_conversion(folders: SimpleNamespace) -> None:
     recipe = Recipe.from_yaml(folders.out / "recipe.yaml")
     assert recipe.to_dict() == folders.report.recipe.to_dict()
     assert recipe.expert_size == 16
@@ -156,7 +156,7 @@ def test_the_recipe_beside_the_weights_is_the_one_that_was_used(folders: SimpleN
     assert (config.num_experts_per_tok, config.num_rescored) == (head.num_experts_per_tok, head.num_rescored)
 
 
-def test_others_may_read_every_file(folders: SimpleNamespace) -> None:
+def test_files_have_the_usual_permissions(folders: SimpleNamespace) -> None:
     modes = {path.name: path.stat().st_mode & 0o777 for path in folders.out.iterdir()}
     umask = os.umask(0)
     os.umask(umask)
@@ -205,7 +205,7 @@ def test_the_folder_loads_as_the_dense_model(folders: SimpleNamespace) -> None:
     assert torch.equal(after(TOKEN_IDS).logits, before(TOKEN_IDS).logits)
 
 
-def test_nothing_is_missing_or_left_over_when_it_loads(folders: SimpleNamespace) -> None:
+def test_no_key_is_missing_or_unexpected(folders: SimpleNamespace) -> None:
     for config in (None, AutoConfig.from_pretrained(folders.out).text_config):
         _, found = AutoModelForCausalLM.from_pretrained(folders.out, config=config, output_loading_info=True)
         assert not found["missing_keys"]
@@ -214,7 +214,7 @@ def test_nothing_is_missing_or_left_over_when_it_loads(folders: SimpleNamespace)
         assert set(found["unexpected_keys"]) <= left_over
 
 
-def test_embeddings_that_were_tied_stay_tied(folders: SimpleNamespace) -> None:
+def test_ties_are_those_of_the_dense_model(folders: SimpleNamespace) -> None:
     dense = AutoModelForCausalLM.from_pretrained(folders.dense)
     converted = AutoModelForCausalLM.from_pretrained(folders.out)
     assert isinstance(converted, TopKExpertsForCausalLM)
@@ -293,7 +293,7 @@ def test_a_failed_overwrite_leaves_the_old_model(where: str, here: Path, monkeyp
     assert {name.partition("/")[0] for name in contents(here)} == {*FILES, "out"}
 
 
-def test_a_model_that_does_not_load_the_same_is_not_left_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_reloads_differently_is_deleted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = checkpoint.additions_of
     monkeypatch.setattr(
         checkpoint,
@@ -316,7 +316,7 @@ def test_a_model_that_does_not_load_the_same_is_not_left_behind(here: Path, monk
         ("value_head.weight", "gpt2", {"base.transformer.value_head.weight"}),
     ],
 )
-def test_tensors_that_the_dense_model_has_no_use_for_come_along(
+def test_unused_tensors_of_the_checkpoint_are_copied(
     stray: str, model_type: str, warned_of: set[str], tmp_path: Path
 ) -> None:
     sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -332,7 +332,7 @@ def test_tensors_that_the_dense_model_has_no_use_for_come_along(
     assert not info["missing_keys"]
 
 
-def test_overwriting_leaves_nothing_of_the_old_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwriting_removes_the_old_model(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert convert_here(monkeypatch) == 0
     (here / "out" / "stale.txt").write_text("old")
     assert convert_here(monkeypatch, "--overwrite") == 0
@@ -340,9 +340,7 @@ def test_overwriting_leaves_nothing_of_the_old_model(here: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("out", [".", "./", "../out/"])
-def test_a_shell_in_the_folder_stays_in_it_when_it_is_overwritten(
-    out: str, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overwriting_keeps_the_folder_that_a_shell_is_in(out: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert convert_here(monkeypatch) == 0
     before = sorted(path.name for path in here.iterdir())
     (here / "out" / "stale.txt").write_text("old")
@@ -357,7 +355,7 @@ def test_a_shell_in_the_folder_stays_in_it_when_it_is_overwritten(
     assert isinstance(AutoModelForCausalLM.from_pretrained("."), TopKExpertsForCausalLM)
 
 
-def test_an_old_folder_that_cannot_go_yet_fails_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_folder_that_cannot_be_removed_is_left(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Network file systems keep what another process has open."""
     remove = shutil.rmtree
 
@@ -376,7 +374,7 @@ def test_an_old_folder_that_cannot_go_yet_fails_nothing(here: Path, monkeypatch:
 # Where it cannot be written
 
 
-def test_refuses_an_output_that_is_there(here: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_an_existing_output(here: Path, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "out").mkdir()
     refused("out", parts=("out exists", "choose another output folder", "--overwrite"))
     refused(".", parts=("exists", "--overwrite"))
@@ -422,7 +420,7 @@ def small_disk(here: Path) -> Iterator[Path]:
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_disk_that_is_full_is_told_before_or_while_writing(
+def test_a_full_disk_is_reported_before_or_while_writing(
     small_disk: Path, refused: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     refused("disk/out", *OPTIONS, parts=("MiB left", "make room"))

@@ -85,7 +85,7 @@ def auctioned_assignment(
     seed=st.integers(0, 2**40),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_token_is_in_one_expert_whatever_the_sizes(num_tokens, expert_size, d, distinct, dtype, seed):
+def test_every_token_is_in_one_expert_for_any_sizes(num_tokens, expert_size, d, distinct, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(min(distinct, num_tokens), d, generator=generator)
     features = values[torch.randint(len(values), (num_tokens,), generator=generator)].to(dtype)
@@ -98,7 +98,7 @@ def test_one_slot_an_expert_and_one_expert_for_all(size):
     assert check(experts, 50, size).tolist() == [token // size for token in range(50)]
 
 
-def test_spare_slots_are_in_few_experts_and_the_last():
+def test_padding_slots_are_in_the_last_few_experts():
     experts = partition(clusters(1000 - 37, 20, 8), expert_size=50, seed=0)
     check(experts, 1000 - 37, 50)
     short = torch.tensor([len(slots.unique()) < 50 for slots in experts])
@@ -106,7 +106,7 @@ def test_spare_slots_are_in_few_experts_and_the_last():
     assert short[-int(short.sum()) :].all()
 
 
-def test_tokens_that_are_known_to_belong_together_are_kept_together():
+def test_clusters_of_the_expert_size_are_kept_together():
     of = torch.randperm(320, generator=torch.Generator().manual_seed(1)) % 20
     features = 50 * torch.eye(20)[of] + torch.randn(320, 20, generator=torch.Generator().manual_seed(2))
     experts = partition(features, expert_size=16, seed=0)
@@ -123,7 +123,7 @@ def test_quality_is_near_plain_k_means_and_far_from_greedy(expert_size):
     assert ours < 1.1 * kmeans.inertia_
 
 
-def test_quality_is_that_of_exact_assignments_on_clusters_far_apart():
+def test_distant_clusters_are_assigned_exactly():
     features = 3 * clusters(600, 12, 8) + torch.randn(600, 8, generator=torch.Generator().manual_seed(1))
     ours = inertia(features, check(partition(features, 20, seed=0), 600, 20))
     centroids = torch.from_numpy(KMeans(30, n_init=1, random_state=0).fit(features.numpy()).cluster_centers_)
@@ -133,7 +133,7 @@ def test_quality_is_that_of_exact_assignments_on_clusters_far_apart():
     assert ours < 1.1 * inertia(features, expert_of)
 
 
-def test_bisection_first_is_about_as_good(monkeypatch):
+def test_starting_from_bisection_is_about_as_good(monkeypatch):
     features = clusters(2000, 60, 16)
     whole = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
     monkeypatch.setattr(module, "ALTERNATION_FLOPS", 1.0)
@@ -151,7 +151,7 @@ def test_the_auction_finds_the_known_optimum(num_tokens, num_nearest, monkeypatc
     assert torch.equal(expert_of, exact_assignment(features, centroids, expert_size=6))
 
 
-def test_a_coarse_raise_bounds_the_loss():
+def test_a_coarse_increment_bounds_the_cost():
     features, centroids = clusters(400, 20, 8, seed=5), clusters(10, 3, 8, seed=6)
     expert_of = auctioned_assignment(features, centroids, expert_size=40, finest=1e-2)
     cost = torch.cdist(features.double(), centroids.double()).square()
@@ -161,7 +161,7 @@ def test_a_coarse_raise_bounds_the_loss():
     assert total <= least + 1e-2 * cost.amin(1).sum()
 
 
-def test_no_round_of_bids_at_all_still_gives_a_partition(monkeypatch):
+def test_zero_rounds_of_bids_give_a_partition(monkeypatch):
     monkeypatch.setattr(module, "ROUNDS_WHILE_ALTERNATING", 0)
     monkeypatch.setattr(module, "ROUNDS_AT_THE_END", 0)
     features = clusters(500, 10, 4)
@@ -182,14 +182,14 @@ def test_features_that_are_all_equal():
     check(partition(torch.zeros(70, 3), 16, seed=0), 70, 16)
 
 
-def test_shift_and_scale_do_not_matter_much():
+def test_shift_and_scale_hardly_change_the_partition():
     features = clusters(600, 12, 8)
     plain = inertia(features, check(partition(features, 20, seed=0), 600, 20))
     moved = inertia(features, check(partition(1e-12 * (features + 500).double(), 20, seed=0), 600, 20))
     assert moved == pytest.approx(plain, rel=0.03)
 
 
-def test_the_same_seed_gives_the_same_experts_and_leaves_the_world_alone():
+def test_the_same_seed_gives_the_same_experts_without_global_effects():
     features = clusters(600, 30, 8)
     before, threads, state = features.clone(), torch.get_num_threads(), torch.get_rng_state()
     first = partition(features, 16, seed=5)
@@ -200,7 +200,7 @@ def test_the_same_seed_gives_the_same_experts_and_leaves_the_world_alone():
     assert torch.get_num_threads() == threads
 
 
-def test_features_of_a_parameter_and_in_strides():
+def test_features_may_be_a_parameter_or_strided():
     features = torch.nn.Parameter(clusters(200, 8, 12))
     experts = partition(features, 16, seed=0)
     assert not experts.requires_grad
@@ -208,7 +208,7 @@ def test_features_of_a_parameter_and_in_strides():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_rows_that_are_not_finite_are_named(value):
+def test_rows_that_are_not_finite_are_refused(value):
     features = clusters(40, 4, 4)
     features[[17, 31], 2] = value
     with pytest.raises(InputError, match=r"2 of the 40 rows .* row 17"):
@@ -224,7 +224,7 @@ def test_an_expert_without_slots_is_refused(size):
 @pytest.mark.parametrize(
     "features", [torch.ones(4), torch.ones(0, 3), torch.ones(3, 0), torch.ones(4, 2, dtype=torch.int64)]
 )
-def test_what_is_no_matrix_of_floats_is_refused(features):
+def test_features_that_are_not_a_float_matrix_are_refused(features):
     with pytest.raises(InputError, match="features must be floats of shape"):
         partition(features, 2, seed=0)
 
@@ -238,7 +238,7 @@ def test_bisection_fills_all_experts_but_the_last(num_tokens, expert_size, d, se
     assert sizes == [expert_size] * (num_experts - 1) + [num_tokens - expert_size * (num_experts - 1)]
 
 
-def test_bisection_cuts_between_groups_that_lie_apart():
+def test_bisection_separates_distant_groups():
     of = torch.arange(8).repeat_interleave(12)[torch.randperm(96, generator=torch.Generator().manual_seed(0))]
     corners = torch.tensor([[x, y, z] for x in (-9.0, 9.0) for y in (-9.5, 9.5) for z in (-10.0, 10.0)])
     expert_of = bisect(corners[of] + torch.rand(96, 3, generator=torch.Generator().manual_seed(1)), 8, 12)
