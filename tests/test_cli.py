@@ -1,4 +1,4 @@
-"""The command line: a few runs in a process of its own, the rest in this one."""
+"""The command line: a few runs in another process, the rest in this one."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of all that, as the current folder."""
+    """A copy of the folder, as the current folder."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -63,7 +63,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def printed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str]]:
-    """Runs a command in this process, and returns what it printed on standard output and error."""
+    """Runs a command in this process, and returns its standard output and standard error."""
 
     def run(*arguments: object) -> tuple[str, str]:
         capsys.readouterr()

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
-    """What products take in each type, and a measurement of its own for each test."""
+    """Sets the measured time of products in each dtype."""
     taken = {torch.float32: 1.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype, device: taken[dtype])
     faster_dtype.cache_clear()

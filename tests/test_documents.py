@@ -1,4 +1,4 @@
-"""What `hf_topk.documents` reads, and what it refuses."""
+"""`hf_topk.documents`: readable and refused sources."""
 
 import codecs
 import os
@@ -31,7 +31,7 @@ def write_parquet(path: Path, columns: dict) -> Path:
 
 
 def check_refused(source: str | Path, *parts: str) -> str:
-    """Check that a source is refused in one line that holds the parts, and return the line."""
+    """Check that a source is refused in one line that contains the parts; return the line."""
     with pytest.raises(InputError) as caught:
         read_documents(str(source))
     assert "\n" not in str(caught.value)
@@ -280,7 +280,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, ending):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for `load_dataset`: streams `hub.rows` or raises `hub.error`; `hub.calls` is what was asked for."""
+    """Replaces `load_dataset`: streams `hub.rows` or raises `hub.error`; `hub.calls` has the arguments."""
     datasets = pytest.importorskip("datasets")
 
     class Hub:

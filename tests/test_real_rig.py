@@ -1,4 +1,4 @@
-"""The rig behind `make real`, on a tiny model in memory: nothing is downloaded."""
+"""The measurements of `make real`, on a tiny model in memory: nothing is downloaded."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `hf-topk serve` refuses, and what it hands to the server; the server itself is run in tests/tools."""
+"""`hf-topk serve`: refused arguments, and the served model; tests/tools runs the server itself."""
 
 import socket
 from pathlib import Path
@@ -16,7 +16,7 @@ from hf_topk import serving
 
 @pytest.fixture(autouse=True)
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in the current folder, and a server's packages, though none may be installed."""
+    """A model in the current folder; the server's packages count as installed."""
     tiny_converted().save_pretrained(tmp_path / "out")
     tiny_tokenizer().save_pretrained(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
@@ -25,7 +25,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would be served."""
+    """The arguments of the server."""
     calls: list[Any] = []
     monkeypatch.setattr(serving, "_run_server", lambda *arguments: calls.append(arguments))
     return calls

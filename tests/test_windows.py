@@ -1,4 +1,4 @@
-"""How `hf_topk.windows` cuts documents into windows."""
+"""`hf_topk.windows`: documents are split into windows."""
 
 import logging
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ WORDS = 400
 
 
 def word_tokenizer(template: str = "<begin> $A") -> PreTrainedTokenizerFast:
-    """A tokenizer that has one token a word, "w0" to "w399", and the special tokens of a template."""
+    """A tokenizer with a token per word, "w0" to "w399", and the special tokens of a template."""
     vocabulary = {"<begin>": BEGIN, "<end>": 1, "<unknown>": 2} | {f"w{n}": n + 3 for n in range(WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,7 +31,7 @@ def word_tokenizer(template: str = "<begin> $A") -> PreTrainedTokenizerFast:
 
 
 def numbered_documents(lengths: list[int]) -> list[str]:
-    """Documents of so many words, in which no word comes twice."""
+    """Documents of these numbers of words, all different."""
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     return [
         " ".join(f"w{word}" for word in range(start, start + length))

@@ -1,4 +1,4 @@
-"""`hf-topk bench`: what is compared, on tiny models; nothing here depends on how long anything takes."""
+"""`hf-topk bench` on tiny models; no test depends on measured times."""
 
 import builtins
 import json

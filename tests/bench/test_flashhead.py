@@ -1,4 +1,4 @@
-"""FlashHead's method as a baseline: its clusters, centroids and probes, beside the plainest way to compute them."""
+"""The FlashHead baseline: its clusters, centroids and probes, against plain references."""
 
 import pytest
 import torch

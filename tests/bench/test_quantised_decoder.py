@@ -1,4 +1,4 @@
-"""Decoders in 8 and 4 bits: near the layers they are made of, and measured as any other."""
+"""Decoders in 8 and 4 bits: they approximate the float layers, and are measured."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Input that is refused: one clear line, exit code 2, nothing written and nothing lost."""
+"""Refused input: one line, exit code 2, and no file written or removed."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused: arguments and parts of the line that it prints."""
+    """Check that a command is refused, given its arguments and parts of its error line."""
     monkeypatch.chdir(tmp_path)
 
     return partial(check_refused, monkeypatch, capsys)

@@ -1,4 +1,4 @@
-"""Conversion of models that read one thing and write another, from pairs and from sources alone."""
+"""Conversion of encoder-decoders, from pairs and from sources without targets."""
 
 import json
 from pathlib import Path

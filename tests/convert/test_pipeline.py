@@ -1,4 +1,4 @@
-"""The steps of a conversion in memory, each beside the plainest way to compute the same."""
+"""The steps of a conversion in memory, against plain references."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def quick(dense: PreTrainedModel | None = None, **choices: Any) -> Report:
 
 @pytest.fixture(params=[False, True], ids=["plain", "biased"])
 def head(request: pytest.FixtureRequest) -> TopKExpertsHead:
-    """A head whose last expert is 4 ids short; router and tail are random."""
+    """A head whose last expert has 4 tokens less; router and tail are random."""
     dense = tiny_dense("phi", tied=False, bias=True) if request.param else tiny_dense()
     return tiny_converted(dense, num_always_on=8, num_experts=6, expert_size=16).head
 
@@ -244,7 +244,7 @@ def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
 
 
 def test_unused_ids_keep_their_share_of_an_expert(head: TopKExpertsHead) -> None:
-    """And the others are tempered among themselves."""
+    """The other tokens of the expert are tempered."""
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6)).pow(3)
     probabilities /= probabilities.sum()
     unused = [*head.expert_ids[2, :5].tolist(), *head.expert_ids[3].tolist()]

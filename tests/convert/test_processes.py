@@ -1,4 +1,4 @@
-"""Conversion by several processes that `accelerate launch` or `torchrun` starts: the result is that of one."""
+"""Conversion by several processes of `accelerate launch` or `torchrun` equals that of one process."""
 
 import json
 import os
@@ -43,7 +43,7 @@ main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, two recipes, and `text` and `mixed`, what one process makes of them; five batches of each."""
+    """A dense model, two recipes of five batches each, and `text` and `mixed`, converted by one process."""
     folder = tmp_path_factory.mktemp("folder")
     tiny_checkpoint(folder / "model", tiny_dense(tied=False), chats=True)
     text = tiny_text(folder / "text.jsonl", documents=100)
@@ -84,7 +84,7 @@ def in_trouble(folder: Path, trouble: str) -> str:
 
 
 def result(folder: Path) -> dict[str, bytes | None]:
-    """What was written, but for how long it took."""
+    """The written files, without the wall time."""
     files = contents(folder)
     metrics = json.loads(files.pop("figures.json"))
     assert metrics.pop("seconds") >= 0
@@ -150,7 +150,7 @@ def test_one_process_resumes_where_one_of_two_died(folder: Path) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """This process as the first of two, and what it tells the other one."""
+    """Make this process the main one of two; the calls that it sends to the other one."""
     told: list[Any] = []
     state = SimpleNamespace(num_processes=2, device=torch.device("cpu"), destroy_process_group=lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")

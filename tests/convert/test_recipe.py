@@ -1,4 +1,4 @@
-"""The recipe: every choice of a conversion, to YAML and back, and what it refuses."""
+"""The recipe: every choice of a conversion, its YAML, and refused values."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on where it stopped, and ends as if nothing had happened."""
+"""An interrupted conversion resumes where it stopped, and gives the result of an uninterrupted one."""
 
 import functools
 import json
@@ -68,7 +68,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 
 def result(here: Path) -> dict[str, bytes | None]:
-    """What was written, but for how long it took."""
+    """The written files, without the wall time."""
     files = contents(here / "out")
     metrics = json.loads(files.pop("figures.json"))
     assert metrics.pop("seconds") >= 0
@@ -237,7 +237,7 @@ def test_a_refused_input_leaves_an_interrupted_conversion(interrupted: Path, ref
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 def test_refuses_a_text_of_another_name(interrupted: Path, refused: Any) -> None:
-    """The recipe names the file, so that a resumed conversion's card and recipe name the one that was read."""
+    """Card and recipe of a resumed conversion must name the file that was read."""
     (interrupted / "text.jsonl").rename(interrupted / "moved.jsonl")
     write_recipe(interrupted, text="moved.jsonl")
     refused(*ARGUMENTS, "--resume", parts=("have changed: text;",))

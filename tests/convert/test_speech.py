@@ -1,4 +1,4 @@
-"""Models that hear speech: converted from recordings, they transcribe as the dense model does."""
+"""Speech models: converted with recordings, they transcribe as the dense model does."""
 
 import json
 import wave
@@ -29,7 +29,7 @@ CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 16, "num_
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the dense model, the converted one and speech."""
+    """A folder with the dense model, the converted model and recordings."""
     folder = tmp_path_factory.mktemp("whisper")
     dense = tiny_whisper_checkpoint(folder / "dense")
     speech = tiny_speech(folder / "speech")

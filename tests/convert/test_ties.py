@@ -1,4 +1,4 @@
-"""Head and input embeddings, one tensor or two, whatever the configuration says of them."""
+"""Ties of head and input embeddings, and configurations that contradict them."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def check_same(model: Any, expected: Tensor) -> None:
 
 
 def converted(folder: Path, out: Path) -> Any:
-    """The loaded result of the command's conversion, with all experts picked."""
+    """The model that the command converts, loaded, with all experts picked."""
     recipe = Recipe(**QUICK, text=str(tiny_text(folder.parent / "text.jsonl")), target_agreement=None)
     convert_checkpoint(str(folder), out, recipe)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -110,7 +110,7 @@ def test_redundant_head_in_a_tied_checkpoint(tmp_path: Path) -> None:
 def test_untied_config_without_a_head(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The part about text alone, which does not count in Gemma 3, says that they are one tensor."""
+    """Only Gemma 3's text configuration, which it ignores, ties them."""
     monkeypatch.chdir(tmp_path)
     dense = tiny_dense(tied=False) if name == "llama" else tiny_model(AutoModelForImageTextToText, name)
     tiny_checkpoint(Path("dense"), dense)

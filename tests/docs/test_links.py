@@ -1,4 +1,4 @@
-"""Links that point into this repository lead somewhere."""
+"""Links into this repository point to existing files and headings."""
 
 import re
 import tomllib

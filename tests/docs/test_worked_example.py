@@ -1,4 +1,4 @@
-"""The page on the mathematics: its numbers are what the head computes, and the functions that it names exist."""
+"""docs/how-it-works.md: its numbers are those of the head, and the functions that it names exist."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ Row = dict[str, str]
 
 
 def rows_with(column: str) -> list[Row]:
-    """The rows of the one table that has such a column."""
+    """The rows of the table with such a column."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE):
         head, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]

@@ -1,4 +1,4 @@
-"""The lower bound of an agreement over documents, beside the one for independent positions."""
+"""The lower bound of an agreement over documents, against the bound for independent positions."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ def clopper_pearson(agreed: int, positions: int) -> float:
 
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Positions that agree, and all positions, of each document."""
+    """The number of positions that agree, and of all positions, of each document."""
     positions = draw(st.lists(st.integers(1, 200), min_size=1, max_size=12))
     return [draw(st.integers(0, count)) for count in positions], positions
 
@@ -74,14 +74,14 @@ def test_documents_that_vary_as_independent_positions_do_count_each_position(sha
 
 @pytest.mark.parametrize("agreed", [1, 50, 190, 199])
 def test_documents_of_one_position_are_independent_positions(agreed: int) -> None:
-    """But for one, that by which their variance is estimated."""
+    """Less one, as their variance is estimated."""
     bound = lower_bound([1] * agreed + [0] * (200 - agreed), [1] * 200)
     assert bound == pytest.approx(float(beta.ppf(0.05, agreed / 200 * 199, (1 - agreed / 200) * 199 + 1)))
     assert bound == pytest.approx(clopper_pearson(agreed, 200), abs=1e-3)
 
 
 def test_the_bound_falls_with_the_dependence_within_documents() -> None:
-    """The same agreement, of all documents alike or of some more than of others."""
+    """For the same agreement, equal in all documents or different between them."""
     spreads = range(11)
     bounds = [lower_bound([90 - spread, 90 + spread] * 15, [100] * 30) for spread in spreads]
     assert bounds == sorted(bounds, reverse=True)
@@ -105,7 +105,7 @@ def test_few_documents_have_a_lower_bound_than_many() -> None:
 
 @pytest.mark.parametrize(("share", "correlation", "count"), [(0.97, 0.03, 20), (0.99, 0.01, 40), (0.9, 0.1, 15)])
 def test_the_bound_holds_for_dependent_positions(share: float, correlation: float, count: int) -> None:
-    """Beta-binomial documents of several lengths: the bound is to be below the truth in about 95 % of the samples."""
+    """For beta-binomial documents the bound is below the true agreement in about 95 % of the samples."""
     generator = np.random.default_rng(7)
     strength = (1 - correlation) / correlation
     held = held_if_independent = 0

@@ -1,4 +1,4 @@
-"""The metrics of fidelity, beside the plainest way to compute them."""
+"""The metrics of fidelity, against plain references."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def some_windows() -> list[Window]:
 
 
 def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
-    """Position by position, from the logits that the model itself returns in each mode."""
+    """The metrics, position by position, from the logits of the model in each head mode."""
     agreed, contained, divergences, losses = {}, [], [], {"dense": [], "sparse": []}
     log_z, confidences, correlations = [], {"dense": [], "sparse": []}, []
     head, kept = model.head, []

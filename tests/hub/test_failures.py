@@ -29,7 +29,7 @@ hf_topk.cli.main()
 
 
 def repeats(done: Done, run: Run) -> Done:
-    """Run the command that a message names."""
+    """Run the command that an error message names."""
     command = shlex.split(done.err.rpartition("`hf-topk ")[2].partition("`")[0])
     return run(*command)
 

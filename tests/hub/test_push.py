@@ -1,4 +1,4 @@
-"""Uploads and downloads, by the real client in processes of their own, against a server that speaks the Hub's words."""
+"""Uploads and downloads, by the real client in another process, with a local server."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_converts_pushes_and_loads_with_and_without_the_package(
 
 @pytest.fixture
 def sharded(hub: Hub, tmp_path: Path) -> Repository:
-    """A dense model of several shards on the Hub, with its weights once more in another program's names."""
+    """A dense model of several shards on the Hub, with a second copy of its weights for another program."""
     tiny_checkpoint(tmp_path / "sharded")
     (tmp_path / "sharded" / "model.safetensors").unlink()
     tiny_dense().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
@@ -217,7 +217,7 @@ def test_pushes_to_an_organization(run: Run, hub: Hub) -> None:
 
 @pytest.mark.parametrize("status", [404, 405, 501])
 def test_pushes_to_a_server_without_the_checks(status: int, run: Run, hub: Hub) -> None:
-    """One that speaks no more than an upload needs: neither who asks, nor what is there, nor who may write."""
+    """A server without `whoami`, repository information and `auth-check`."""
     hub.faults += [Fault("GET", "/whoami", status), Fault("GET", "/auth-check", status)]
     for info in ((), (Fault("GET", "/api/models/me/x", 404),)):
         hub.faults += info

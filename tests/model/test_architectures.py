@@ -45,7 +45,7 @@ def dense(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def converted(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """All experts picked, so that it is the dense model."""
+    """The converted model with all experts picked."""
     return tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
 
 
@@ -53,7 +53,7 @@ def converted(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
 def folders(
     dense: PreTrainedModel, converted: TopKExpertsForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Where the dense and the converted model are saved."""
+    """The folders of the saved dense and converted model."""
     folder = tmp_path_factory.mktemp("saved")
     dense.save_pretrained(folder / "dense")
     converted.save_pretrained(folder / "converted")
@@ -89,7 +89,7 @@ def test_dense_mode_is_the_dense_model_bit_for_bit(dense: PreTrainedModel) -> No
 def test_loss_and_hidden_states_are_the_dense_model_s(
     dense: PreTrainedModel, converted: TopKExpertsForCausalLM
 ) -> None:
-    """With gradients on `auto` is dense, so that training is the dense model's too."""
+    """With gradients, head mode `auto` runs dense."""
     converted = copy.deepcopy(converted)
     converted.head_mode = "auto"
     ours, theirs = (model(input_ids=PROMPT, labels=PROMPT, output_hidden_states=True) for model in (converted, dense))
@@ -145,7 +145,7 @@ def test_folder_loads_as_the_dense_model(folders: tuple[Path, Path], dense: PreT
 
 
 def test_class_attributes_are_the_dense_class_s(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
-    """What attention and which cache it may be run with."""
+    """Such as the supported attention implementations and caches."""
     for name in ("_supports_sdpa", "_supports_flash_attn", "_can_compile_fullgraph", "_is_stateful", "main_input_name"):
         assert getattr(converted, name) == getattr(dense, name)
     assert converted.base.config._attn_implementation == dense.config._attn_implementation

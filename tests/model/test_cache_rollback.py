@@ -1,4 +1,4 @@
-"""Taking tokens out of a cache leaves it as one that never saw them, and what cannot be taken out is told."""
+"""A cropped cache equals one without the cropped tokens; other caches are recognised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def cache_of(*kinds: str) -> DynamicCache | StaticCache:
-    """A cache whose layers are of these kinds."""
+    """A cache with layers of these kinds."""
     cache: Any = StaticCache.__new__(StaticCache) if "static" in kinds[0] else DynamicCache()
     layers.Cache.__init__(cache, layers=[KINDS[kind]() for kind in kinds])
     return cache
@@ -42,7 +42,7 @@ def feed(cache: Any, seed: int, tokens: int) -> list[Tensor]:
 
 
 def check_same(one: Any, other: Any) -> None:
-    """Check that caches hold the same, and go on alike."""
+    """Check that two caches are equal, now and after further tokens."""
     for ours, theirs in zip(one.layers, other.layers, strict=True):
         assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
@@ -55,7 +55,7 @@ def check_same(one: Any, other: Any) -> None:
 
 
 def doubled(some: list[Any]) -> list[Any]:
-    """Each layer twice: its keys and its values."""
+    """A key and a value state per layer."""
     return [one for one in some for _ in range(2)]
 
 
@@ -112,11 +112,11 @@ def test_recognises_the_wrapped_cache() -> None:
 
 
 class OtherLayer(layers.DynamicLayer):
-    """Keeps what nobody knows."""
+    """A subclass, whose states are unknown."""
 
 
 class OtherCache(DynamicCache):
-    """Keeps what nobody knows."""
+    """A subclass, whose states are unknown."""
 
 
 def with_prompt(cache: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a converted model's configuration holds, refuses, and leaves on disk."""
+"""The configuration of a converted model: its entries, refused values, and its file."""
 
 import json
 from dataclasses import fields
@@ -102,7 +102,7 @@ def test_takes_the_ends_of_ranges(choices: dict) -> None:
 
 
 def test_no_field_is_a_sampling_parameter() -> None:
-    """Transformers moves such fields into the generation configuration."""
+    """Transformers would move such an entry to the generation config."""
     own = {field.name for field in fields(TopKExpertsConfig)} - {field.name for field in fields(LlamaConfig)}
     assert own >= CHOICES.keys()
     assert not own & GenerationConfig().to_dict().keys()
@@ -153,7 +153,7 @@ SETTINGS: dict[str, dict] = {
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A dense model, and what it was converted to, with all experts picked."""
+    """The folders of a dense model and of its converted model, with all experts picked."""
     folder = tmp_path_factory.mktemp(request.param)
     dense = tiny_dense(request.param)
     dense.save_pretrained(folder / "dense")

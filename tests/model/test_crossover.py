@@ -1,4 +1,4 @@
-"""Head mode "auto" runs sparse where that is the faster way, whatever the clock shows."""
+"""Head mode "auto" runs sparse where that is measured to be faster; the tests set the measured times."""
 
 import copy
 
@@ -14,7 +14,7 @@ from hf_topk.model import crossover
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> TopKExpertsHead:
-    """In mode "auto", of which nothing was measured yet."""
+    """A head in mode "auto", without measurements."""
     monkeypatch.setattr(crossover, "_measured", {})
     return copy.deepcopy(make_head(head_mode="auto", sparse_max_positions=None))
 

@@ -1,4 +1,4 @@
-"""Converted models that read one thing and write another: they write what the dense model does."""
+"""Converted encoder-decoders: their output is the dense model's."""
 
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' routers are unsure throughout: let them draft nevertheless."""
+    """Draft everywhere, as the routers of tiny models are always unsure."""
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
@@ -72,7 +72,7 @@ def test_saved_and_loaded_it_is_the_dense_model_with_all_experts(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_output_is_the_dense_model_s(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], way: str) -> None:
-    """With all experts of itself, and with half of them lossless, while the encoder reads once."""
+    """With all experts, and lossless with half of them; the encoder runs once."""
     dense, inputs = dense_and_inputs
     if way == "static cache" and not dense._can_compile_fullgraph:
         pytest.skip(f"{type(dense).__name__} has no static cache")

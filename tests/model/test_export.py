@@ -1,4 +1,4 @@
-"""`torch.export` with static shapes: what was exported runs as the model does, without this package's code."""
+"""`torch.export` with static shapes: the exported program gives the model's logits, without this package."""
 
 import io
 from typing import Any
@@ -30,7 +30,7 @@ def convert(model_type: str = "llama", **choices: Any) -> TopKExpertsForCausalLM
 
 
 def written_and_read(program: torch.export.ExportedProgram) -> Any:
-    """The exported program as a machine gets it that has nothing but torch."""
+    """The exported program, saved and loaded."""
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""The head's laws: what all experts give, what scored tokens get, what the tail gets, and what is read."""
+"""The head: logits with all experts, of scored tokens and of the tail, and bytes read."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from hf_topk.model.token_chooser import Candidates, likeliest
 
 
 def exact_mass(head: TopKExpertsHead, logits: Tensor, experts: list[int]) -> Tensor:
-    """Log-sum-exp of one position's logits over the experts, each of their tokens once."""
+    """Log-sum-exp of a position's logits over the tokens of some experts."""
     return logits.double()[torch.cat([unique_ids(head, expert) for expert in experts])].logsumexp(-1)
 
 
@@ -138,7 +138,7 @@ def test_combiner_shifts_and_gates() -> None:
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_positions_do_not_depend_on_one_another(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they are batched, shaped, or worked off in turns."""
+    """For any batching, shape and chunking."""
     sparse, hidden = make_head(combine=combine), make_hidden(0, 12)
     together = sparse(hidden)
     one_by_one = torch.cat([sparse(one) for one in hidden.split(1)])
@@ -204,7 +204,7 @@ BASIS = 6 * 32 + 4 * (6 + 6)
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_read(router_packed: bool, router_bytes: int, bias: bool) -> None:
-    """The screen's rows are not read where all tokens of the picked experts are scored."""
+    """Rows of the screen are not read if all tokens of the picked experts are rescored."""
     head = make_head(bias=bias, router_packed=router_packed)
     row, prior, screen = 4 * (32 + bias), 4 * 6 * 16, 6 * 16 * (2 + 4)
     assert head.bytes_read() == (8 + 2 * 16) * row + router_bytes + BASIS + prior
@@ -215,7 +215,7 @@ def test_bytes_read(router_packed: bool, router_bytes: int, bias: bool) -> None:
 
 
 def test_bytes_read_in_half_the_bytes() -> None:
-    """As it is stored, whatever it computes in."""
+    """Bytes are those of the stored dtype."""
     head = make_head(router_packed=True)
     whole = head.bytes_read(), head.dense_bytes()
     integers = 2 * 6 * 32 + 6 * 2
@@ -266,7 +266,7 @@ def test_take_over_of_a_resized_head(
 
 
 def screen_of_tokens(head: TopKExpertsHead, hidden: Tensor) -> dict[int, list[float]]:
-    """What the screen has for each routed token at each position, before it is normalised."""
+    """The screen's logits of all routed tokens, not normalised."""
     screened = head.tail.screen(hidden, torch.arange(head.num_experts).expand(len(hidden), -1)).flatten(1)
     return dict(zip(head.expert_ids.flatten().tolist(), screened.t().tolist(), strict=True))
 

@@ -1,4 +1,4 @@
-"""Models that look at images: converted as a whole, they write what the dense model does."""
+"""Vision-language models: their output is the dense model's."""
 
 import re
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_the_card_names_the_auto_class(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_pipelines(tmp_path: Path) -> None:
-    """Transformers has a list of classes for each, and an Auto class to load them with."""
+    """Pipelines load a model with their own Auto class."""
     image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), (200, 10, 30))
     dense, _ = tiny_llava()
     tokenizer = tiny_tokenizer()

@@ -1,4 +1,4 @@
-"""Router and combiner learn with the model: what is added to the loss, what it trains, and what is left behind."""
+"""Joint training: the terms added to the loss, the trained parameters, and the model afterwards."""
 
 import copy
 import logging
@@ -92,7 +92,7 @@ def test_terms_train_only_router_and_combiner() -> None:
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 4])
 def test_the_combiner_s_gradient_is_that_of_the_kl_divergence(num_experts_per_tok: int) -> None:
-    """Its gradient is that of the KL divergence of all sparse from all dense logits, less the offs of the level."""
+    """Of the sparse logits from the dense logits, with the term of the level."""
     model = converted(combine="learned", num_experts_per_tok=num_experts_per_tok, num_always_on=4)  # none is short
     hidden, parameters = hidden_of(model), list(model.head.combiner.parameters())
     for number, parameter in enumerate(parameters):
@@ -123,7 +123,7 @@ def test_balance_is_one_for_equal_experts_and_more_otherwise() -> None:
 
 
 def test_accumulated_batches_have_the_loss_of_one_batch() -> None:
-    """As trainers accumulate gradients: every part is given how many items there are in all."""
+    """With `num_items_in_batch` of all parts, as trainers accumulate gradients."""
     model, count = converted(), (LABELS[:, 1:] != -100).sum()
     with model.joint_training():
         whole = loss_of(model)
@@ -321,7 +321,7 @@ def test_loads_a_checkpoint_s_tensors_as_trainers_do(tmp_path: Path) -> None:
 
 
 def test_refuses_a_router_in_the_other_form() -> None:
-    """As trainers would load it that resume outside of the context what was saved inside, or the other way round."""
+    """If it was saved inside the context and is loaded outside, or the reverse."""
     floats, packed = converted(), pack_router_of(converted())
     with pytest.raises(InputError, match="in floats in the model and packed in the checkpoint: load it inside"):
         floats.load_state_dict(packed.state_dict(), strict=False)

@@ -1,4 +1,4 @@
-"""Top-p by selection keeps what sorting all tokens keeps."""
+"""The faster top-p keeps the tokens of Transformers' sorting version."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Lossless decoding returns the dense model's own tokens, whatever the sparse head drafts."""
+"""Lossless decoding returns the dense model's own tokens, for any draft tokens."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' routers are unsure throughout: let them draft nevertheless."""
+    """Draft everywhere, as the routers of tiny models are always unsure."""
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
@@ -157,7 +157,7 @@ def test_rows_end_by_different_criteria(llama: PreTrainedModel, small: TopKExper
 
 
 class Recording(BaseStreamer):
-    """A streamer and a logits processor with state that keep what they are shown."""
+    """A streamer and logits processor that record their arguments."""
 
     def __init__(self) -> None:
         self.streamed: list[list[int]] = []
@@ -338,7 +338,7 @@ def test_refuses_a_lossless_that_is_not_a_bool(small: TopKExpertsForCausalLM) ->
 
 
 def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
-    """What a block must not do: go on whatever token the loop chose."""
+    """Replaces the comparison: a wrong implementation that accepts every draft token."""
     return block.returned < len(block.block.outputs)
 
 
@@ -349,7 +349,7 @@ def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
 def test_distribution_of_two_tokens(
     experts: int, is_broken: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second and third token come from one block: the third is right only if the draft of the second was."""
+    """The second and third token are of one block, so the third depends on the draft of the second."""
     model, stats = convert(llama, num_experts_per_tok=experts), LosslessStats()
     for module in (lossless, drafting):
         monkeypatch.setattr(module, "MOST_POSITIONS", 1 << 20)
@@ -373,7 +373,7 @@ def test_distribution_of_two_tokens(
 
 @torch.no_grad()
 def law_of_two_tokens(dense: PreTrainedModel, prompt: Tensor) -> Tensor:
-    """The probability that tokens v and w follow after the next one, at 100 v + w: [10000]."""
+    """The probability of tokens v and w at the second and third place, at index 100 v + w: [10000]."""
     every = torch.arange(100)
     first = dense(prompt).logits[0, -1].softmax(-1)
     second = dense(torch.cat([prompt.expand(100, -1), every[:, None]], dim=1)).logits[:, -1].softmax(-1)

@@ -1,4 +1,4 @@
-"""The dense model with its head swapped: what is shared, saved, resized, imported and compiled."""
+"""The converted model: sharing, saving, resizing, imports and compilation."""
 
 import copy
 import json
@@ -80,7 +80,7 @@ def test_tied_embeddings_stay_tied(model_type: str, dtype: torch.dtype, tmp_path
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bf16_on_disk(tied: bool, tmp_path: Path) -> None:
-    """Dense tensors keep their names, types and bytes; the folder still loads as the dense model."""
+    """Dense tensors keep their names, dtypes and bytes; the folder still loads as the dense model."""
     tiny_dense(tied=tied).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert dense.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def test_bf16_on_disk(tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> None:
-    """Old GPT-2 folders name their tensors as the model without a head does."""
+    """Old GPT-2 checkpoints name their tensors as the model without a head does."""
     dense = tiny_dense("gpt2", tied=tied)
     converted = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
     converted.save_pretrained(tmp_path)
@@ -138,7 +138,7 @@ def test_user_mappings_of_names_are_applied(model_type: str, tmp_path: Path) -> 
 
 
 def test_additions_load_from_a_separate_shard(tmp_path: Path) -> None:
-    """The dense checkpoint's file as it was, a second one with the rest, and an index."""
+    """The dense checkpoint's own file, a second one with the added tensors, and an index."""
     dense = tiny_dense(tied=False)
     converted = tiny_converted(dense)
     converted.save_pretrained(tmp_path)
@@ -204,7 +204,7 @@ def test_k_and_r_are_set_and_saved(tmp_path: Path) -> None:
 
 
 def test_changes_of_a_loaded_model_s_configuration_take_effect() -> None:
-    """As users of other mixtures of experts do it."""
+    """As users set `num_experts_per_tok` of mixtures of experts."""
     converted, other = tiny_converted(head_mode="sparse"), tiny_converted(head_mode="sparse")
     converted.config.num_experts_per_tok = other.num_experts_per_tok = 5
     assert converted.num_experts_per_tok == converted.head.num_experts_per_tok == 5
@@ -316,7 +316,7 @@ def test_resized_embeddings(model_type: str, tied: bool, num_rescored: int, voca
 
 
 def test_importing_the_runtime_imports_no_converter() -> None:
-    """What Transformers brings in itself does not count."""
+    """Apart from the modules that Transformers imports itself."""
     code = """
 import sys
 import torch, transformers.conversion_mapping, transformers.core_model_loading

@@ -1,4 +1,4 @@
-"""Converted models where this package is not installed: the code that lies beside the weights."""
+"""Converted models without this package: the code in their folder."""
 
 import json
 import os

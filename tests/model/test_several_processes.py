@@ -1,4 +1,4 @@
-"""Models that several processes run in parts: the answers are those of one process, or one line says why not."""
+"""Models sharded over several processes: the tokens of one process, or an error of one line."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tokens chosen without logits of the whole vocabulary are distributed as those chosen with them."""
+"""Tokens chosen without logits of the whole vocabulary have the distribution of those chosen with them."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ choices_of_warpers = st.lists(st.sampled_from(list(WARPERS)), unique=True).flatm
 
 
 def choose_from(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Candidates:
-    """Candidates as a generation with these processors has them before it draws."""
+    """The candidates after these logits processors, before sampling."""
     chooser = TokenChooser(head, found, does_sample=True)
     left: list[Candidates] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -70,7 +70,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
 def test_probabilities_are_those_of_the_sparse_logits(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, chosen: Any
 ) -> None:
-    """After any of the usual processors, worked out from all logits by those of Transformers."""
+    """After any of the usual processors, against Transformers' own on all logits."""
     head, hidden = make_head(num_rescored=num_rescored, combine=combine, **choices), make_hidden(seed, positions)
     hidden = hidden * spread
     found = [WARPERS[name](value) for name, value in chosen]
@@ -102,7 +102,7 @@ def test_the_best_candidate_is_the_sparse_argmax(
 
 
 def p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Of a chi-square test; tokens that are expected fewer than ten times count as one."""
+    """The p-value of a chi-square test; tokens expected fewer than ten times are one category."""
     expected = probabilities * counts.sum()
     is_rare = expected < 10
     cells = [torch.cat([one[~is_rare], one[is_rare].sum()[None]]) for one in (counts.double(), expected)]
@@ -117,7 +117,7 @@ def p_value(counts: Tensor, probabilities: Tensor) -> float:
 def test_distribution_of_200_000_draws(
     chosen: dict[str, float], is_broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rule that forgets the mass of what was not scored fails it."""
+    """Fails if the mass of unscored tokens is left out."""
     head, hidden = make_head(num_rescored=20), make_hidden(3, 1) / 3
     scores = head.sparse_logits(hidden)
     found = []
@@ -140,7 +140,7 @@ def test_distribution_of_200_000_draws(
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
-    """What has no probability is never drawn, wherever it stands."""
+    """At any place of the row."""
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
     for _ in range(100):
         assert draw(logits).tolist() == [[1], [2]]
@@ -162,7 +162,7 @@ def generate(model: TopKExpertsForCausalLM, **choices: Any) -> Tensor:
 
 
 def whole_steps(model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, **choices: Any) -> int:
-    """How many steps of a generation made logits of all tokens."""
+    """The number of steps that computed the logits of all tokens."""
     steps: list[int] = []
     logits = model.head.logits
     monkeypatch.setattr(model.head, "logits", lambda hidden: steps.append(1) or logits(hidden))
@@ -217,7 +217,7 @@ def test_greedy_tokens_are_the_argmax_of_all_logits(
 
 
 def test_a_model_that_caps_its_logits_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And draws from what the cap leaves."""
+    """And samples from the capped logits."""
     model = tiny_converted(tiny_dense("gemma2", final_logit_softcapping=0.5), head_mode="sparse", num_rescored=20)
     assert whole_steps(model, monkeypatch, do_sample=True, top_k=0) == 8
     chosen = generate(model, do_sample=False)
@@ -226,7 +226,7 @@ def test_a_model_that_caps_its_logits_computes_all_logits_at_every_step(monkeypa
 
 
 def test_a_model_that_masks_logits_in_place_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some do with the tokens of images."""
+    """As some models do with image tokens."""
     model = tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20)
     forward = model.base.forward
 
@@ -241,7 +241,7 @@ def test_a_model_that_masks_logits_in_place_computes_all_logits_at_every_step(mo
 
 
 def test_with_all_experts_transformers_samples() -> None:
-    """So that the same seed gives the dense model's tokens."""
+    """So the same seed gives the dense model's tokens."""
     head = make_head(num_experts_per_tok=6)
     assert head.num_experts == 6
     assert not can_choose(head, [], GenerationConfig(do_sample=True))

@@ -1,4 +1,4 @@
-"""The frontier: its points beside a count by hand, and the command that prints them."""
+"""The frontier: its points against plain references, and the command that prints them."""
 
 import json
 import sys

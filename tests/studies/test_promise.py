@@ -1,4 +1,4 @@
-"""Whether a target agreement is kept on documents that nothing has seen: `make study NAME=promise`."""
+"""The study of target agreements on unseen documents: `make study NAME=promise`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The heads that the bench takes from other packages: hnswlib's index and torchao's int8."""
+"""The baseline heads of other packages: hnswlib's index and torchao's int8."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`hf-topk serve` over a socket, talked to by the `openai` client."""
+"""`hf-topk serve` with the `openai` client."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_two_requests_at_once(client: openai.OpenAI, folder: Path) -> None:
 
 
 def test_lossless_chat(client: openai.OpenAI, folder: Path) -> None:
-    """Asked for in the request, by the field in which Transformers' server takes a generation config."""
+    """By the field of the request for a generation config."""
     config = {"lossless": True, "max_new_tokens": NEW_TOKENS, "eos_token_id": 0, "pad_token_id": 1}
     answer = chat(client, extra_body={"generation_config": json.dumps(config)})
     dense = expected(folder, lossless=True)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or mismatched, and what is not served: one clear error each."""
+"""Damaged checkpoints and unsupported models: one clear error each."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two ranks of tensor parallelism, each with half of the rows, write what one does."""
+"""Two ranks of tensor parallelism, each with half of the rows, generate the tokens of one."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`vllm serve` on a converted model, talked to by the `openai` client."""
+"""`vllm serve` of a converted model with the `openai` client."""
 
 import json
 import os

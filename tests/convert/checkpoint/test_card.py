@@ -1,4 +1,4 @@
-"""The model card: what it says is what was measured, in words that the Hub reads."""
+"""The model card: its metrics are the measured ones, and its metadata is valid on the Hub."""
 
 import dataclasses
 import json
@@ -95,7 +95,7 @@ def test_the_base_model_comes_from_the_dense_card(made: SimpleNamespace, tmp_pat
 
 @pytest.mark.parametrize("name", ["them/first", None])
 def test_a_repository_is_the_base_model(made: SimpleNamespace, tmp_path: Path, name: str | None) -> None:
-    """By its name, or by where the client keeps it."""
+    """Given by name, or as a folder in the Hub's cache."""
     card = card_of(made, tmp_path / "models--them--first" / "snapshots" / "0123", name)
     assert card.data.base_model == "them/first"
     assert "[them/first](https://huggingface.co/them/first)" in card.text

@@ -1,4 +1,4 @@
-"""What a conversion leaves on disk: the dense tensors as they were, whole or not at all."""
+"""The folder that a conversion writes: unchanged dense tensors, and all files or none."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ TOKEN_IDS = torch.arange(3, 40).unsqueeze(0)
 
 
 def shard_of(folder: Path, dense: PreTrainedModel) -> Path:
-    """A checkpoint of several shards."""
+    """Save a checkpoint of several shards."""
     tiny_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     dense.save_pretrained(folder, max_shard_size="30KB")
@@ -42,7 +42,7 @@ def shard_of(folder: Path, dense: PreTrainedModel) -> Path:
 
 
 def gpt2_of_old(folder: Path) -> Path:
-    """A GPT-2 checkpoint whose names lack `transformer.`, as the oldest have."""
+    """Save a GPT-2 checkpoint with names without `transformer.`, as in the oldest checkpoints."""
     dense = tiny_dense("gpt2")
     tiny_checkpoint(folder, dense)
     dense.transformer.save_pretrained(folder)
@@ -64,7 +64,7 @@ MAKERS = {
 
 @pytest.fixture(scope="module", params=MAKERS)
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A dense checkpoint, what was in it, and the folder it was converted into."""
+    """A dense checkpoint, its contents, and the folder of the converted model."""
     folder = tmp_path_factory.mktemp("folders")
     dense = MAKERS[request.param](folder / "dense")
     (dense / "LICENSE").write_text("Do as you like.")
@@ -183,7 +183,7 @@ torch.save(logits, file)
 
 @pytest.mark.parametrize("folders", ["sharded", "gpt2 of old", "phi biased"], indirect=True)
 def test_the_folder_loads_in_a_new_process_as_both_models(folders: SimpleNamespace, tmp_path: Path) -> None:
-    """As the converted model through the Auto classes, and as the dense model through `text_config`."""
+    """As the converted model with the Auto classes, and as the dense model with `text_config`."""
     command = [sys.executable, "-c", LOAD, folders.out, tmp_path / "logits.pt"]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
     got = torch.load(tmp_path / "logits.pt")
@@ -356,7 +356,7 @@ def test_overwriting_keeps_the_folder_that_a_shell_is_in(out: str, here: Path, m
 
 
 def test_an_old_folder_that_cannot_be_removed_is_left(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Network file systems keep what another process has open."""
+    """Network file systems do not remove files that another process has open."""
     remove = shutil.rmtree
 
     def busy(path: Path, ignore_errors: bool = False, **options: Any) -> None:

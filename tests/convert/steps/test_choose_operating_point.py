@@ -1,4 +1,4 @@
-"""The choice of k and R: which operating point is chosen, and what is refused."""
+"""The choice of k and R: the chosen operating point, and refused targets."""
 
 import json
 from collections.abc import Iterator
@@ -76,7 +76,7 @@ def dense(model: TopKExpertsForCausalLM) -> DenseArgmax:
 
 
 def settings_of(head: TopKExpertsHead) -> Iterator[OperatingPoint]:
-    """All that may be chosen for a few experts, each of which is tried."""
+    """All operating points of a few experts; each is measured."""
     for k in range(1, head.num_experts + 1):
         most, rescored = k * head.expert_size, 16
         while rescored < most:
@@ -87,13 +87,13 @@ def settings_of(head: TopKExpertsHead) -> Iterator[OperatingPoint]:
 
 @torch.no_grad()
 def gets_exact_logit(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
-    """Whether the dense argmax gets an exact logit, as the head itself has it."""
+    """Whether the dense argmax gets an exact logit from the head itself."""
     ids = head.score(dense.states).ids.flatten(1)
     return (ids == dense.best.unsqueeze(-1)).any(dim=-1) | torch.isin(dense.best, head.always_on_ids)
 
 
 def tried_out(model: TopKExpertsForCausalLM, dense: DenseArgmax) -> list[tuple[float, float, float, OperatingPoint]]:
-    """Bytes read, lower bound and share of what gets an exact logit, and the setting, of all settings."""
+    """Bytes read, lower bound, share of the dense argmax with an exact logit, and operating point, for all of them."""
     found = []
     for setting in settings_of(model.head):
         setting.apply(model)
@@ -110,7 +110,7 @@ def chosen_by(model: TopKExpertsForCausalLM) -> OperatingPoint:
 
 
 def as_run(setting: OperatingPoint) -> OperatingPoint:
-    """With all experts picked there is no screen, whatever R is."""
+    """The operating point that runs: with all experts picked there is no screen, for any R."""
     return OperatingPoint(9, 99) if setting.num_experts_per_tok == 9 else setting
 
 
@@ -206,7 +206,7 @@ def test_ranks_below_r_get_an_exact_logit(always_on: int, experts: int, size: in
 
 @pytest.mark.parametrize("tail_rank", [1, 12])
 def test_reads_the_fewest_bytes_of_operating_points_that_reach_the_target(tail_rank: int) -> None:
-    """For every bound that there is; a poor screen makes it better to leave the screen out."""
+    """For all targets; with a poor screen, rescoring all picked tokens reads fewer bytes."""
     model = fitted(**SIZES, tail_rank=tail_rank)
     dense = random_argmax(model.head, 200)
     everything = tried_out(model, dense)
@@ -262,7 +262,7 @@ def test_the_cheapest_point_if_none_is_within_the_bytes(model: TopKExpertsForCau
 def test_points_below_the_target_when_measured_are_skipped(
     model: TopKExpertsForCausalLM, dense: DenseArgmax, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A setting that falls short of what the ranks promise, as the tail may make it, is passed over."""
+    """The tail may outscore exact logits, so a measured agreement can be below that of the ranks."""
     reaching: dict[int, tuple[float, OperatingPoint]] = {}  # the fewest bytes for each number of experts
     for share, bound, _, setting in tried_out(model, dense):
         if bound >= 0.5:

@@ -1,4 +1,4 @@
-"""The partition: every token in one expert, experts of equal size, and near tokens together."""
+"""The partition: every token in one expert, experts of equal size, similar tokens together."""
 
 import math
 
@@ -16,7 +16,7 @@ from hf_topk.model.errors import InputError
 
 
 def check(experts: torch.Tensor, num_tokens: int, expert_size: int) -> torch.Tensor:
-    """Hold the experts against the contract; the expert of every token, [n]."""
+    """Check the shape and contents of the experts; return the expert of every token, [n]."""
     num_experts = math.ceil(num_tokens / expert_size)
     assert experts.dtype == torch.int64
     assert experts.shape == (num_experts, expert_size)
@@ -31,7 +31,7 @@ def check(experts: torch.Tensor, num_tokens: int, expert_size: int) -> torch.Ten
 
 
 def clusters(num_tokens: int, num_clusters: int, d: int, seed: int = 0) -> torch.Tensor:
-    """Rows around centres of very unequal shares, which overlap as the rows of a head do, [n, d]."""
+    """Rows of overlapping clusters of very unequal sizes, like the rows of a head, [n, d]."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(num_clusters, d, generator=generator)
     shares = 1 / torch.arange(1, num_clusters + 1)
@@ -46,8 +46,8 @@ def inertia(features: torch.Tensor, expert_of: torch.Tensor) -> float:
     )
 
 
-def greedy_home(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
-    """One token after another to the nearest centroid with room."""
+def greedy_assignment(features: torch.Tensor, centroids: torch.Tensor, expert_size: int) -> torch.Tensor:
+    """Assign one token after another to the nearest centroid that is not full."""
     distance = torch.cdist(features, centroids)
     room = torch.full((len(centroids),), expert_size)
     expert_of = torch.empty(len(features), dtype=torch.int64)
@@ -67,7 +67,7 @@ def exact_assignment(features: torch.Tensor, centroids: torch.Tensor, expert_siz
 def auctioned_assignment(
     features: torch.Tensor, centroids: torch.Tensor, expert_size: int, finest: float
 ) -> torch.Tensor:
-    """The auction alone, on given centroids, with ever finer raises."""
+    """The assignment of the auction with given centroids, with decreasing increments."""
     rows = _Rows(features, torch.arange(len(features)), torch.zeros(features.shape[1]), 1.0)
     auction = _Auction(rows, expert_size, centroids)
     auction.search_all(lambda amount=1: None)
@@ -117,7 +117,7 @@ def test_clusters_of_the_expert_size_are_kept_together():
 def test_quality_is_near_plain_k_means_and_far_from_greedy(expert_size):
     features = clusters(1200, 40, 16)
     kmeans = KMeans(1200 // expert_size, n_init=1, random_state=0).fit(features.numpy())
-    greedy = greedy_home(features, torch.from_numpy(kmeans.cluster_centers_), expert_size)
+    greedy = greedy_assignment(features, torch.from_numpy(kmeans.cluster_centers_), expert_size)
     ours = inertia(features, check(partition(features, expert_size, seed=0), 1200, expert_size))
     assert ours < 0.9 * inertia(features, greedy)
     assert ours < 1.1 * kmeans.inertia_

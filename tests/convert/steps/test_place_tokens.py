@@ -1,4 +1,4 @@
-"""What tokens are always on, and which share an expert: beside the plainest way to compute the same."""
+"""The always-on tokens and the experts, against plain references."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def some_states(count: int = 40) -> Tensor:
 
 
 def placed(seed: int = 0) -> tuple[TopKExpertsHead, TokenStatistics]:
-    """A head of 5 always-on tokens, which leaves 95: 6 experts of 16, the last of them one short."""
+    """A head of 5 always-on tokens and 6 experts of 16; the last expert has 15 tokens."""
     head = tiny_converted(num_always_on=5).head
     statistics = token_statistics(some_states(), head.weight, None)
     place_tokens(head, [0, 98], [], statistics, seed)
@@ -44,7 +44,7 @@ def test_experts_are_k_means_clusters_of_contexts() -> None:
 
 
 def test_tokens_that_are_likely_in_the_same_contexts_share_an_expert() -> None:
-    """Tokens of four kinds, whose rows differ in length and which are likely where the others are not."""
+    """Four groups of tokens, of different row norms, each likely in contexts of its own."""
     head = tiny_converted(num_always_on=0, num_experts=4, expert_size=25).head
     kinds = torch.arange(VOCAB_SIZE) % 4
     generator = torch.Generator().manual_seed(6)
@@ -97,7 +97,7 @@ def test_every_token_is_placed_once_and_end_tokens_are_always_on(num_always_on: 
 
 @pytest.mark.parametrize("num_unused", [1, 16, 33, 90])
 def test_unused_ids_have_experts_of_their_own(num_unused: int) -> None:
-    """But for the rarest other tokens, which fill them up."""
+    """Together with the rarest other tokens, which complete them."""
     head = tiny_converted(num_always_on=4).head
     statistics = token_statistics(some_states(), head.weight, None)
     rarest = statistics.probabilities.argsort()

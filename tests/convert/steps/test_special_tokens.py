@@ -1,4 +1,4 @@
-"""Tokens that end a text are always on, or none are; special ones follow, with a name or without."""
+"""Special tokens: end tokens come first, then named and unnamed ones."""
 
 from pathlib import Path
 from typing import Any
