@@ -89,6 +89,7 @@ def run_script(folder: Path, *arguments: object) -> subprocess.CompletedProcess[
 # In a process of its own
 
 
+@pytest.mark.slow
 def test_converts_and_evaluates(here: Path) -> None:
     done = run_script(here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json")
     assert done.returncode == 0, done.stderr
@@ -111,9 +112,17 @@ def test_converts_and_evaluates(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("convert", "nobody/no-such-model", "new"), ("no such model", "nobody/no-such-model", "the network")),
+        pytest.param(
+            ("convert", "nobody/no-such-model", "new"),
+            ("no such model", "nobody/no-such-model", "the network"),
+            marks=pytest.mark.slow,
+        ),
         (("convert", "model", "new", "--combine", "exakt"), ("unknown combine 'exakt'", "did you mean 'exact'?")),
-        (("evaluate", "model", "--text", "text.jsonl"), ("model is a dense model", "hf-topk convert")),
+        pytest.param(
+            ("evaluate", "model", "--text", "text.jsonl"),
+            ("model is a dense model", "hf-topk convert"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_refuses_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...], here: Path) -> None:

@@ -27,7 +27,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("text", ["text.jsonl", "mixed"])
+@pytest.mark.parametrize("text", ["text.jsonl", pytest.param("mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model_type", "tied", "device_map"), CASES)
 def test_offloaded_parts_change_nothing(
     model_type: str, tied: bool, device_map: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_of, "__defaults__", (32 * WINDOWS_AT_ONCE,))
 
 
-@pytest.fixture(params=["text.jsonl", "mixed"])
+@pytest.fixture(params=["text.jsonl", pytest.param("mixed", marks=pytest.mark.slow)])
 def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a dense model, a calibration text and a recipe that names it."""
     tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False), chats=True)

@@ -45,6 +45,7 @@ def test_loads_as_both(converted: Path) -> None:
     assert type(dense) is WhisperForConditionalGeneration
 
 
+@pytest.mark.slow
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
     extractor = AutoFeatureExtractor.from_pretrained(converted / "out")

@@ -64,7 +64,9 @@ def converted(folder: Path, out: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in TIED if name != "llama")]
+)
 def test_tied_config_with_a_head_of_its_own_on_disk(name: str, tmp_path: Path) -> None:
     """Converted from a folder, saved again, and loaded as the dense model, each time untied."""
     dense = with_a_head_of_its_own(name)

@@ -107,6 +107,7 @@ def sharded(hub: Hub, tmp_path: Path) -> Repository:
     return hub.repositories["them/sharded"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_download_is_resumed(run: Run, hub: Hub, here: Path, sharded: Repository) -> None:
     shards = sorted(name for name in sharded.at("main").files if name.startswith("model-"))
     assert len(shards) > 2
@@ -195,6 +196,7 @@ def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub, here: Path) -> None:
     assert hub.repositories["them/x"].at("refs/pr/1").oid != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--private", "--revision", "small"), ("--create-pr",)])
 def test_a_conversion_is_pushed_to_its_destination(options: tuple[str, ...], run: Run, hub: Hub, here: Path) -> None:
     is_new = "--private" in options

@@ -151,6 +151,7 @@ def test_class_attributes_are_the_dense_class_s(dense: PreTrainedModel, converte
     assert converted.base.config._attn_implementation == dense.config._attn_implementation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "is_drafted"), [("llama", True), ("mamba", False)])
 def test_the_check_of_each_type_fails_without_drafting(
     model_type: str, is_drafted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

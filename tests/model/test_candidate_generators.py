@@ -73,7 +73,7 @@ def test_block_drafting_with_the_target_s_head() -> None:
     check_target(tiny_dense(tied=False), assistant_model=assistant, speculation_type="dflash")
 
 
-class Gemma4Drafter(nn.Module):
+class Gemma4AssistantDrafter(nn.Module):
     """Replaces a Gemma 4 assistant, which Transformers 5.23 cannot build; drafts from the target's hidden state."""
 
     device = torch.device("cpu")
@@ -93,7 +93,7 @@ class Gemma4Drafter(nn.Module):
 
 def test_assistant_for_classes_of_gemma_4_alone() -> None:
     dense = tiny_model(AutoModelForImageTextToText, "gemma4")
-    assistant = Gemma4Drafter(dense)
+    assistant = Gemma4AssistantDrafter(dense)
     expected = generate(dense)
     for experts, choices in ((6, {}), (1, {"lossless": True})):
         before = assistant.drafts

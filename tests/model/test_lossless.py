@@ -66,7 +66,14 @@ def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# Of the quick ones, one has a plain cache, one has sliding windows, and one starts a new cache.
+QUICK_MODELS = ("llama", "gemma3_text", "phi3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK_MODELS else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def dense(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_dense(request.param, tied=False, **MODELS[request.param])
 

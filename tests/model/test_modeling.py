@@ -346,10 +346,10 @@ print(*sorted(set(sys.modules) - before), sep="\\n")
     ("num_rescored", "combine", "backend"),
     [
         (5, "exact", "eager"),
-        (5, "exact", "aot_eager"),
-        (256, "exact", "aot_eager"),
+        pytest.param(5, "exact", "aot_eager", marks=pytest.mark.slow),
+        pytest.param(256, "exact", "aot_eager", marks=pytest.mark.slow),
         (256, "router", "eager"),
-        (256, "learned", "aot_eager"),
+        pytest.param(256, "learned", "aot_eager", marks=pytest.mark.slow),
         (256, "learned", "eager"),
     ],
 )
@@ -370,7 +370,13 @@ def test_sparse_head_compiles_to_one_graph(
 
 @pytest.mark.parametrize(
     ("num_rescored", "mode"),
-    [(5, "auto"), (5, "sparse"), (256, "auto"), (256, "sparse"), (5, "dense")],
+    [
+        (5, "auto"),
+        (5, "sparse"),
+        pytest.param(256, "auto", marks=pytest.mark.slow),
+        pytest.param(256, "sparse", marks=pytest.mark.slow),
+        pytest.param(5, "dense", marks=pytest.mark.slow),
+    ],
 )
 def test_decode_step_compiles_to_one_graph(num_rescored: int, mode: str) -> None:
     torch.compiler.reset()

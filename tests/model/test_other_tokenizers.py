@@ -95,6 +95,7 @@ def test_it_generates_on_its_own_afterwards(dense: PreTrainedModel) -> None:
         assert model.generation_config.repetition_penalty == 1.3
 
 
+@pytest.mark.slow
 def test_targets_in_turn(dense: PreTrainedModel) -> None:
     """With two other tokenizers, the same one, and greedy decoding: each target has the drafts that it has alone."""
     one, other = Target(30, 110), Target(10, 80)

@@ -75,6 +75,7 @@ def test_loads_with_its_own_code(converted: Path, tmp_path: Path) -> None:
     check_loads_without_the_package(converted, tmp_path / "modules")
 
 
+@pytest.mark.slow
 def test_a_saved_model_contains_its_code(converted: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(tmp_path / "saved")
     check_loads_without_the_package(tmp_path / "saved", tmp_path / "modules")

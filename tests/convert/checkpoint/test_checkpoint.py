@@ -169,6 +169,7 @@ torch.save(logits, file)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folders", ["sharded", "gpt2 of old", "phi biased"], indirect=True)
 def test_the_folder_loads_in_a_new_process_as_both_models(folders: SimpleNamespace, tmp_path: Path) -> None:
     """As the converted model with the Auto classes, and as the dense model with `text_config`."""

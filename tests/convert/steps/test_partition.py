@@ -84,7 +84,7 @@ def auctioned_assignment(
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**40),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_token_is_in_one_expert_for_any_sizes(num_tokens, expert_size, d, distinct, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(min(distinct, num_tokens), d, generator=generator)
@@ -133,6 +133,7 @@ def test_distant_clusters_are_assigned_exactly():
     assert ours < 1.1 * inertia(features, expert_of)
 
 
+@pytest.mark.slow
 def test_starting_from_bisection_is_about_as_good(monkeypatch):
     features = clusters(2000, 60, 16)
     whole = inertia(features, check(partition(features, 32, seed=0), 2000, 32))
@@ -142,7 +143,7 @@ def test_starting_from_bisection_is_about_as_good(monkeypatch):
     assert bisected < 1.05 * whole
 
 
-@pytest.mark.parametrize("num_tokens", [60, 53])
+@pytest.mark.parametrize("num_tokens", [60, pytest.param(53, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_nearest", [64, 3])
 def test_the_auction_finds_the_known_optimum(num_tokens, num_nearest, monkeypatch):
     monkeypatch.setattr(module, "NEAREST_EXPERTS", num_nearest)
