@@ -42,9 +42,9 @@ from .steps.distill import (
 )
 from .steps.find_head import check_causal, check_finite, head_of
 from .steps.fit_combiner import fit_combiner
-from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
 from .steps.generate_targets import windows_with_targets
 from .steps.hidden_states import HiddenStates, collect
+from .steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from .steps.place_tokens import place_tokens
 from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
 

@@ -20,6 +20,17 @@ MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is co
 DOUBTFUL_SHARE = 0.6
 
 
+def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
+    """Whether lossless decoding drafts; not if the dense head is as fast.
+
+    Args:
+        head: the sparse head.
+        rows: of the batch.
+    """
+    is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
+    return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
+
+
 @dataclass
 class Block:
     """Positions that are verified together.

@@ -65,7 +65,7 @@ class JointTrainingMixin:
             self.config.router_packed = False
         loss, mean = _JointLoss(head, router_loss_coef, balance_loss_coef), None
         try:
-            with loss.added(self, self.base.base_model):
+            with loss.added_to(self, self.base.base_model):
                 yield
             mean = loss.mean_state() if was_packed else None
         finally:
@@ -105,7 +105,7 @@ class _JointLoss:
         return self.states[:-1] / self.states[-1] if self.states[-1] > 0 else None
 
     @contextmanager
-    def added(self, model: Any, decoder: nn.Module) -> Iterator[None]:
+    def added_to(self, model: Any, decoder: nn.Module) -> Iterator[None]:
         """Inside the context, add the terms to the loss that a model returns.
 
         Args:

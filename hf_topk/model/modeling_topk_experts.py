@@ -28,6 +28,7 @@ from .dense_model import (
     name_of_head,
     random_dense_model,
 )
+from .drafting import drafting_pays
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
@@ -327,7 +328,7 @@ class TopKExpertsForCausalLM(
     ) -> Any:
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
         if is_lossless_generation.get():
-            if self._drafting_pays(len(input_ids)):
+            if drafting_pays(head, len(input_ids)):
                 result, stats = sample(self, *arguments, **kwargs)
                 self.last_generation_stats = stats + (self.last_generation_stats or LosslessStats())
                 return result
@@ -338,12 +339,6 @@ class TopKExpertsForCausalLM(
             with head.replaced_by(chooser.logits):
                 return cast(Any, super())._sample(input_ids, chooser, stopping_criteria, takes_the_best, **kwargs)
         return cast(Any, super())._sample(*arguments, **kwargs)
-
-    def _drafting_pays(self, rows: int) -> bool:
-        """Whether lossless decoding drafts; not where the dense head is as fast."""
-        head = self.head
-        is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
-        return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)

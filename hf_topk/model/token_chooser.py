@@ -176,7 +176,7 @@ class Candidates:
         self._logits = head.candidate_logits(scored)  # (B, n)
         self._experts = scored.experts  # expanded, in the order of their tokens
         self._places: Tensor | None = None  # of the tokens in these experts, once some were removed
-        self._has_removed = False
+        self._rest_is_removed = False
 
     def penalise(self, input_ids: Tensor, penalty: float) -> None:
         """Make the tokens of a prefix [B, T] less likely (CTRL, Keskar et al. 2019, https://arxiv.org/abs/1909.05858)."""
@@ -230,7 +230,7 @@ class Candidates:
                 break
             count *= 16
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
-        return least if self._has_removed else least.where(has_enough, -math.inf)
+        return least if self._rest_is_removed else least.where(has_enough, -math.inf)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
@@ -246,7 +246,7 @@ class Candidates:
 
     def drawn(self) -> Tensor:
         """Sample a token per row, [B]."""
-        if self._has_removed:
+        if self._rest_is_removed:
             return self._tokens(draw(self._logits))
         count = self._logits.shape[1]
         drawn = draw(torch.cat([self._logits, self._masses()], dim=-1))
@@ -260,7 +260,7 @@ class Candidates:
     def _log_mass(self) -> Tensor:
         """Log-sum-exp of the logits of all tokens, [B, 1]."""
         mass = self._logits.logsumexp(dim=-1, keepdim=True)
-        return mass if self._has_removed else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
+        return mass if self._rest_is_removed else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
 
     def _masses(self) -> Tensor:
         """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
@@ -269,7 +269,7 @@ class Candidates:
 
     def _expand_above(self, logit: Tensor | float) -> bool:
         """Expand the experts that have a token above a logit, [B, 1]; return whether there were any."""
-        if self._has_removed:
+        if self._rest_is_removed:
             return False
         most = self._scored.most_left
         if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
@@ -295,7 +295,7 @@ class Candidates:
         """Remove candidates below a logit, [B, 1]."""
         count = int((self._logits >= least).sum(dim=-1).amax())
         likeliest, places = self._logits.topk(count)
-        self._logits, self._has_removed = likeliest.masked_fill(likeliest < least, -math.inf), True
+        self._logits, self._rest_is_removed = likeliest.masked_fill(likeliest < least, -math.inf), True
         self._places = places if self._places is None else self._places.gather(1, places)
 
     def _tokens(self, places: Tensor) -> Tensor:

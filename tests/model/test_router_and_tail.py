@@ -8,7 +8,7 @@ from support.heads import dense_logits, make_head, make_hidden, seeds
 from support.tiny_models import randomise
 from torch import Tensor, nn
 
-from hf_topk.convert.steps.fit_packed_rows import fit_tail, metric_of, pack_router
+from hf_topk.convert.steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from hf_topk.model.packed_rows import PackedRows, round_to_levels
 from hf_topk.model.router import Router
 from hf_topk.model.tail import Tail

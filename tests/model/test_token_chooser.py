@@ -47,7 +47,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     places = torch.arange(logits.shape[1]).expand_as(logits)
     tokens = torch.stack([candidates._tokens(place.unsqueeze(1)) for place in places.unbind(1)], dim=1)
     masses = torch.full((len(logits), head.num_experts), -torch.inf)
-    if not candidates._has_removed:
+    if not candidates._rest_is_removed:
         masses = candidates._masses()
     shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
     probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)

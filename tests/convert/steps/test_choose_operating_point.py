@@ -27,7 +27,7 @@ from hf_topk.convert.steps.choose_operating_point import (
     rank_argmax,
 )
 from hf_topk.convert.steps.distill import expert_masses, groups_of, start_router
-from hf_topk.convert.steps.fit_packed_rows import fit_tail, metric_of, pack_router
+from hf_topk.convert.steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from hf_topk.evaluation.fidelity import measure_fidelity
 from hf_topk.windows import Window
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_topk.convert.steps import distill as distillation
 from hf_topk.convert.steps.distill import expert_masses, groups_of, start_router, token_statistics, train_router
 from hf_topk.convert.steps.fit_combiner import fit_combiner
-from hf_topk.convert.steps.fit_packed_rows import TEMPER, fit_tail, metric_of
+from hf_topk.convert.steps.pack_router_and_tail import TEMPER, fit_tail, metric_of
 from hf_topk.model.head import TopKExpertsHead
 
 
@@ -137,7 +137,7 @@ def test_training_changes_only_the_rows_and_the_bias(head: TopKExpertsHead) -> N
 def test_the_prior_is_the_tempered_mean_probability_within_each_expert(
     power: float, head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_topk.convert.steps.fit_packed_rows.TEMPER", power)
+    monkeypatch.setattr("hf_topk.convert.steps.pack_router_and_tail.TEMPER", power)
     probabilities = torch.rand(VOCAB_SIZE, generator=torch.Generator().manual_seed(6))
     probabilities[head.expert_ids[3, 5]] = 0  # never in the calibration text
     probabilities /= probabilities.sum()
