@@ -123,15 +123,15 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were called."""
     names: list[str] = []
 
-    def stand_in(name: str) -> Callable[..., Tensor]:
+    def fake(name: str) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
             names.append(name)
             return torch.empty(0)
 
         return call
 
-    stand_ins = SimpleNamespace(**{name: stand_in(name) for name in calls()})
-    monkeypatch.setitem(sys.modules, "hf_topk.model.triton_kernels", stand_ins)
+    fakes = SimpleNamespace(**{name: fake(name) for name in calls()})
+    monkeypatch.setitem(sys.modules, "hf_topk.model.triton_kernels", fakes)
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     return names
 
