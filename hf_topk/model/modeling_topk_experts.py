@@ -72,7 +72,7 @@ class TopKExpertsForCausalLM(
         head: the [`TopKExpertsHead`] in it.
         last_generation_stats: statistics of the last `generate` if it was lossless and drafted tokens, else None.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained("out")
