@@ -106,10 +106,10 @@ def main(folder: str | None = None) -> dict[str, Ranking]:
     model.head_mode = "dense"
     rankings = {"dense": rank(model, tokenizer)}
     model.head_mode = "sparse"
-    k, rescored = model.num_experts_per_tok, model.config.num_rescored
+    k, rescored = model.num_experts_per_tok, model.num_rescored
     for times in (1, 2, 4):
         model.num_experts_per_tok = min(times * k, model.config.num_experts)
-        model.config.num_rescored = times * rescored
+        model.num_rescored = times * rescored
         name = "sparse" if times == 1 else f"sparse, {times} x k and R"
         rankings[name] = rank(model, tokenizer, rankings["dense"].scores)
     print(f"{'head':24}{'Kendall tau':>14}{'own document first':>22}{'mean log-likelihood':>22}{'scores/s':>12}")

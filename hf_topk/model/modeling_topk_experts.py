@@ -204,6 +204,15 @@ class TopKExpertsForCausalLM(
         self.config.num_experts_per_tok = count
 
     @property
+    def num_rescored(self) -> int:
+        """R, the number of the picked experts' tokens that get exact logits, the likeliest by the screen."""
+        return self.config.num_rescored
+
+    @num_rescored.setter
+    def num_rescored(self, count: int) -> None:
+        self.config.num_rescored = count
+
+    @property
     def sparse_max_positions(self) -> int | None:
         """The largest number of positions (batch x sequence) that head mode "auto" runs sparse; None to measure it."""
         return self.config.sparse_max_positions
