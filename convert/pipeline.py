@@ -77,7 +77,7 @@ def convert(
         InputError: when model, calibration text and recipe do not fit together.
         TargetNotReachedError: when no allowed operating point reaches the target agreement of the recipe.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> from hf_topk.convert import Recipe, convert
         >>> dense = AutoModelForCausalLM.from_pretrained("dense")

@@ -19,6 +19,8 @@ app = typer.Typer(
     name="hf-topk",
     help="Make the output head of a language model cheap: its vocabulary is partitioned into experts, of which a small "
     "router picks a few per position.",
+    epilog="Results go to standard output, progress to standard error. Exit codes: 0 done, 1 failed, 2 input refused, "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

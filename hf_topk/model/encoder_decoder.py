@@ -19,7 +19,7 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
 
     It behaves as [`TopKExpertsForCausalLM`]. `generate` is that of the dense model's class.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForSeq2SeqLM
         >>> model = AutoModelForSeq2SeqLM.from_pretrained("out")  # doctest: +SKIP
@@ -81,7 +81,7 @@ class TopKExpertsForSpeechSeq2Seq(TopKExpertsForSeq2SeqLM):
     Its configuration has the dense model's `model_type` in memory, by which Transformers' pipeline for speech
     recognition recognises Whisper. On disk it has the converted model's.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForSpeechSeq2Seq
         >>> model = AutoModelForSpeechSeq2Seq.from_pretrained("out")  # doctest: +SKIP

@@ -47,7 +47,7 @@ class LosslessStats:
         drafted: draft tokens.
         accepted: draft tokens that were accepted in every row.
 
-    Example:
+    Examples:
         >>> from hf_topk import LosslessStats
         >>> stats = LosslessStats(tokens=64, dense_passes=8, drafted=60, accepted=57)
         >>> stats.dense_passes_per_token, stats.acceptance

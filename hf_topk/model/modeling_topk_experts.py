@@ -73,7 +73,7 @@ class TopKExpertsForCausalLM(
         head: the [`TopKExpertsHead`] in it.
         last_generation_stats: statistics of the last `generate` if it was lossless and drafted tokens, else None.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained("out")
@@ -203,6 +203,15 @@ class TopKExpertsForCausalLM(
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, count: int) -> None:
         self.config.num_experts_per_tok = count
+
+    @property
+    def num_rescored(self) -> int:
+        """R, the number of the picked experts' tokens that get exact logits, the likeliest by the screen."""
+        return self.config.num_rescored
+
+    @num_rescored.setter
+    def num_rescored(self, count: int) -> None:
+        self.config.num_rescored = count
 
     @property
     def sparse_max_positions(self) -> int | None:

@@ -2,7 +2,10 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hf_topk.cli import app
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 COMMANDS = typer.main.get_command(app).commands
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split())
@@ -65,11 +69,23 @@ def test_the_readme_has_the_first_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets_in(readme)
     assert {command for _, command, *_ in commands_in(readme)} == COMMANDS.keys()
-    assert set(re.findall(r"hf-topk\[(\w+)\]", readme)) == PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_the_quick_start_names_all_extras() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"hf-topk\[(\w+)\]", page)) == PROJECT["project"]["optional-dependencies"].keys()
+
+
+@pytest.mark.skipif(f"typer=={version('typer')}" not in PINS, reason="another version of typer writes it otherwise")
+def test_the_page_of_the_command_line_is_what_the_app_says() -> None:
+    command = [sys.executable, "-m", "typer", "hf_topk.cli", "utils", "docs", "--name", "hf-topk"]
+    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written.strip() == page.strip(), "docs/cli.md is out of date: run `make docs`"
 
 
 def test_workflows_run_targets_of_make() -> None:
     targets = {workflow.stem: set().union(*map(targets_in, runs_of(workflow))) for workflow in WORKFLOWS}
-    assert targets["ci"] == {"lint", "test-all", "test-tools"}
+    assert targets["ci"] == {"lint", "docs", "test-all", "test-tools"}
     assert targets["release"] == {"lint", "test-all"}
     assert set().union(*targets.values()) <= TARGETS

@@ -194,12 +194,13 @@ def test_unknown_head_mode_is_refused() -> None:
 def test_k_and_r_are_set_and_saved(tmp_path: Path) -> None:
     converted = tiny_converted(head_mode="sparse")
     two = logits_of(converted)
-    converted.num_experts_per_tok, converted.sparse_max_positions = 5, 0
+    converted.num_experts_per_tok, converted.num_rescored, converted.sparse_max_positions = 5, 7, 0
     assert converted.head.num_experts_per_tok == converted.config.num_experts_per_tok == 5
+    assert converted.head.num_rescored == converted.config.num_rescored == 7
     assert converted.head.sparse_max_positions == converted.config.sparse_max_positions == 0
     assert not logits_of(converted).equal(two)
     again = save_and_load(converted, tmp_path)
-    assert (again.num_experts_per_tok, again.sparse_max_positions) == (5, 0)
+    assert (again.num_experts_per_tok, again.num_rescored, again.sparse_max_positions) == (5, 7, 0)
     assert logits_of(again).equal(logits_of(converted))
 
 
