@@ -15,7 +15,7 @@ from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
 from .kernels import always_and_gather_dot, expert_dot
 from .router import Router
-from .scored import Picked, Scored
+from .scored import Picked, Scored, lowest_of_likeliest
 from .tail import Tail
 from .whole_head import check_whole, full_shape
 
@@ -241,7 +241,7 @@ class TopKExpertsHead(LaidOutHead):
     def best_scored(self, scored: Scored) -> Tensor:
         """The token with the largest exact logit, [N]; the likeliest of all unless the tail may win."""
         ids = torch.cat([self.always_on_ids.expand(len(scored.ids), -1), scored.ids], dim=-1)
-        return ids.gather(1, scored.exact.argmax(dim=-1, keepdim=True)).squeeze(1)
+        return lowest_of_likeliest(scored.exact, ids)
 
     def logits_of(self, scored: Scored) -> Tensor:
         """Exact logits of the scored tokens and the tail of all others, less `later_bias`, [N, V]."""

@@ -16,7 +16,7 @@ from transformers.generation import logits_process as processors
 
 from .head import TopKExpertsHead
 from .logits_processors import SelectingTopPLogitsWarper
-from .scored import Scored
+from .scored import Scored, lowest_of_likeliest
 
 # In the order in which Transformers applies them; each is optional.
 KINDS = (
@@ -26,6 +26,7 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
+EQUALS = 8  # tokens of the same largest logit to choose from: more are next to impossible
 FIRST_TRIED = 64  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
 
 
@@ -240,17 +241,18 @@ class Candidates:
         self._keep(least)
 
     def best(self) -> Tensor:
-        """The likeliest token, [B]."""
+        """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
         self._expand_above(self._logits.amax(dim=-1, keepdim=True))
-        return self._tokens(self._logits.argmax(dim=-1, keepdim=True))
+        largest, places = self._logits.topk(min(EQUALS, self._logits.shape[1]), dim=-1)
+        return lowest_of_likeliest(largest, self._tokens(places))
 
     def drawn(self) -> Tensor:
         """Sample a token per row, [B]."""
         if self._rest_is_removed:
-            return self._tokens(draw(self._logits))
+            return self._tokens(draw(self._logits)).squeeze(1)
         count = self._logits.shape[1]
         drawn = draw(torch.cat([self._logits, self._masses()], dim=-1))
-        tokens = self._tokens(drawn.clamp_max(count - 1))
+        tokens = self._tokens(drawn.clamp_max(count - 1)).squeeze(1)
         for row in (drawn.squeeze(1) >= count).nonzero().flatten().tolist():
             expert = drawn[row] - count
             place = draw(self._head.log_prior(expert).flatten(1) / self._temperature)
@@ -299,7 +301,7 @@ class Candidates:
         self._places = places if self._places is None else self._places.gather(1, places)
 
     def _tokens(self, places: Tensor) -> Tensor:
-        """Token ids of places among the candidates, [B, 1] to [B]."""
+        """Token ids of places among the candidates, [B, n]."""
         head = self._head
         if self._places is not None:
             places = self._places.gather(1, places)
@@ -309,7 +311,7 @@ class Candidates:
         if head.num_always_on:
             always = head.always_on_ids[places.clamp_max(head.num_always_on - 1)]
             tokens = torch.where(places < head.num_always_on, always, tokens)
-        return tokens.squeeze(1)
+        return tokens
 
 
 def draw(logits: Tensor) -> Tensor:

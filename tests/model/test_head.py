@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hf_topk import TopKExpertsHead
 from hf_topk.model import head, kernels
-from hf_topk.model.token_chooser import Candidates, likeliest
+from hf_topk.model.token_chooser import Candidates, Priors, likeliest
 
 
 def exact_mass(head: TopKExpertsHead, logits: Tensor, experts: list[int]) -> Tensor:
@@ -306,6 +306,18 @@ def test_the_likeliest_token_is_that_of_the_sparse_logits(
 ) -> None:
     head, hidden = make_head(combine=combine, **sizes), make_hidden(seed, positions) * spread
     assert likeliest(head, head.score(hidden)).equal(head.sparse_logits(hidden).argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("all_candidates", [True, False])
+def test_of_equal_logits_the_lowest_id_wins_as_in_the_dense_head(dtype: torch.dtype, all_candidates: bool) -> None:
+    """Rows and states of small whole numbers make many logits equal in any dtype."""
+    head, hidden = copy.deepcopy(make_head(dtype=dtype)), make_hidden(1, 300, dtype).round()
+    head.weight.copy_(torch.randint(-1, 2, head.weight.shape, generator=torch.Generator().manual_seed(0)))
+    logits, scored = head.sparse_logits(hidden), head.score(hidden)
+    chosen = Candidates(head, scored, Priors(head)).best() if all_candidates else likeliest(head, scored)
+    assert ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).float().mean() > 0.1
+    assert chosen.equal(logits.argmax(-1))
 
 
 def test_the_tail_is_computed_only_where_it_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
