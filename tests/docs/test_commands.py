@@ -1,4 +1,4 @@
-"""What pages and workflows call exists: targets of make, commands and options of hf-topk, extras of the package."""
+"""Pages and workflows call existing targets of make, commands and options of hf-topk, and extras of the package."""
 
 import re
 import shlex
@@ -38,7 +38,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 def runs_of(workflow: Path) -> list[str]:
-    """What the steps run, with each value of a matrix in its place."""
+    """The commands of the steps, for each value of a matrix."""
     runs = []
     for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
         targets = job.get("strategy", {}).get("matrix", {}).get("target", [""])
@@ -65,7 +65,7 @@ def test_extras_of_the_package_exist(page: Path) -> None:
     assert named <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_the_readme_names_what_a_checkout_and_a_user_begin_with() -> None:
+def test_the_readme_has_the_first_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets_in(readme)
     assert {command for _, command, *_ in commands_in(readme)} == COMMANDS.keys()

@@ -1,6 +1,6 @@
 """Examples run as they are printed: those of docstrings, and the Python code of all pages.
 
-They run in a folder that holds what they name: a dense model, converted ones and text.
+They run in a folder with the files that they name: a dense model, converted models and text.
 """
 
 import doctest
