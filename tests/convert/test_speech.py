@@ -37,6 +37,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def features(converted: Path, seconds: float) -> Any:
+    """What the model hears of a sound: a second of it, or all if that is more."""
+    extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
+    whole: dict[str, Any] = {"truncation": False, "padding": "longest"} if seconds > 1 else {}
+    return extractor(sound(seconds), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **whole)
+
+
 def test_loads_as_both(converted: Path) -> None:
     model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / "out")
     assert type(model) is TopKExpertsForSpeechSeq2Seq
@@ -47,15 +54,7 @@ def test_loads_as_both(converted: Path) -> None:
 
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
-    extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
-    long = extractor(
-        sound(4.5),
-        sampling_rate=RATE,
-        return_tensors="pt",
-        truncation=False,
-        padding="longest",
-        return_attention_mask=True,
-    )
+    long = features(converted, 4.5)
     segments = []
     for folder, choices in (("dense", {}), ("out", {"lossless": True})):
         model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / folder)
@@ -65,6 +64,32 @@ def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch
     assert len(segments[0]) > 4
     assert segments[0][-1][1] > 3
     assert model.last_generation_stats.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "choices"),
+    [(0.8, {}), (0.8, {"return_timestamps": True}), (4.5, {"return_timestamps": True})],
+    ids=["text", "timestamps", "long"],
+)
+def test_only_prompts_have_logits_of_all_tokens(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, choices: dict[str, Any]
+) -> None:
+    """And the tokens are those that Whisper's logits processors leave of these logits."""
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / "out")
+    model.head_mode = "sparse"
+    model.generation_config.suppress_tokens = [4, 5, 6, 20, 31, 40, 41]
+    model.generation_config.begin_suppress_tokens = [0, 7]
+    heard = features(converted, seconds)
+    sizes: list[int] = []
+    logits = model.head.logits
+    monkeypatch.setattr(model.head, "logits", lambda hidden: sizes.append(hidden.shape[1]) or logits(hidden))
+    tokens = model.generate(**heard, **choices).tolist()
+    prompts = len(sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_topk.model.modeling_topk_experts.can_choose", lambda *_: False)
+        assert model.generate(**heard, **choices).tolist() == tokens
+    steps = len(sizes) - prompts
+    assert steps > 3 * prompts
 
 
 def test_the_pipeline_takes_it_for_a_whisper(converted: Path) -> None:
