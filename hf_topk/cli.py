@@ -326,7 +326,7 @@ def bench(
         str | None,
         typer.Option(
             help="Instead of DIR, a published model's shape with random weights: gemma-3-270m, gemma-3-1b, "
-            "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b or smollm2-135m."
+            "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b, smollm2-135m, whisper-base or whisper-tiny."
         ),
     ] = None,
     dtype: Annotated[
