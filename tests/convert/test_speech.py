@@ -1,6 +1,7 @@
 """Models that hear speech: converted from recordings, they transcribe as the dense model does."""
 
 import json
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import check_refused, run_main
-from support.seq2seq_models import RATE, sound, tiny_speech, tiny_whisper_checkpoint, words_of_whisper
-from support.tiny_models import QUICK
+from support.seq2seq_models import RATE, TIMESTAMPS_FROM, tiny_speech, tiny_whisper_checkpoint, words_of_whisper
+from support.spoken import FOLDER, spoken
+from support.tiny_models import QUICK, VOCAB_SIZE
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
@@ -20,6 +22,7 @@ from transformers import (
 from hf_topk import TopKExpertsForSpeechSeq2Seq
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.examples import Processor, read_examples
+from hf_topk.loading import load_converted
 from hf_topk.model import drafting
 from hf_topk.speech import read_speech
 from hf_topk.targets import write_targets
@@ -29,19 +32,21 @@ CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 16, "num_
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the dense model, the converted one and speech."""
+    """A folder that holds the dense model and the converted one."""
     folder = tmp_path_factory.mktemp("whisper")
     dense = tiny_whisper_checkpoint(folder / "dense")
-    speech = tiny_speech(folder / "speech")
-    convert_checkpoint(str(dense), folder / "out", Recipe(text=str(speech), **CHOICES))
+    pytest.importorskip("soundfile")
+    convert_checkpoint(str(dense), folder / "out", Recipe(text=str(FOLDER), **CHOICES))
     return folder
 
 
 def features(converted: Path, seconds: float) -> Any:
-    """What the model hears of a sound: a second of it, or all if that is more."""
+    """What the model hears of speech: a second of it, or all if that is more."""
     extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
     whole: dict[str, Any] = {"truncation": False, "padding": "longest"} if seconds > 1 else {}
-    return extractor(sound(seconds), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **whole)
+    return extractor(
+        spoken(seconds, RATE), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **whole
+    )
 
 
 def test_loads_as_both(converted: Path) -> None:
@@ -105,7 +110,7 @@ def test_the_pipeline_takes_it_for_a_whisper(converted: Path) -> None:
         assert transcribe.type == "seq2seq_whisper"
         if folder == "out":
             model.num_experts_per_tok = model.head.num_experts
-        texts.append(transcribe(sound(0.8), generate_kwargs={"num_beams": 1})["text"])
+        texts.append(transcribe(spoken(0.8, RATE), generate_kwargs={"num_beams": 1})["text"])
     assert texts[0] == texts[1] != ""
 
 
@@ -130,6 +135,32 @@ def test_evaluate_prints_the_word_error_rate_of_each_way(
     assert figures["scores"]["WER"]["lossless"] == figures["scores"]["WER"]["dense"] > 0
     assert figures["same_as_dense"]["lossless"] == figures["sources"] == 4
     assert 0 <= figures["agreement_along_output"] <= 1
+
+
+def test_generate_transcribes_a_file(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Piece by piece, as it is longer than the model's input."""
+    out = shutil.copytree(converted / "out", tmp_path / "out")
+    generation = json.loads((out / "generation_config.json").read_text())
+    suppressed = {"suppress_tokens": list(range(TIMESTAMPS_FROM - 1, VOCAB_SIZE))}
+    (out / "generation_config.json").write_text(json.dumps(generation | suppressed))
+    model, processor = load_converted(str(out))
+    file, texts = FOLDER / "de-0.flac", []
+    for one in read_speech(str(file), RATE, seconds=1):
+        heard = processor.feature_extractor(one.samples, sampling_rate=RATE, return_tensors="pt")
+        tokens = model.generate(**heard, max_new_tokens=12)[0]
+        texts.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+    assert run_main(monkeypatch, "generate", out, file, "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out.split() == " ".join(texts).split()
+    assert len(texts) == 4
+
+
+def test_bench_and_serve(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--rounds", 1, "--batches", 1, "--without", "int8", "--without", "hnsw", "--without", "flashhead")
+    assert run_main(monkeypatch, "bench", converted / "out", *options) == 0
+    assert "of the ceiling" in capsys.readouterr().out
+    check_refused(monkeypatch, capsys, "serve", converted / "out", parts=("has an encoder", "hf-topk generate"))
 
 
 def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
