@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,7 +114,7 @@ def convert_checked(
     started, clock = time.monotonic(), StepClock()
     check_finite(head_of(model))
     has_encoder = model.config.is_encoder_decoder
-    with clock("targets"):
+    with clock("targets") if has_encoder else nullcontext():
         windows = windows_with_targets(model, sample, recipe, folder, processes)
     check_causal(model, windows[0] if has_encoder else None)
     check_ties(model)

@@ -238,37 +238,43 @@ def inspect(directory: Directory) -> None:
 @app.command()
 def generate(
     directory: Directory,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
+    prompt: Annotated[
+        str, typer.Argument(help="The text to continue or to translate; for a speech model a .wav or .flac file.")
+    ],
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens to generate. [default: 64, or 256 with an encoder]")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     head_mode: Mode = "auto",
     lossless: Lossless = False,
     device: Device = "auto",
 ) -> None:
-    """Generate text with a converted model, streamed."""
+    """Generate text with a converted model, streamed: continue, translate or transcribe the prompt."""
     import torch
     from transformers import TextStreamer
 
     from .loading import load_converted
+    from .targets import prompt_inputs
 
     quiet()
     model, tokenizer = load_converted(directory, device=device, fastest=True)
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter checks it
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise InputError("the prompt is empty: give a text to continue")
+    inputs = prompt_inputs(prompt, model, tokenizer)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    model.generate(
-        **inputs.to(model.device),
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
-        # None: as in the generation config.
-        lossless=lossless or None,
-    )
+    for one in inputs:
+        model.generate(
+            **one,
+            **sampling,
+            num_beams=1,  # a streamer takes no beams
+            max_new_tokens=max_new_tokens or (256 if model.config.is_encoder_decoder else 64),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=TextStreamer(tokenizer, model.config.is_encoder_decoder, skip_special_tokens=True),
+            # None: as in the generation config.
+            lossless=lossless or None,
+        )
     if (stats := model.last_generation_stats) is not None:
         print(
             f"{stats.tokens} tokens, {stats.dense_passes_per_token:.2f} verification passes per token, "
@@ -323,7 +329,7 @@ def bench(
         str | None,
         typer.Option(
             help="Instead of DIR, a published model's shape with random weights: gemma-3-270m, gemma-3-1b, "
-            "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b or smollm2-135m."
+            "llama-3.2-1b, qwen3-0.6b, qwen2.5-0.5b, smollm2-135m, whisper-base or whisper-tiny."
         ),
     ] = None,
     dtype: Annotated[

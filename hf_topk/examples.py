@@ -168,9 +168,25 @@ def read_examples(
         raise InputError(
             "speech needs a feature extractor, and the model has none: put preprocessor_config.json in its folder"
         )
-    seconds = getattr(extractor, "chunk_length", SECONDS_HEARD)
-    recordings = speech.read_speech(text, extractor.sampling_rate, seconds)
+    recordings = _recordings(text, extractor)
     return examples_of_speech(recordings, extractor, tokenizer.tokenizer, seed), speech.fingerprint(recordings)
+
+
+def recorded_sources(text: str, extractor: Any) -> list[SpeechSource]:
+    """Read recordings, in order.
+
+    Args:
+        text: a recording, or a folder of them.
+        extractor: the model's feature extractor.
+
+    Raises:
+        InputError: when there is no recording, or one cannot be read.
+    """
+    return [SpeechSource(one.samples, extractor) for one in _recordings(text, extractor)]
+
+
+def _recordings(text: str, extractor: Any) -> list[Recording]:
+    return speech.read_speech(text, extractor.sampling_rate, getattr(extractor, "chunk_length", SECONDS_HEARD))
 
 
 def examples_of_text(

@@ -47,12 +47,17 @@ def serve(
 
     Raises:
         InputError: when the server's packages are missing, the address is in use, there is no such device, or the model
-            does not load.
+            does not load or has an encoder.
     """
     if not is_serve_available():
         raise InputError("the packages of the server are missing: pip install 'hf-topk[serve]'")
     _check_address(host, port)
     model, tokenizer = load_converted(directory, dtype=dtype, device=device)
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"the server continues text, and this {type(model.base).__name__} has an encoder: use `hf-topk generate`, "
+            "or `generate` in Python"
+        )
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter checks it
     if lossless and model.generation_config is not None:
         model.generation_config.lossless = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from .examples import Example, Source
+from .examples import Example, Source, is_speech_model, recorded_sources
 from .model.errors import InputError
 from .progress import progress
 from .windows import Window
@@ -76,6 +76,25 @@ def read(sources: Sequence[Source], model: PreTrainedModel) -> dict[str, Tensor]
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
+
+
+def prompt_inputs(prompt: str, model: PreTrainedModel, tokenizer: Any) -> list[dict[str, Any]]:
+    """The model's arguments for a prompt: a text, or for a speech model a recording, in pieces if it is long.
+
+    Args:
+        prompt: a text to continue or to translate, or the file of a recording.
+        model: a converted model.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
+
+    Raises:
+        InputError: when the prompt is empty, or there is no such recording.
+    """
+    if is_speech_model(model.config.dense_config):
+        return [read([source], model) for source in recorded_sources(prompt, tokenizer.feature_extractor)]
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not prompt or inputs["input_ids"].shape[1] == 0:
+        raise InputError("the prompt is empty: give a text")
+    return [dict(inputs)]
 
 
 def windows_of_examples(

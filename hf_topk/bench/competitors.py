@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
+from .prompts import Prompts, random_prompts
 
 
 @dataclass(frozen=True)
@@ -20,23 +21,36 @@ class Competitors:
         dense: the dense model of Transformers.
         sparse: the converted model.
         no_head: the dense model with constant logits, which cost nothing: the ceiling.
+        prompts: what they decode from.
     """
 
     dense: PreTrainedModel
     sparse: TopKExpertsForCausalLM
     no_head: PreTrainedModel
+    prompts: Prompts
 
     @classmethod
-    def of(cls, own: TopKExpertsForCausalLM) -> "Competitors":
-        """Make them from a converted model, and reset its generation config."""
+    def of(cls, own: TopKExpertsForCausalLM, extractor: Any = None) -> "Competitors":
+        """Make them from a converted model, and reset its generation config.
+
+        Args:
+            own: the converted model.
+            extractor: the feature extractor of a speech model.
+
+        Raises:
+            InputError: when a speech model has none.
+        """
         head = own.head
         linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         linear.weight, linear.bias = head.weight, head.bias
         dense = _with_head(own.base, own.head_name, linear)
         no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype).to(own.device))
+        start = getattr(own.generation_config, "decoder_start_token_id", None)
         for model in (dense, own, no_head):
-            model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        return cls(dense, own, no_head)
+            model.generation_config = GenerationConfig(
+                do_sample=False, pad_token_id=0, decoder_start_token_id=start, _from_model_config=False
+            )
+        return cls(dense, own, no_head, random_prompts(dense, head.out_features, extractor))
 
 
 class NoHead(nn.Module):
@@ -69,20 +83,19 @@ def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedM
 
 
 @torch.inference_mode()
-def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_length: int) -> Tensor:
+def recorded_states(model: PreTrainedModel, prompts: Prompts, positions: int, batch: int) -> Tensor:
     """Record the inputs of the head while a dense model samples text from random prompts.
 
     Args:
         model: a dense model.
+        prompts: what it decodes from.
         positions: states to record, rounded up to whole steps.
         batch: batch size.
-        prompt_length: tokens of a prompt.
 
     Returns:
         States, [P, d].
     """
     head = cast(nn.Linear, model.get_output_embeddings())
-    prompts = torch.randint(head.out_features, (batch, prompt_length)).to(head.weight.device)
     steps = -(-positions // batch)
     states: list[Tensor] = []
     with progress("Recording hidden states", steps, "steps") as advance:
@@ -93,7 +106,7 @@ def recorded_states(model: PreTrainedModel, positions: int, batch: int, prompt_l
 
         hook = head.register_forward_pre_hook(record)
         try:
-            cast(Any, model).generate(prompts, do_sample=True, max_new_tokens=steps)
+            cast(Any, model).generate(**prompts(batch).inputs, do_sample=True, max_new_tokens=steps)
         finally:
             hook.remove()
     return torch.cat(states)

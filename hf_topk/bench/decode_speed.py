@@ -20,9 +20,9 @@ from ..model.lossless import LosslessStats
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..model.token_chooser import TokenChooser
 from .competitors import Competitors, NoHead
+from .prompts import Prompt
 from .timing import Spread, TokenClock, interleaved
 
-PROMPT_LENGTH = 16  # tokens
 NEW_TOKENS = 32  # after the first one, whose time is that of the prefill
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 OVERHEAD_ROUNDS = 2000
@@ -32,7 +32,7 @@ PROMPT_STATS = LosslessStats(
     tokens=-1, forward_passes=-1, dense_passes=-1
 )  # subtracts the first token, which is not timed
 
-Decoder = Callable[[Tensor], float]
+Decoder = Callable[[Prompt], float]
 
 
 def warpers() -> list[LogitsProcessor]:
@@ -55,7 +55,6 @@ class Decoding:
             rounds: of each comparison.
         """
         self._models, self._rounds = models, rounds
-        self._vocab_size = models.sparse.head.out_features
         self.stats = LosslessStats()
 
     def greedy(self) -> dict[str, Spread]:
@@ -90,14 +89,12 @@ class Decoding:
         return {name: _decoder(getattr(self._models, name), **choices) for name in names}
 
     def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
-        def prompts() -> Tensor:
-            return torch.randint(self._vocab_size, (batch, PROMPT_LENGTH)).to(self._models.dense.device)
-
-        return interleaved(decoders, prompts, self._rounds, description, warm_up_rounds=1)
+        prompts = self._models.prompts
+        return interleaved(decoders, lambda: prompts(batch), self._rounds, description, warm_up_rounds=1)
 
     def _counted(self, decoder: Decoder) -> Decoder:
-        def run(prompts: Tensor) -> float:
-            speed = decoder(prompts)
+        def run(prompt: Prompt) -> float:
+            speed = decoder(prompt)
             if (stats := self._models.sparse.last_generation_stats) is not None:
                 self.stats += stats + PROMPT_STATS
             return speed
@@ -106,15 +103,14 @@ class Decoding:
 
 
 def _decoder(model: Any, head_mode: HeadMode = "sparse", **choices: Any) -> Decoder:
-    """A function that decodes from prompts [B, T] and returns tokens/s over all rows."""
+    """A function that decodes from a prompt and returns tokens/s over all rows."""
 
-    def run(prompts: Tensor) -> float:
+    def run(prompt: Prompt) -> float:
         if isinstance(model, TopKExpertsForCausalLM):
             model.head_mode = head_mode
         clock = TokenClock()
-        mask = torch.ones_like(prompts)
-        model.generate(prompts, attention_mask=mask, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)
-        return len(prompts) / clock.seconds_per_token
+        model.generate(**prompt.inputs, max_new_tokens=1 + NEW_TOKENS, streamer=clock, **choices)
+        return prompt.rows / clock.seconds_per_token
 
     return run
 

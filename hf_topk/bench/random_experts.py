@@ -1,12 +1,14 @@
 """Random experts, router and tail with the cost of real ones, for models with random weights."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..model.configuration_topk_experts import TopKExpertsConfig
+from ..model.encoder_decoder import converted_class
 from ..model.head import TopKExpertsHead
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..model.packed_rows import PackedRows
@@ -71,7 +73,7 @@ def convert_at_random(dense: PreTrainedModel, seed: int = 0) -> TopKExpertsForCa
     generator = torch.Generator().manual_seed(seed)
     weight = dense.get_output_embeddings().weight
     vocab_size, hidden_size = weight.shape
-    model = TopKExpertsForCausalLM.from_dense(dense, config_at_random(dense.config))
+    model = converted_class(dense.config).from_dense(dense, config_at_random(dense.config))
     _partition(model.head, torch.randperm(vocab_size, generator=generator))
     for rows, deviation in ((model.head.router, SCORE_STD), (model.head.tail, SCREEN_STD)):
         _fill(rows, deviation, generator)
@@ -118,6 +120,7 @@ def _fill(packed: PackedRows, deviation: float, generator: torch.Generator) -> N
 
 def _scramble_last_norm(dense: PreTrainedModel, factor: float, generator: torch.Generator) -> None:
     """Set the final norm to `factor` with random signs."""
-    norm = dense.get_decoder().norm.weight
+    decoder: Any = dense.get_decoder()
+    norm = (decoder.norm if hasattr(decoder, "norm") else decoder.layer_norm).weight
     signs = torch.randint(2, norm.shape, generator=generator).bool()
     norm.copy_(torch.where(signs, norm_weight(dense, factor), norm_weight(dense, -factor)))

@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import WhisperFeatureExtractor
 
+from ..examples import is_speech_model
 from ..loading import DTYPES, find_device, load_converted
 from ..model.errors import InputError
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from .competitors import Competitors, recorded_states
-from .decode_speed import PROMPT_LENGTH
 from .plot import check_plot, write_plot
 from .quantised_decoder import check_decoder_format, quantise_decoder
 from .random_experts import STATES, convert_at_random, random_states
@@ -67,11 +68,13 @@ def run_bench(
     if shape is not None:
         own = _random_model(shape, torch.float32 if dtype == "float32" else torch.bfloat16)
         own.to(place)  # type: ignore[arg-type]  # Transformers' own annotation
+        extractor = WhisperFeatureExtractor() if is_speech_model(own.config.dense_config) else None
     else:
-        own = load_converted(str(directory), dtype=dtype, device=device)[0]
+        own, tokenizer = load_converted(str(directory), dtype=dtype, device=device)
+        extractor = getattr(tokenizer, "feature_extractor", None)
     if decoder_format is not None:
         quantise_decoder(own, decoder_format)
-    metrics = bench(own, _own_states if shape is None else _random_states, choices)
+    metrics = bench(own, _own_states if shape is None else _random_states, choices, extractor)
     metrics = {"shape": shape or directory, "body": decoder_format, **metrics}
     if plot is not None:
         write_plot(metrics, plot)
@@ -88,4 +91,4 @@ def _random_states(models: Competitors) -> Tensor:
 
 
 def _own_states(models: Competitors) -> Tensor:
-    return recorded_states(models.dense, STATES, RECORDING_BATCH, PROMPT_LENGTH)
+    return recorded_states(models.dense, models.prompts, STATES, RECORDING_BATCH)

@@ -1,16 +1,17 @@
 """Shapes of published models, built offline with random weights.
 
 The hyper-parameters are those of the models' published config.json files (google/gemma-3-270m and -1b-pt,
-meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, Qwen/Qwen2.5-0.5B, HuggingFaceTB/SmolLM2-135M). All of them tie the head to
-the input embeddings.
+meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, Qwen/Qwen2.5-0.5B, HuggingFaceTB/SmolLM2-135M, openai/whisper-base and -tiny).
+All of them tie the head to the input embeddings.
 """
 
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from ..model.dense_model import dense_class_of
 from ..model.errors import InputError
 from ..progress import progress
 
@@ -29,6 +30,19 @@ _GEMMA_3 = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     },
 }
+
+
+def _whisper(width: int, layers: int) -> dict[str, Any]:
+    sides = ("encoder", "decoder")
+    return {
+        "model_type": "whisper",
+        "vocab_size": 51865,
+        "d_model": width,
+        **{f"{side}_layers": layers for side in sides},
+        **{f"{side}_attention_heads": width // 64 for side in sides},
+        **{f"{side}_ffn_dim": 4 * width for side in sides},
+    }
+
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma-3-270m": {**_GEMMA_3, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
@@ -91,6 +105,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     },
+    "whisper-base": _whisper(512, 6),
+    "whisper-tiny": _whisper(384, 4),
 }
 
 WEIGHT_STD = 0.02
@@ -126,7 +142,7 @@ def random_model(shape: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedMod
     """
     config = shape_config(shape)
     with init.no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = dense_class_of(config)._from_config(config, dtype=dtype)
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     named = list(model.named_parameters())

@@ -65,7 +65,10 @@ class Choices:
 
 @torch.inference_mode()
 def bench(
-    own: TopKExpertsForCausalLM, states_of: Callable[[Competitors], Tensor], choices: Choices | None = None
+    own: TopKExpertsForCausalLM,
+    states_of: Callable[[Competitors], Tensor],
+    choices: Choices | None = None,
+    extractor: Any = None,
 ) -> Metrics:
     """Measure a converted model against its dense model and the baselines.
 
@@ -73,13 +76,19 @@ def bench(
         own: a converted model; its head mode and generation config are changed.
         states_of: returns hidden states to time the head on, [P, d].
         choices: what to measure.
+        extractor: the feature extractor of a speech model.
 
     Returns:
         Metrics by name, for JSON; null if skipped. Under `ratios`, `a_over_b` is the speed of a relative to b, and
         `a_share_of_ceiling` its speed relative to that without a head.
+
+    Raises:
+        InputError: when a speech model has no feature extractor, or an encoder-decoder is to be compiled.
     """
     choices = choices or Choices()
-    models = Competitors.of(own)
+    if choices.compile and own.config.is_encoder_decoder:
+        raise InputError("--compile is only for models without an encoder: leave it out")
+    models = Competitors.of(own, extractor)
     states = states_of(models)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}

@@ -3,6 +3,7 @@
 [`lossless`] returns these blocks to the sampling loop.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,11 +14,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from .cache_rollback import CroppableCache
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
+from .scored import Scored
+from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 # Drafting stops where more of the probability lies outside the scored tokens: such draft tokens are often rejected, and
 # all that follow a rejected one are lost.
 DOUBTFUL_SHARE = 0.6
+
+Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
 
 
 def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
@@ -51,23 +56,25 @@ class DraftingHead:
 
     Attributes:
         size: positions in the block, at most.
-        draft_token: the draft token in greedy decoding without logits processors, [B]; the logits are then not set.
+        prefix: token ids up to the position, [B, T].
+        draft_token: the draft token if it was chosen without logits of all tokens, [B]; they are then not set.
         ended: rows that have ended, [B] bool; they never stop the drafting.
         has_verified: whether the last call was the verification pass.
     """
 
-    def __init__(self, head: TopKExpertsHead, size: int, is_greedy: bool) -> None:
+    def __init__(self, head: TopKExpertsHead, size: int, choose: Choose | None) -> None:
         """Start a block.
 
         Args:
             head: the head to replace.
             size: positions in the block, at most.
-            is_greedy: whether the draft token is the argmax of the logits, which nothing else reads.
+            choose: chooses draft tokens without logits of all tokens; None if that is not possible.
         """
         self._head = head
-        self._is_greedy = is_greedy
+        self._choose = choose
         self._states: list[Tensor] = []
         self.size = size
+        self.prefix = torch.empty(0)
         self.draft_token: Tensor | None = None
         self.ended: Tensor | None = None
         self.has_verified = False
@@ -90,8 +97,8 @@ class DraftingHead:
             if self.ended is not None:
                 outside = outside.masked_fill(self.ended.to(outside.device), 0)
             if outside.amax() <= DOUBTFUL_SHARE:
-                if self._is_greedy:
-                    self.draft_token = self._head.best_scored(scored)
+                if self._choose is not None:
+                    self.draft_token = self._choose(self.prefix, scored)
                     return hidden.new_empty(len(hidden), 1, self._head.out_features)
                 return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.has_verified = True
@@ -119,6 +126,11 @@ class Drafter:
         self._model = model
         self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
         self._does_sample = bool(generation_config.do_sample)
+        self._choose: Choose | None = None
+        if not self._does_sample and logits_processor and knows(model.head, logits_processor):
+            self._choose = TokenChooser(model.head, logits_processor, does_sample=False).choose
+        elif not self._does_sample and not self._processor:
+            self._choose = lambda _, scored: model.head.best_scored(scored)
         self._max_length = stopping_criteria.max_length
         config = model.config.get_text_config()
         self._max_positions = getattr(config, "max_position_embeddings", None)
@@ -158,7 +170,7 @@ class Drafter:
             size: positions in the block, at most.
             cache: of the KV cache in `kwargs`.
         """
-        block, head = Block(), DraftingHead(self._model.head, size, not self._does_sample and not self._processor)
+        block, head = Block(), DraftingHead(self._model.head, size, self._choose)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()
@@ -166,6 +178,7 @@ class Drafter:
         devices = [] if input_ids.device.type == "cpu" else [input_ids.device]
         with self._model.head.replaced_by(head), torch.random.fork_rng(devices, device_type=input_ids.device.type):
             while True:
+                head.prefix = input_ids
                 head.ended = None if self._ends is None else torch.isin(input_ids[:, -1], self._ends)
                 cache.before_step()
                 inputs = self._model.prepare_inputs_for_generation(
@@ -186,7 +199,11 @@ class Drafter:
 
     def _draft_tokens(self, input_ids: Tensor, logits: Tensor, head: DraftingHead) -> Tensor:
         """The draft tokens, [B], for a prefix [B, T] and logits [B, V]."""
-        tokens = self._choose(input_ids, logits) if head.draft_token is None else head.draft_token.to(input_ids.device)
+        tokens = (
+            self._choose_from_all(input_ids, logits)
+            if head.draft_token is None
+            else head.draft_token.to(input_ids.device)
+        )
         if self._ends is None or self._pad is None or head.ended is None:
             return tokens
         tokens = torch.where(head.ended, self._pad, tokens)
@@ -194,7 +211,7 @@ class Drafter:
             head.size = head.drafted + 1  # all rows have ended
         return tokens
 
-    def _choose(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+    def _choose_from_all(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """Choose draft tokens by logits processors and sampling, whether or not rows have ended."""
         scores = self._processor(
             cast(Any, input_ids), logits.to(copy=True, dtype=torch.float32, device=input_ids.device)

@@ -6,7 +6,6 @@ or a penalty could affect one of them, or the draw falls on it. The distribution
 """
 
 import math
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +16,13 @@ from transformers.generation import logits_process as processors
 from .head import TopKExpertsHead
 from .logits_processors import SelectingTopPLogitsWarper
 from .scored import Scored, lowest_of_likeliest
+from .suppression import SUPPRESSORS, Priors, Suppression, Timestamps
 
-# In the order in which Transformers applies them; each is optional.
+# In the order in which Transformers applies them; each is optional, and there may be several suppressors.
 KINDS = (
     (processors.RepetitionPenaltyLogitsProcessor,),
+    tuple(SUPPRESSORS),
+    (Timestamps,),
     (processors.TemperatureLogitsWarper,),
     (processors.TopKLogitsWarper,),
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
@@ -48,7 +50,8 @@ class TokenChooser:
         """
         self._head, self._processors, self._does_sample = head, found, does_sample
         self._leaves_logits = leaves_logits
-        self._priors = Priors(head)
+        self._suppression = Suppression(head, found)
+        self._changes = [one for one in found if type(one) not in SUPPRESSORS]
         self._logits = torch.empty(0)
         self._scored: Scored | None = None
         self._nothing = torch.full((1, 1, 1), -torch.inf, device=head.weight.device)
@@ -89,18 +92,29 @@ class TokenChooser:
         """The next token of each row.
 
         Args:
-            input_ids: the prefix, [B, T], for the repetition penalty.
+            input_ids: the prefix, [B, T].
             scored: of the next position of each row.
 
         Returns:
             Token ids, [B].
         """
-        if not self._processors and not self._does_sample:
-            return likeliest(self._head, scored, self._priors)
-        candidates = Candidates(self._head, scored, self._priors)
-        for one in self._processors:
+        if len(scored.ids) == 1 or not self._suppression.differs_by_row:
+            return self._choose(input_ids, scored)
+        rows = (slice(row, row + 1) for row in range(len(input_ids)))
+        return torch.cat([self._choose(input_ids[row], scored.part(row)) for row in rows])
+
+    def _choose(self, input_ids: Tensor, scored: Scored) -> Tensor:
+        """As [`choose`], for rows with the same suppressed tokens."""
+        priors = self._suppression.priors(input_ids)
+        scored = priors.masked_scores(scored)
+        if not self._changes and not self._does_sample:
+            return likeliest(self._head, scored, priors)
+        candidates = Candidates(self._head, scored, priors)
+        for one in self._changes:
             if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
                 candidates.penalise(input_ids, one.penalty)
+            elif isinstance(one, Timestamps):
+                self._prefer_timestamps(candidates, input_ids)
             elif isinstance(one, processors.TemperatureLogitsWarper):
                 candidates.apply_temperature(one.temperature)
             elif isinstance(one, processors.TopKLogitsWarper):
@@ -111,8 +125,15 @@ class TokenChooser:
                 candidates.keep_min_p(one.min_p)
         return candidates.drawn() if self._does_sample else candidates.best()
 
+    def _prefer_timestamps(self, candidates: "Candidates", input_ids: Tensor) -> None:
+        """Suppress text where all timestamps together are likelier than any token of text, as Whisper does."""
+        if self._suppression.compares_timestamps:
+            timestamps, text = self._suppression.timestamps(input_ids), self._suppression.text(input_ids)
+            if candidates.log_mass_of(timestamps) > candidates.most_of(text):
+                candidates.suppress(timestamps)
 
-def likeliest(head: TopKExpertsHead, scored: Scored, priors: "Priors | None" = None) -> Tensor:
+
+def likeliest(head: TopKExpertsHead, scored: Scored, priors: Priors | None = None) -> Tensor:
     """The token of the largest sparse logit at each position, [N]."""
     if head.tail_may_win(scored).any():
         return Candidates(head, scored, priors or Priors(head)).best()
@@ -129,36 +150,28 @@ def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationC
     """
     asks_for_logits = generation_config.output_scores or generation_config.output_logits
     is_sparse = head.head_mode != "dense" and head.num_experts_per_tok < head.num_experts
-    if asks_for_logits or not is_sparse or head.weight.device.type != "cpu":
+    return not asks_for_logits and is_sparse and knows(head, found)
+
+
+def knows(head: TopKExpertsHead, found: Any) -> bool:
+    """Whether [`TokenChooser.choose`] applies all of these logits processors.
+
+    Args:
+        head: the sparse head.
+        found: the logits processors of a generation.
+    """
+    if head.weight.device.type != "cpu":
         return False
     kinds = [next((place for place, kind in enumerate(KINDS) if type(one) in kind), -1) for one in found]
+    once = [place for place in kinds if KINDS[place] != tuple(SUPPRESSORS)]
     is_usual = all(
         getattr(one, "min_tokens_to_keep", 1) == 1
         and getattr(one, "filter_value", -math.inf) == -math.inf
         and getattr(one, "prompt_ignore_length", None) is None
+        and all(len(words) == 1 for words in getattr(one, "sequence_bias", ()))
         for one in found
     )
-    return is_usual and -1 not in kinds and kinds == sorted(set(kinds))
-
-
-class Priors:
-    """Terms of the experts that are not picked, computed once per generation."""
-
-    def __init__(self, head: TopKExpertsHead) -> None:
-        """Prepare; the head's prior is read at first use."""
-        self._head = head
-        self._masses: dict[float, Tensor] = {}
-
-    @cached_property
-    def best(self) -> Tensor:
-        """Log p(v | e) of each expert's likeliest token, fp32 [M]."""
-        return self._head.log_prior().amax(dim=-1)
-
-    def mass(self, temperature: float) -> Tensor:
-        """Log of the sum of each expert's prior at a temperature, fp32 [M]."""
-        if temperature not in self._masses:
-            self._masses[temperature] = (self._head.log_prior() / temperature).logsumexp(dim=-1)
-        return self._masses[temperature]
+    return is_usual and -1 not in kinds and kinds == sorted(kinds) and once == sorted(set(once))
 
 
 class Candidates:
@@ -170,12 +183,12 @@ class Candidates:
         Args:
             head: the sparse head.
             scored: of B positions.
-            priors: of the same head.
+            priors: of the same head; its suppressed tokens are no candidates.
         """
         self._head, self._scored, self._priors = head, scored, priors
         self._temperature = 1.0
-        self._logits = head.candidate_logits(scored)  # (B, n)
         self._experts = scored.experts  # expanded, in the order of their tokens
+        self._logits = self._masked(head.candidate_logits(scored), priors)  # (B, n)
         self._places: Tensor | None = None  # of the tokens in these experts, once some were removed
         self._rest_is_removed = False
 
@@ -193,6 +206,24 @@ class Candidates:
         places = torch.where(of_expert >= 0, within, always)
         logits = self._logits.gather(1, places)
         self._logits.scatter_(1, places, torch.where(logits < 0, logits * penalty, logits / penalty))
+
+    def suppress(self, priors: Priors) -> None:
+        """Suppress more tokens: those of the given experts' terms."""
+        self._priors, self._logits = priors, self._masked(self._logits, priors)
+
+    def log_mass_of(self, priors: Priors) -> Tensor:
+        """Log-sum-exp of the logits of all tokens that are not suppressed in other terms, [B, 1]."""
+        mass = self._masked(self._logits, priors).logsumexp(dim=-1, keepdim=True)
+        return mass.logaddexp(self._masses(priors).logsumexp(dim=-1, keepdim=True))
+
+    def most_of(self, priors: Priors) -> Tensor:
+        """The largest logit of the tokens that are not suppressed in other terms, [B, 1]."""
+        others = (self._scored.tail_scores + priors.best).scatter(1, self._experts, -torch.inf)
+        return torch.cat([self._masked(self._logits, priors), others], dim=-1).amax(dim=-1, keepdim=True)
+
+    def _masked(self, logits: Tensor, priors: Priors) -> Tensor:
+        """The candidates' logits, [B, n], with those of suppressed tokens -inf."""
+        return logits if priors.is_suppressed is None else priors.masked(logits, self._head.scored_ids(self._experts))
 
     def apply_temperature(self, temperature: float) -> None:
         """Divide the logits by a temperature."""
@@ -255,7 +286,7 @@ class Candidates:
         tokens = self._tokens(drawn.clamp_max(count - 1)).squeeze(1)
         for row in (drawn.squeeze(1) >= count).nonzero().flatten().tolist():
             expert = drawn[row] - count
-            place = draw(self._head.log_prior(expert).flatten(1) / self._temperature)
+            place = draw(self._priors.log_prior(expert).flatten(1) / self._temperature)
             tokens[row] = self._head.expert_ids[expert, place.squeeze(1)]
         return tokens
 
@@ -264,9 +295,9 @@ class Candidates:
         mass = self._logits.logsumexp(dim=-1, keepdim=True)
         return mass if self._rest_is_removed else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
 
-    def _masses(self) -> Tensor:
+    def _masses(self, priors: Priors | None = None) -> Tensor:
         """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
-        scores = self._scored.tail_scores / self._temperature + self._priors.mass(self._temperature)
+        scores = self._scored.tail_scores / self._temperature + (priors or self._priors).mass(self._temperature)
         return scores.scatter(1, self._experts, -torch.inf)
 
     def _expand_above(self, logit: Tensor | float) -> bool:
@@ -288,7 +319,7 @@ class Candidates:
         order = are_wanted.int().scatter(1, self._experts, -1)
         more = order.topk(count, dim=-1).indices  # (B, count)
         scores = self._scored.tail_scores.gather(1, more).unsqueeze(-1)
-        logits = (scores + self._head.log_prior(more)).flatten(1) / self._temperature
+        logits = (scores + self._priors.log_prior(more)).flatten(1) / self._temperature
         self._logits = torch.cat([self._logits, logits], dim=-1)
         self._experts = torch.cat([self._experts, more], dim=-1)
         return True

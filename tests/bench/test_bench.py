@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import run_main
+from support.seq2seq_models import tiny_model
 from support.tiny_models import TINY_SHAPE, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from test_cli import run_script
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from hf_topk.bench import head_speed as bench_head
 from hf_topk.bench import timing
@@ -97,7 +98,7 @@ def test_competitors_share_all_tensors_and_differ_in_the_head(model_type: str) -
 def test_recorded_states_are_those_that_enter_the_head() -> None:
     models = Competitors.of(tiny_converted())
     models.dense.generation_config = GenerationConfig(pad_token_id=0)
-    states = recorded_states(models.dense, positions=30, batch=8, prompt_length=4)
+    states = recorded_states(models.dense, models.prompts, positions=30, batch=8)
     assert states.shape == (32, 32)
     assert len(states.unique(dim=0)) > 16
 
@@ -267,6 +268,21 @@ def test_compiled_decoding_is_measured() -> None:
     spreads = Decoding(models, rounds=1).compiled(backend="eager")
     assert set(spreads) == {"dense", "sparse", "no_head"}
     assert all(model._compiled_call is not None for model in (models.dense, models.sparse, models.no_head))
+
+
+@pytest.mark.parametrize("model_type", ["marian", "whisper"])
+def test_an_encoder_reads_once(model_type: str) -> None:
+    dense, _ = tiny_model(model_type)
+    own, encoded = tiny_converted(dense, num_rescored=20), []
+    own.get_encoder().register_forward_hook(lambda *_: encoded.append(1))
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1) if model_type == "whisper" else None
+    metrics = bench(own, random_states, Choices(batches=(2,), without=("int8", "hnsw"), rounds=1), extractor=extractor)
+    assert set(metrics["e2e"]) == E2E_KEYS
+    assert metrics["ratios"]["e2e"]["sparse_share_of_ceiling"] > 0
+    assert metrics["lossless"]["forward_passes_per_token"] >= 1
+    assert encoded == [1]
+    states = recorded_states(own.base, Competitors.of(own, extractor).prompts, positions=30, batch=8)
+    assert len(states.unique(dim=0)) > 8
 
 
 # The command

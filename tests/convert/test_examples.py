@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.command_line import check_refused, run_main
 from support.seq2seq_models import tiny_model, tiny_pairs
-from support.tiny_models import QUICK, tiny_checkpoint, tiny_tokenizer
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
 from hf_topk import TopKExpertsForSeq2SeqLM
@@ -74,6 +74,20 @@ def test_converts_on_disk(folder: Path, tmp_path: Path, targets: int) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     assert type(model) is TopKExpertsForSeq2SeqLM
     assert model.base.final_logits_bias.any()
+
+
+def test_generate_translates(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, _ = tiny_model("marian")
+    dense.generation_config.num_beams = 4
+    tiny_converted(dense).save_pretrained(tmp_path / "out")
+    tiny_tokenizer().save_pretrained(tmp_path / "out")
+    sources = torch.tensor([[3, 4, 5]])
+    text = dense.generate(sources, max_new_tokens=9, num_beams=1)[0]
+    arguments = ("generate", tmp_path / "out", "w1 w2 w3", "--max-new-tokens", 9, "--lossless")
+    assert run_main(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().out.split() == tiny_tokenizer().decode(text, skip_special_tokens=True).split()
 
 
 def test_a_resumed_conversion_does_not_generate_targets_again(

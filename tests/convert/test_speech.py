@@ -1,6 +1,7 @@
 """Speech models: converted with recordings, they transcribe as the dense model does."""
 
 import json
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import check_refused, run_main
-from support.seq2seq_models import RATE, sound, tiny_speech, tiny_whisper_checkpoint, words_of_whisper
-from support.tiny_models import QUICK
+from support.seq2seq_models import RATE, TIMESTAMPS_FROM, tiny_speech, tiny_whisper_checkpoint, words_of_whisper
+from support.spoken import FOLDER, spoken
+from support.tiny_models import QUICK, VOCAB_SIZE
 from transformers import (
     AutoFeatureExtractor,
     AutoModelForSpeechSeq2Seq,
@@ -20,6 +22,7 @@ from transformers import (
 from hf_topk import TopKExpertsForSpeechSeq2Seq
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.examples import Processor, read_examples
+from hf_topk.loading import load_converted
 from hf_topk.model import drafting
 from hf_topk.speech import read_speech
 from hf_topk.targets import windows_of_examples
@@ -29,12 +32,21 @@ CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 16, "num_
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the dense model, the converted model and recordings."""
+    """A folder that holds the dense model and the converted one."""
     folder = tmp_path_factory.mktemp("whisper")
     dense = tiny_whisper_checkpoint(folder / "dense")
-    speech = tiny_speech(folder / "speech")
-    convert_checkpoint(str(dense), folder / "out", Recipe(text=str(speech), **CHOICES))
+    pytest.importorskip("soundfile")
+    convert_checkpoint(str(dense), folder / "out", Recipe(text=str(FOLDER), **CHOICES))
     return folder
+
+
+def features(converted: Path, seconds: float) -> Any:
+    """What the model hears of speech: a second of it, or all if that is more."""
+    extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
+    whole: dict[str, Any] = {"truncation": False, "padding": "longest"} if seconds > 1 else {}
+    return extractor(
+        spoken(seconds, RATE), sampling_rate=RATE, return_tensors="pt", return_attention_mask=True, **whole
+    )
 
 
 def test_loads_as_both(converted: Path) -> None:
@@ -48,15 +60,7 @@ def test_loads_as_both(converted: Path) -> None:
 @pytest.mark.slow
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
-    extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
-    long = extractor(
-        sound(4.5),
-        sampling_rate=RATE,
-        return_tensors="pt",
-        truncation=False,
-        padding="longest",
-        return_attention_mask=True,
-    )
+    long = features(converted, 4.5)
     segments = []
     for folder, choices in (("dense", {}), ("out", {"lossless": True})):
         model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / folder)
@@ -66,6 +70,32 @@ def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch
     assert len(segments[0]) > 4
     assert segments[0][-1][1] > 3
     assert model.last_generation_stats.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "choices"),
+    [(0.8, {}), (0.8, {"return_timestamps": True}), (4.5, {"return_timestamps": True})],
+    ids=["text", "timestamps", "long"],
+)
+def test_only_prompts_have_logits_of_all_tokens(
+    converted: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, choices: dict[str, Any]
+) -> None:
+    """And the tokens are those that Whisper's logits processors leave of these logits."""
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / "out")
+    model.head_mode = "sparse"
+    model.generation_config.suppress_tokens = [4, 5, 6, 20, 31, 40, 41]
+    model.generation_config.begin_suppress_tokens = [0, 7]
+    heard = features(converted, seconds)
+    sizes: list[int] = []
+    logits = model.head.logits
+    monkeypatch.setattr(model.head, "logits", lambda hidden: sizes.append(hidden.shape[1]) or logits(hidden))
+    tokens = model.generate(**heard, **choices).tolist()
+    prompts = len(sizes)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_topk.model.modeling_topk_experts.can_choose", lambda *_: False)
+        assert model.generate(**heard, **choices).tolist() == tokens
+    steps = len(sizes) - prompts
+    assert steps > 3 * prompts
 
 
 def test_the_speech_pipeline_recognises_it_as_whisper(converted: Path) -> None:
@@ -81,7 +111,7 @@ def test_the_speech_pipeline_recognises_it_as_whisper(converted: Path) -> None:
         assert transcribe.type == "seq2seq_whisper"
         if folder == "out":
             model.num_experts_per_tok = model.head.num_experts
-        texts.append(transcribe(sound(0.8), generate_kwargs={"num_beams": 1})["text"])
+        texts.append(transcribe(spoken(0.8, RATE), generate_kwargs={"num_beams": 1})["text"])
     assert texts[0] == texts[1] != ""
 
 
@@ -106,6 +136,32 @@ def test_evaluate_prints_the_word_error_rate_of_each_way(
     assert figures["scores"]["WER"]["lossless"] == figures["scores"]["WER"]["dense"] > 0
     assert figures["same_as_dense"]["lossless"] == figures["sources"] == 4
     assert 0 <= figures["agreement_along_output"] <= 1
+
+
+def test_generate_transcribes_a_file(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Piece by piece, as it is longer than the model's input."""
+    out = shutil.copytree(converted / "out", tmp_path / "out")
+    generation = json.loads((out / "generation_config.json").read_text())
+    suppressed = {"suppress_tokens": list(range(TIMESTAMPS_FROM - 1, VOCAB_SIZE))}
+    (out / "generation_config.json").write_text(json.dumps(generation | suppressed))
+    model, processor = load_converted(str(out))
+    file, texts = FOLDER / "de-0.flac", []
+    for one in read_speech(str(file), RATE, seconds=1):
+        heard = processor.feature_extractor(one.samples, sampling_rate=RATE, return_tensors="pt")
+        tokens = model.generate(**heard, max_new_tokens=12)[0]
+        texts.append(processor.tokenizer.decode(tokens, skip_special_tokens=True))
+    assert run_main(monkeypatch, "generate", out, file, "--max-new-tokens", 12) == 0
+    assert capsys.readouterr().out.split() == " ".join(texts).split()
+    assert len(texts) == 4
+
+
+def test_bench_and_serve(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--rounds", 1, "--batches", 1, "--without", "int8", "--without", "hnsw", "--without", "flashhead")
+    assert run_main(monkeypatch, "bench", converted / "out", *options) == 0
+    assert "of the ceiling" in capsys.readouterr().out
+    check_refused(monkeypatch, capsys, "serve", converted / "out", parts=("has an encoder", "hf-topk generate"))
 
 
 def test_reads_speech_at_the_given_rate(tmp_path: Path) -> None:

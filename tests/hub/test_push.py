@@ -12,10 +12,11 @@ import yaml
 from huggingface_hub import ModelCard
 from support.bare_environment import python_without_the_package
 from support.command_line import contents
-from support.tiny_models import tiny_checkpoint, tiny_dense
+from support.seq2seq_models import tiny_model, tiny_pairs
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense
 from transformers import AutoModelForCausalLM
 
-from hf_topk.convert import Recipe
+from hf_topk.convert import Recipe, convert_checkpoint
 from hub.fixtures import TOKEN, Run, check_no_token, environment_of
 from hub.server import Commit, Fault, Hub, Repository
 
@@ -143,6 +144,23 @@ def test_pushes_a_folder(run: Run, hub: Hub, here: Path) -> None:
         "README.md",
         "recipe.yaml",
     }
+
+
+@pytest.mark.slow
+def test_pushes_a_translation_model(run: Run, hub: Hub, here: Path) -> None:
+    tiny_checkpoint(here / "dense", tiny_model("marian")[0])
+    pairs = tiny_pairs(here / "pairs.jsonl")
+    recipe = Recipe(text=str(pairs), num_experts_per_tok=2, **{**QUICK, "positions": 400, "window_length": 12})
+    convert_checkpoint(str(here / "dense"), here / "translator", recipe)
+    done = run("push", "translator", "me/x")
+    assert done.code == 0, done.err
+    files = hub.files("me/x")
+    assert set(json.loads(files["config.json"])["auto_map"]) == {"AutoConfig", "AutoModelForSeq2SeqLM"}
+    assert "encoder_decoder.py" in files
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "translation"
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card.text
+    assert snippets_of(files["README.md"]) == {"me/x"}
 
 
 def test_does_not_push_hidden_files_and_byte_code(run: Run, hub: Hub, here: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.heads import dense_logits, make_head, make_hidden, scored_mask
+from support.seq2seq_models import tiny_model
 from support.tiny_models import pack_router_of, tiny_converted, tiny_dense
 from torch import Tensor
 from torch.nn import functional as F
@@ -331,3 +332,35 @@ def test_refuses_a_router_in_the_other_form() -> None:
     with packed.joint_training():
         packed.load_state_dict(names, strict=False)
         assert packed.head.router.rows.equal(floats.head.router.rows)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "marian", "whisper"])
+def test_an_encoder_decoder_is_trained_on_what_enters_its_head(model_type: str) -> None:
+    """T5 scales it, and Marian adds a bias to the logits; its labels are not shifted."""
+    dense, inputs = tiny_model(model_type)
+    model = tiny_converted(dense, num_experts_per_tok=2)
+    labels = LABELS[:2, :6].contiguous()
+    states: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, arguments: states.append(arguments[0].detach()))
+    alone = model(**inputs, labels=labels).loss  # in evaluation mode, in which nothing is dropped
+    with model.joint_training():
+        for module in model.modules():
+            module.training = module is model
+        loss = model(**inputs, labels=labels).loss
+        hidden = states[-1][labels != -100]
+        logits = dense_logits(model.head, hidden) + (0 if model.head.later_bias is None else model.head.later_bias)
+        experts = logits[:, model.head.expert_ids].logsumexp(-1)
+        scores, always = model.head.router(hidden), logits[:, model.head.always_on_ids].logsumexp(-1, keepdim=True)
+        kl = F.kl_div(
+            torch.cat([scores, always], -1).log_softmax(-1),
+            torch.cat([experts, always], -1).log_softmax(-1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        assert loss > alone + 0.9 * kl > alone
+        optimizer = torch.optim.AdamW(model.head.router.parameters(), lr=1e-2)
+        for _ in range(20):
+            model(**inputs, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert model(**inputs, labels=labels).loss < alone + 0.7 * (loss - alone)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.bare_environment import python_without_the_package
-from support.tiny_models import QUICK, tiny_checkpoint, tiny_text
+from support.seq2seq_models import tiny_model
+from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_text
 from transformers import AutoModelForCausalLM
 
 from hf_topk.convert import Recipe, convert_checkpoint
@@ -51,14 +52,19 @@ def converted(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def check_loads_without_the_package(folder: Path, modules: Path) -> None:
-    assert (folder / "triton_kernels.py").is_file()  # nothing imports it before it is needed
-    python = python_without_the_package(modules.with_name("bare"))
-    environment = {**os.environ, "HF_MODULES_CACHE": str(modules), "HF_HUB_OFFLINE": "1"}
-    command = [str(python), "-c", LOAD, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parent, check=False)
+def run_without_the_package(folder: Path, script: str, *arguments: str) -> str:
+    """Run a script in an environment made in a folder, and return what it prints."""
+    python = python_without_the_package(folder / "bare")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [str(python), "-c", script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return done.stdout
+
+
+def check_loads_without_the_package(folder: Path) -> None:
+    assert (folder / "triton_kernels.py").is_file()  # nothing imports it before it is needed
+    found = json.loads(run_without_the_package(folder.parent, LOAD, str(folder)))
     assert found["module"].startswith("transformers_modules.")
     assert found["dense"] == "LlamaForCausalLM"
     assert found["tokens"]["lossless"] == found["tokens"]["dense"]
@@ -72,12 +78,45 @@ def check_loads_without_the_package(folder: Path, modules: Path) -> None:
 
 
 def test_loads_with_its_own_code(converted: Path, tmp_path: Path) -> None:
-    check_loads_without_the_package(converted, tmp_path / "modules")
+    check_loads_without_the_package(converted)
 
 
 @pytest.mark.slow
 def test_a_saved_model_contains_its_code(converted: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(tmp_path / "saved")
-    check_loads_without_the_package(tmp_path / "saved", tmp_path / "modules")
+    check_loads_without_the_package(tmp_path / "saved")
     own = {file.name for file in Path(configuration_topk_experts.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert {file.name for file in (tmp_path / "saved").glob("*.py")} == own
+
+
+LOAD_ENCODER_DECODER = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("hf_topk") is None
+
+import torch
+import transformers
+
+folder, auto_class, inputs = sys.argv[1], getattr(transformers, sys.argv[2]), torch.load(sys.argv[3])
+model = auto_class.from_pretrained(folder, trust_remote_code=True)
+choices = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+tokens = {"lossless": model.generate(**inputs, lossless=True, **choices).tolist()}
+for model.head_mode in ("sparse", "dense"):
+    tokens[model.head_mode] = model.generate(**inputs, **choices).tolist()
+print(json.dumps({"module": type(model).__module__, "class": type(model).__name__, "tokens": tokens}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["marian", "whisper"])
+def test_an_encoder_decoder_loads_with_its_own_code(model_type: str, tmp_path: Path) -> None:
+    dense, inputs = tiny_model(model_type)
+    model = tiny_converted(dense, head_mode="sparse")
+    model.save_pretrained(tmp_path / "out")
+    torch.save(inputs, tmp_path / "inputs.pt")
+    arguments = [tmp_path / "out", model.auto_class, tmp_path / "inputs.pt"]
+    done = run_without_the_package(tmp_path, LOAD_ENCODER_DECODER, *map(str, arguments))
+    found = json.loads(done)
+    assert found["module"].startswith("transformers_modules.")
+    assert found["class"] == type(model).__name__
+    assert found["tokens"]["lossless"] == found["tokens"]["dense"]
+    assert found["tokens"]["sparse"] == model.generate(**inputs, max_new_tokens=12, eos_token_id=None).tolist()

@@ -18,27 +18,87 @@ from hf_topk.model import token_chooser
 from hf_topk.model.token_chooser import Candidates, Priors, TokenChooser, can_choose, draw
 
 PREFIX = torch.tensor([[5, 17, 42, 8, 17, 3], [99, 3, 64, 2, 77, 99]])
-WARPERS = {
+
+
+def rule_of_timestamps(value: float) -> Any:
+    """Whisper's: tokens from some id on are timestamps, and the prompt is a part of the prefix, or all of it."""
+    config = GenerationConfig(eos_token_id=int(40 * value))
+    config.no_timestamps_token_id = int(98 * (1 - value**3))  # few, so that text can be likelier
+    config.max_initial_timestamp_index = 10
+    return processors.WhisperTimeStampLogitsProcessor(config, begin_index=(3, 5, 6)[int(100 * value) % 3])
+
+
+# As Transformers orders them.
+WARPERS: dict[str, Any] = {
     "penalty": lambda value: processors.RepetitionPenaltyLogitsProcessor(1 + value),
+    "bad_words": lambda value: processors.NoBadWordsLogitsProcessor([[token] for token in range(1 + int(90 * value))]),
+    "min_length": lambda value: processors.MinLengthLogitsProcessor(int(12 * value), torch.tensor([7, 8])),
+    "min_new_tokens": lambda value: processors.MinNewTokensLengthLogitsProcessor(2, int(8 * value), 9),
+    "forced_bos": lambda _: processors.ForcedBOSTokenLogitsProcessor(11),
+    "forced_eos": lambda value: processors.ForcedEOSTokenLogitsProcessor(6 + int(3 * value), 9),
+    "suppressed": lambda value: processors.SuppressTokensLogitsProcessor(range(int(90 * value), 95)),
+    "at_begin": lambda value: processors.SuppressTokensAtBeginLogitsProcessor(range(40), 5 + int(3 * value)),
+    "timestamps": rule_of_timestamps,
     "temperature": lambda value: processors.TemperatureLogitsWarper(0.3 + 2 * value),
     "top_k": lambda value: processors.TopKLogitsWarper(1 + int(150 * value)),
     "top_p": lambda value: processors.TopPLogitsWarper(0.01 + 0.98 * value),
     "min_p": lambda value: processors.MinPLogitsWarper(value**3),
 }
-# As Transformers orders them.
-choices_of_warpers = st.lists(st.sampled_from(list(WARPERS)), unique=True).flatmap(
-    lambda names: st.tuples(*(st.tuples(st.just(name), st.floats(0.01, 0.99)) for name in WARPERS if name in names))
-)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
-def choose_from(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Candidates:
-    """The candidates after these logits processors, before sampling."""
+def some_of(names: Any, most: int) -> st.SearchStrategy[list[Any]]:
+    """Logits processors of these kinds, with random settings."""
+    chosen = st.lists(st.sampled_from(list(names)), unique=True, max_size=most)
+    values = st.lists(st.floats(0.01, 0.99), min_size=len(WARPERS), max_size=len(WARPERS))
+    return st.builds(
+        lambda names, values: [
+            make(value) for (name, make), value in zip(WARPERS.items(), values, strict=True) if name in names
+        ],
+        chosen,
+        values,
+    )
+
+
+def processed(scores: Tensor, found: list[Any], prefix: Tensor = PREFIX) -> Tensor:
+    """Logits [B, V] after Transformers' processors; settings where rounding decides are left out."""
+    prefix = prefix[: len(scores)]
+    for one in found:
+        before, scores = scores, one(prefix, scores.clone())
+        assume(not scores.isneginf().all(dim=-1).any())  # Transformers draws from no token there
+        ranked = before.double().softmax(-1).sort(descending=True).values.cumsum(-1)
+        if isinstance(one, processors.TopPLogitsWarper):
+            assume(((ranked - one.top_p).abs() > 1e-5).all())
+        if isinstance(one, processors.MinPLogitsWarper):
+            best = before.amax(-1, keepdim=True)
+            assume(((before - best).exp() / one.min_p - 1).abs().min() > 1e-4)
+        if isinstance(one, processors.TopKLogitsWarper) and one.top_k < VOCAB_SIZE:
+            near = before.sort(descending=True).values[:, one.top_k - 1 : one.top_k + 1]
+            is_clear = (near[:, 0] - near[:, -1]).abs() > 1e-4
+            assume((is_clear | (near[:, 0] == near[:, -1])).all())
+        if isinstance(one, processors.WhisperTimeStampLogitsProcessor):
+            one._detect_timestamp_from_logprob = False
+            text, timestamps = one(prefix, before).split(
+                [one.timestamp_begin, VOCAB_SIZE - one.timestamp_begin], dim=-1
+            )
+            one._detect_timestamp_from_logprob = True
+            assume(((timestamps.logsumexp(-1) - text.amax(-1)).abs() > 1e-4).all())
+    return scores
+
+
+def probabilities_of(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Tensor:
+    """The probability with which a generation with these processors draws each token, [B, V]."""
     chooser = TokenChooser(head, found, does_sample=True)
-    left: list[Candidates] = []
+    left: list[Tensor] = []
+
+    def drawn(candidates: Candidates) -> Tensor:
+        left.append(distribution(candidates, head))
+        return torch.zeros(len(left[-1]), dtype=torch.long)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Candidates, "drawn", lambda self: left.append(self))
+        patch.setattr(Candidates, "drawn", drawn)
         chooser.choose(PREFIX[: len(hidden)], head.score(hidden))
-    return left[0]
+    return torch.cat(left)
 
 
 def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
@@ -52,7 +112,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
     probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
     probabilities.scatter_add_(1, tokens, shares[:, : logits.shape[1]])
-    within = (head.log_prior() / candidates._temperature).double().softmax(dim=-1)
+    within = (candidates._priors.log_prior() / candidates._temperature).double().softmax(dim=-1).nan_to_num(0.0)
     of_others = shares[:, logits.shape[1] :].unsqueeze(-1) * within
     return probabilities.scatter_add_(1, head.expert_ids.flatten().expand(len(logits), -1), of_others.flatten(1))
 
@@ -65,29 +125,40 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     num_rescored=st.integers(1, 60),
     spread=st.sampled_from([0.1, 1.0, 4.0]),
     combine=st.sampled_from(["exact", "exact", "learned"]),
-    chosen=choices_of_warpers,
+    found=some_of(("penalty", *SAMPLING), 5) | some_of(WARPERS, 3),
 )
 def test_probabilities_are_those_of_the_sparse_logits(
-    seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, chosen: Any
+    seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, found: list[Any]
 ) -> None:
     """After any of the usual processors, against Transformers' own on all logits."""
     head, hidden = make_head(num_rescored=num_rescored, combine=combine, **choices), make_hidden(seed, positions)
     hidden = hidden * spread
-    found = [WARPERS[name](value) for name, value in chosen]
-    scores = head.sparse_logits(hidden)
-    for one in found:
-        before, scores = scores, one(PREFIX[:positions], scores.clone())
-        ranked = before.double().softmax(-1).sort(descending=True).values.cumsum(-1)
-        if isinstance(one, processors.TopPLogitsWarper):  # where a sum is rounded it may go either way
-            assume(((ranked - one.top_p).abs() > 1e-5).all())
-        if isinstance(one, processors.MinPLogitsWarper):
-            best = before.amax(-1, keepdim=True)
-            assume(((before - best).exp() / one.min_p - 1).abs().min() > 1e-4)
-        if isinstance(one, processors.TopKLogitsWarper) and one.top_k < VOCAB_SIZE:
-            near = before.sort(descending=True).values[:, one.top_k - 1 : one.top_k + 1]
-            assume((near[:, 0] - near[:, -1]).abs().min() > 1e-4 or (near[:, 0] == near[:, -1]).all())
-    found_probabilities = distribution(choose_from(head, hidden, found), head)
-    torch.testing.assert_close(found_probabilities, scores.double().softmax(-1), rtol=1e-3, atol=1e-5)
+    expected = processed(head.sparse_logits(hidden), found).double().softmax(-1)
+    torch.testing.assert_close(probabilities_of(head, hidden, found), expected, rtol=1e-3, atol=1e-5)
+
+
+prefixes = st.lists(st.lists(st.sampled_from([2, 17, 98, 99]), min_size=8, max_size=8), min_size=1, max_size=2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=seeds,
+    prefix=prefixes.map(torch.tensor),
+    choices=sizes(),
+    num_rescored=st.integers(1, 20),
+    spread=st.sampled_from([0.1, 0.3, 1.0]),
+    found=some_of(["timestamps"], 1) | some_of([name for name in WARPERS if name not in SAMPLING], 3),
+)
+def test_greedy_tokens_are_those_of_the_sparse_logits(
+    seed: int, prefix: Tensor, choices: dict[str, int], num_rescored: int, spread: float, found: list[Any]
+) -> None:
+    """Along a prefix, as what is suppressed changes with it."""
+    head, rows = make_head(num_rescored=num_rescored, **choices), len(prefix)
+    chooser = TokenChooser(head, found, does_sample=False)
+    for length, hidden in enumerate((make_hidden(seed, 6 * rows) * spread).split(rows), start=3):
+        scores = processed(head.sparse_logits(hidden), found, prefix[:, :length])
+        chosen = chooser.choose(prefix[:, :length], head.score(hidden)).unsqueeze(1)
+        torch.testing.assert_close(scores.gather(1, chosen), scores.amax(1, keepdim=True), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=100, deadline=None)

@@ -55,6 +55,7 @@ def run() -> None:
         if name == WHISPER:
             dense = whisper_checkpoint(folder / "dense")
             metrics = measure_speech(dense, folder, Path(given.text), _run, shlex.split(given.convert))
+            metrics["speed"] = _run("bench", folder / "converted", "--dtype", DTYPE, *BENCH)
         else:
             dense = checkpoint(name, folder / "dense")
             metrics = measure(dense, folder / "converted", given.text, shlex.split(given.convert))

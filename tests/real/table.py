@@ -57,12 +57,13 @@ def markdown_table(title: str, metrics: dict[str, dict[str, Any]]) -> str:
 
     Args:
         title: the model's name.
-        metrics: raw metrics by subject, from [`measure`]; a row without its metric shows a dash.
+        metrics: raw metrics by subject, from [`measure`]; rows about a subject that was not measured are left out, and
+            one without its metric shows a dash.
 
     Returns:
         A Markdown table, without a final line break.
     """
-    rows = [(name, _value(template, metrics)) for name, template in ROWS]
+    rows = [(name, _value(template, metrics)) for name, template in ROWS if template[1:].split("[")[0] in metrics]
     return "\n".join([f"| | {title} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
