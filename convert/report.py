@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_topk.evaluation.fidelity import Fidelity
+from hf_topk.evaluation.observations import Observations
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.windows import Window
 
@@ -24,6 +25,7 @@ class Report:
         model: the converted model, in memory.
         recipe: every choice; k and R as the user gave them.
         fidelity: measured on held-out documents of the calibration text.
+        observations: of the same positions.
         dense_argmax: of the same positions.
         num_experts: M.
         added_bytes: that conversion adds to the model on disk.
@@ -40,6 +42,7 @@ class Report:
     model: TopKExpertsForCausalLM
     recipe: ResolvedRecipe
     fidelity: Fidelity
+    observations: Observations
     dense_argmax: DenseArgmax
     num_experts: int
     added_bytes: int

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import print_json, print_table, quiet
+from .console import print_json, print_rows, print_table, quiet
 from .convert.recipe import Recipe, calibration_text_name, read_yaml
 from .model.configuration_topk_experts import CombineType
 from .model.errors import INTERRUPTED, InputError, TopKExpertsError
@@ -85,6 +85,9 @@ def convert(
     create_pr: CreatePr = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
+    html_report: Annotated[
+        bool, typer.Option("--html-report", help="Write OUT/report.html, the report that `inspect --html` makes.")
+    ] = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -116,6 +119,7 @@ def convert(
         resume=resume,
         device_map=device_map,
         destination=Destination(push_to_hub, private, revision, create_pr) if push_to_hub else None,
+        html_report=html_report,
     )
     on_the_hub, metrics = {"url": report.uploaded.url} if report.uploaded else {}, report.metrics()
     if as_json:
@@ -135,6 +139,7 @@ def convert(
             "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
             "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
             "time": f"{metrics['seconds']:.0f} s",
+            **({"report": str(Path(out) / "report.html")} if html_report else {}),
             **on_the_hub,
         },
     )
@@ -217,13 +222,50 @@ def evaluate(
 
 
 @app.command()
-def inspect(directory: Directory) -> None:
-    """Show the experts with some of their tokens, the recipe, and the metrics of the conversion."""
-    from .inspection import describe
+def inspect(
+    directory: Directory,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page instead of tables.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on this text, as `evaluate` does. [default: what the conversion measured, on held-out "
+            "documents of the calibration text]"
+        ),
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="With --text: a random sample of this many tokens. [default: all of the text]")
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show the speed that `hf-topk bench DIR --json > FILE` measured."),
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Experts to list in the table, the most used first.")] = 20,
+) -> None:
+    """Report on a converted model: agreement against bytes read, router, use of the experts, misses, recipe."""
+    from .inspection.facts import measure_on, read_facts
+    from .inspection.page import check_page, write_page
+    from .inspection.tables import tables
 
     quiet()
-    for line in describe(directory):
-        print(line)
+    if html is not None:
+        check_page(html)
+    if positions is not None and text is None:
+        raise InputError("--positions needs --text FILE")
+    facts = read_facts(directory, bench, runs=text is not None)
+    if text is not None:
+        facts = measure_on(facts, text, positions)
+    if html is not None:
+        write_page(facts, html)
+        print(f"Wrote {html}")
+        return
+    for table in tables(facts, experts):
+        if table.columns:
+            print_rows(table.title, table.columns, table.rows)
+        else:
+            print_table(table.title, {row[0]: row[1] for row in table.rows})
+        print()
 
 
 @app.command()

@@ -10,7 +10,7 @@ from ..model.errors import InputError
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
 from ..targets import ROOM_FOR_PROMPT, SOURCES_AT_ONCE, TargetWindow, write, write_targets
-from ..windows import readable_length
+from ..windows import Window, readable_length
 from .fidelity import Fidelity, measure_fidelity
 from .lossless_comparison import head_mode
 
@@ -87,6 +87,24 @@ def measure_outputs(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, po
     same = {way: sum(one == other for one, other in zip(texts["dense"], texts[way], strict=True)) for way in WAYS[1:]}
     scores = {} if score is None else _scores(score, examples, texts)
     return Outputs(fidelity, along.agreement, len(examples), same, scores)
+
+
+def target_windows(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, positions: int | None) -> list[Window]:
+    """Windows of the targets of sources; the dense model writes those that are missing.
+
+    Args:
+        model: a converted model with an encoder.
+        tokenizer: its tokenizer, or its processor if it hears speech.
+        text: pairs or source text, or a folder of recordings.
+        positions: of a sample; None takes all.
+
+    Raises:
+        InputError: when the text does not suit the model.
+    """
+    length = readable_length(model.config) - ROOM_FOR_PROMPT
+    examples, _ = read_examples(text, model.config.dense_config, tokenizer, length, seed=0)
+    with head_mode(model, "dense"):
+        return _whole(write_targets(model, examples, length, positions))
 
 
 def _scores(score: Score, examples: Sequence[Example], texts: dict[str, list[str]]) -> dict[str, dict[str, float]]:
