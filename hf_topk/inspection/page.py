@@ -1,19 +1,19 @@
 """The report of a converted model as one self-contained HTML page."""
 
 import json
-import unicodedata
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.observations import CAUSES, Miss
 from ..model.errors import InputError, TopKExpertsError
+from ..progress import progress_once_slow
 from . import plots
 from .facts import Facts
 
 REPORT_FILE = "report.html"
 SPACE, LINE_END = "\N{OPEN BOX}", "\N{RETURN SYMBOL}"
-INVISIBLE = ("C", "Z")  # categories of Unicode
+EXPERTS_AT_ONCE = 256
 
 
 def check_page(path: Path) -> None:
@@ -71,16 +71,15 @@ def visible(token: str) -> str:
     Args:
         token: its text.
     """
+    if token.isprintable():
+        return token.replace(" ", SPACE)
     return "".join(map(_visible, token))
 
 
 def _visible(character: str) -> str:
-    if character == " ":
-        return SPACE
     if character == "\n":
         return LINE_END
-    is_hidden = unicodedata.category(character)[0] in INVISIBLE
-    return f"\\u{{{ord(character):X}}}" if is_hidden else character
+    return visible(character) if character.isprintable() else f"\\u{{{ord(character):X}}}"
 
 
 def _content(facts: Facts) -> dict[str, Any]:
@@ -109,11 +108,14 @@ def _content(facts: Facts) -> dict[str, Any]:
 
 def _data(facts: Facts, places: list[tuple[int, int]]) -> str:
     """The experts in order of use, as JSON that may stand in a page's script element."""
-    seen, experts = facts.observations, facts.experts_by_use()
-    rows = [
-        [expert, *places[expert], seen.picks[expert] if seen else None, [visible(token) for token in tokens]]
-        for expert, tokens in zip(experts, facts.tokens_of(experts), strict=True)
-    ]
+    seen, experts, rows = facts.observations, facts.experts_by_use(), []
+    with progress_once_slow("Reading the experts' tokens", len(experts), "experts") as advance:
+        for start in range(0, len(experts), EXPERTS_AT_ONCE):
+            some = experts[start : start + EXPERTS_AT_ONCE]
+            for expert, tokens in zip(some, facts.tokens_of(some), strict=True):
+                picks = seen.picks[expert] if seen else None
+                rows.append([expert, *places[expert], picks, [visible(token) for token in tokens]])
+            advance(len(some))
     data = {
         "experts": rows,
         "alwaysOn": [visible(token) for token in facts.always_on()],

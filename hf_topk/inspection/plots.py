@@ -6,17 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..evaluation.observations import CalibrationBin
 from ..model.head import TopKExpertsHead
+from ..progress import progress_once_slow
 from .axes import Scale, ticks
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 66, 20, 16, 50  # in pixels; the last four are margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 74, 26, 16, 50  # in pixels; the last four are margins
 POINTS_OF_LOAD = 200  # drawn of the curve of all experts
 ROOM_FOR_LABEL = 130  # pixels; a label that has less of it on its right goes to the left of its point
+FULLY_WRITTEN = -3  # smaller powers of ten have an exponent
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MAP_SIZE = 1000  # units of the map in each direction
-OUTLIERS = 0.002  # share of the experts at each side of the map that are drawn at its edge
 ROWS_AT_ONCE = 2**14  # of the head
 
 
@@ -108,8 +109,8 @@ def calibration_plot(bins: Sequence[CalibrationBin]) -> Plot:
     return Plot(
         "probability of an expert by the router",
         "probability by the dense head, mean",
-        [(across(power), _percent(power)) for power in range(low, 1)],
-        [(up(power), _percent(power)) for power in range(low, 1)],
+        [(across(power), _power(power)) for power in range(low, 1)],
+        [(up(power), _power(power)) for power in range(low, 1)],
         marks,
         (across(low), up(low), across(0), up(0)),
     )
@@ -145,30 +146,35 @@ def load_plot(picks: Sequence[int], positions: int, even: float) -> Plot:
 def map_of_experts(head: TopKExpertsHead) -> tuple[list[tuple[int, int]], float]:
     """Project the experts' centroids, the means of their tokens' rows of the head, to two dimensions.
 
+    A coordinate is the rank along a principal component: frequent tokens' rows are so unlike the others' that distances
+    would leave most of the map empty.
+
     Args:
         head: of a converted model.
 
     Returns:
-        Coordinates of each expert from 0 to 1000, and the share of the variance that they have.
+        Coordinates of each expert from 0 to 1000, and the share of the variance that the two components have.
     """
     from sklearn.decomposition import PCA
 
-    centroids = torch.cat(
-        [_means(head, ids) for ids in head.expert_ids.split(max(1, ROWS_AT_ONCE // head.expert_size))]
-    )
-    if head.num_experts < 3:  # on a line
-        return [(MAP_SIZE * number, MAP_SIZE // 2) for number in range(head.num_experts)], 1.0
-    pca = PCA(2, svd_solver="randomized", random_state=0)
-    places = torch.from_numpy(pca.fit_transform(centroids.numpy()))
-    low, high = (places.quantile(share, dim=0) for share in (OUTLIERS, 1 - OUTLIERS))
-    scaled = ((places - low) / (high - low).clamp_min(1e-9)).clamp(0, 1) * MAP_SIZE
-    return [(int(x), int(y)) for x, y in scaled.round().tolist()], float(pca.explained_variance_ratio_.sum())
-
-
-def _means(head: TopKExpertsHead, ids: Tensor) -> Tensor:
-    return head.weight.detach()[ids].float().mean(dim=1).cpu()
+    centroids = []
+    with progress_once_slow("Reading the experts' rows", head.num_experts, "experts") as advance:
+        for ids in head.expert_ids.split(max(1, ROWS_AT_ONCE // head.expert_size)):
+            centroids.append(head.weight.detach()[ids].float().mean(dim=1).cpu())
+            advance(len(ids))
+    if head.num_experts == 1:
+        return [(MAP_SIZE // 2, MAP_SIZE // 2)], 1.0
+    pca = PCA(min(2, head.num_experts), svd_solver="randomized", random_state=0)
+    ranks = pca.fit_transform(torch.cat(centroids).numpy()).argsort(axis=0).argsort(axis=0)
+    places = (ranks * (MAP_SIZE / (head.num_experts - 1))).round().astype(int).tolist()
+    return [(x, y) for x, y in places], float(pca.explained_variance_ratio_.sum())
 
 
 def _percent(power: int) -> str:
     """A power of ten in percent."""
     return f"{100 * 10.0**power:.10g} %"
+
+
+def _power(power: int) -> str:
+    """A power of ten."""
+    return f"{10.0**power:g}" if power >= FULLY_WRITTEN else "10" + str(power).translate(SUPERSCRIPTS)

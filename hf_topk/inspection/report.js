@@ -1,14 +1,18 @@
 "use strict";
 (() => {
   const NUMBER = 0, X = 1, Y = 2, PICKS = 3, TOKENS = 4;  // of an expert, in the data
-  const TOKENS_SHOWN = 10, ROWS = 20, MORE_ROWS = 100, MARGIN = 18, REACH = 14;
+  const ROWS = 20, MORE_ROWS = 100, LABEL_HEIGHT = 18, REACH = 14;
+  const COVERED = 0.2;  // share of the map that all circles together would cover
   const data = JSON.parse(document.getElementById("experts-data").textContent);
   const experts = data.experts;  // in order of use
   const texts = experts.map((expert) => expert[TOKENS].join("\n").toLowerCase());
-  const most = data.positions ? Math.max(1, experts[0][PICKS]) : 1;
+  const most = data.positions ? experts[0][PICKS] : 1;
+  const total = data.positions ? experts.reduce((sum, expert) => sum + expert[PICKS], 0) : experts.length;
 
+  const isNarrow = () => window.innerWidth < 600;
   const map = document.getElementById("map");
   const svg = map.querySelector("svg");
+  const dots = svg.appendChild(svgElement("g", {})), names = svg.appendChild(svgElement("g", {}));
   const tip = document.getElementById("tip");
   const body = document.querySelector("#expert-table tbody");
   const more = document.getElementById("more");
@@ -21,7 +25,7 @@
   const isHit = (token) => wanted !== "" && token.toLowerCase().includes(wanted);
 
   function addTokens(element, tokens) {
-    const shown = [...tokens.filter(isHit), ...tokens.filter((token) => !isHit(token))].slice(0, TOKENS_SHOWN);
+    const shown = [...tokens.filter(isHit), ...tokens.filter((token) => !isHit(token))].slice(0, isNarrow() ? 5 : 10);
     for (const token of shown) {
       const text = make("bdi", token);
       text.classList.toggle("hit", isHit(token));
@@ -56,26 +60,32 @@
 
   function drawMap() {
     const width = map.clientWidth, height = Math.round(Math.min(640, Math.max(360, width * 0.55)));
-    const largest = width < 600 ? 9 : 16;
+    const largest = Math.min(22, Math.sqrt(COVERED * width * height * most / (Math.PI * total)));
+    const margin = largest + LABEL_HEIGHT;
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.style.height = `${height}px`;
     spots = experts.map((expert) => ({
-      x: MARGIN + expert[X] / 1000 * (width - 2 * MARGIN),
-      y: MARGIN + (1 - expert[Y] / 1000) * (height - 2 * MARGIN),
-      r: data.positions ? 1.5 + largest * Math.sqrt(expert[PICKS] / most) : 3,
+      x: margin + expert[X] / 1000 * (width - 2 * margin),
+      y: margin + (1 - expert[Y] / 1000) * (height - 2 * margin),
+      r: data.positions ? 1.2 + largest * Math.sqrt(expert[PICKS] / most) : 1.2 + largest,
     }));
     circles = spots.map((spot) => svgElement("circle", { cx: spot.x.toFixed(1), cy: spot.y.toFixed(1), r: spot.r.toFixed(1) }));
-    svg.replaceChildren(...circles, ...labels(width));
+    dots.replaceChildren(...circles);
     markFound();
   }
 
-  function labels(width) {
-    const placed = [], made = [], room = width < 600 ? 14 : 40;
+  function nameOf(tokens) {  // a word, if it has one
+    const token = tokens.find(isHit) ?? tokens.find((one) => /\p{L}{3}/u.test(one)) ?? tokens[0];
+    return token.replace(/^␣+(?=.)/u, "");
+  }
+
+  function labels() {
+    const placed = [], made = [], width = map.clientWidth, room = isNarrow() ? 16 : 60;
     for (const place of found) {
       if (made.length === room) break;
-      const token = (experts[place][TOKENS].find(isHit) ?? experts[place][TOKENS][0]).replace(/^␣+(?=.)/u, "");
+      const token = nameOf(experts[place][TOKENS]);
       const spot = spots[place], half = 4 + 3.6 * Math.min(token.length, 16);
-      const box = { left: spot.x - half, right: spot.x + half, top: spot.y - spot.r - 18, bottom: spot.y - spot.r };
+      const box = { left: spot.x - half, right: spot.x + half, top: spot.y - spot.r - LABEL_HEIGHT, bottom: spot.y - spot.r };
       const overlaps = (other) => box.left < other.right && box.right > other.left && box.top < other.bottom && box.bottom > other.top;
       if (box.left < 0 || box.right > width || box.top < 0 || placed.some(overlaps)) continue;
       placed.push(box);
@@ -88,9 +98,9 @@
 
   function markFound() {
     map.classList.toggle("filtered", wanted !== "");
-    for (const circle of circles) circle.classList.remove("hit");
-    if (wanted === "") return;
-    for (const place of found) circles[place].classList.add("hit");
+    for (const hit of dots.querySelectorAll(".hit")) hit.classList.remove("hit");
+    if (wanted !== "") for (const place of found) circles[place].classList.add("hit");
+    names.replaceChildren(...labels());
   }
 
   function show(place) {
@@ -137,7 +147,7 @@
     document.getElementById("expert-count").textContent =
       wanted === "" ? "" : `${found.length.toLocaleString("en")} of ${experts.length.toLocaleString("en")} experts`;
     fillTable();
-    drawMap();
+    markFound();
   });
   more.addEventListener("click", () => {
     rows += MORE_ROWS;
@@ -152,10 +162,24 @@
   // The misses
 
   const misses = [...document.querySelectorAll(".misses li")];
-  document.getElementById("miss-filter")?.addEventListener("input", (event) => {
-    const text = event.target.value.toLowerCase();
-    for (const miss of misses) miss.hidden = !miss.textContent.replaceAll("␣", " ").toLowerCase().includes(text);
-    const left = misses.filter((miss) => !miss.hidden).length;
-    document.getElementById("miss-count").textContent = text === "" ? "" : `${left} of ${misses.length}`;
+  const moreMisses = document.getElementById("more-misses");
+  if (!misses.length) return;
+  const missFilter = document.getElementById("miss-filter");
+  let shownMisses = ROWS;
+
+  function showMisses() {
+    const text = missFilter.value.toLowerCase();
+    const hits = misses.filter((miss) => miss.textContent.replaceAll("␣", " ").toLowerCase().includes(text));
+    const shown = new Set(hits.slice(0, shownMisses));
+    for (const miss of misses) miss.hidden = !shown.has(miss);
+    moreMisses.hidden = hits.length <= shownMisses;
+    document.getElementById("miss-count").textContent = text === "" ? "" : `${hits.length} of ${misses.length}`;
+  }
+
+  missFilter.addEventListener("input", showMisses);
+  moreMisses.addEventListener("click", () => {
+    shownMisses = misses.length;
+    showMisses();
   });
+  showMisses();
 })();
