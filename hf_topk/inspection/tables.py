@@ -41,7 +41,8 @@ def tables(facts: Facts, experts: int) -> Iterator[Table]:
     if facts.speed:
         rates = [(rate.name, f"{rate.median:.1f}", f"{rate.low:.1f} to {rate.high:.1f}") for rate in facts.speed.rates]
         yield Table(f"Speed: {facts.speed.circumstances}", ("decoding", "tokens/s", "quartiles"), rates)
-    yield Table("Recipe", (), [choice[:2] for choice in facts.choices()])
+    if facts.recipe:
+        yield Table("Recipe", (), [choice[:2] for choice in facts.choices()])
     yield _experts(facts, experts)
 
 
