@@ -155,19 +155,18 @@ def map_of_experts(head: TopKExpertsHead) -> tuple[list[tuple[int, int]], float]
     Returns:
         Coordinates of each expert from 0 to 1000, and the share of the variance that the two components have.
     """
-    from sklearn.decomposition import PCA
-
     centroids = []
     with progress_once_slow("Reading the experts' rows", head.num_experts, "experts") as advance:
         for ids in head.expert_ids.split(max(1, ROWS_AT_ONCE // head.expert_size)):
             centroids.append(head.weight.detach()[ids].float().mean(dim=1).cpu())
             advance(len(ids))
-    if head.num_experts == 1:
-        return [(MAP_SIZE // 2, MAP_SIZE // 2)], 1.0
-    pca = PCA(min(2, head.num_experts), svd_solver="randomized", random_state=0)
-    ranks = pca.fit_transform(torch.cat(centroids).numpy()).argsort(axis=0).argsort(axis=0)
-    places = (ranks * (MAP_SIZE / (head.num_experts - 1))).round().astype(int).tolist()
-    return [(x, y) for x, y in places], float(pca.explained_variance_ratio_.sum())
+    rows = torch.cat(centroids)
+    rows -= rows.mean(dim=0)
+    variances, directions = torch.linalg.eigh(rows.t() @ rows)  # in ascending order
+    ranks = (rows @ directions[:, -2:].flip(1)).argsort(dim=0).argsort(dim=0)
+    places = (ranks * (MAP_SIZE / max(1, head.num_experts - 1))).round().int().tolist()
+    total = float(variances.sum())
+    return [(x, y) for x, y in places], float(variances[-2:].sum()) / total if total > 0 else 1.0
 
 
 def _percent(power: int) -> str:
