@@ -1,7 +1,6 @@
 """The command line: `hf-topk`. Commands import their code when they run, except for the recipe, for its options."""
 
 import dataclasses
-import inspect as signatures
 import os
 import sys
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import print_json, print_rows, print_table, quiet
-from .convert.recipe import Recipe, calibration_text_name, read_yaml
-from .model.configuration_topk_experts import CombineType
+from .console import print_json, print_table, quiet
+from .convert.options import takes_choices
+from .convert.recipe import Recipe, read_yaml
 from .model.errors import INTERRUPTED, InputError, TopKExpertsError
 
 app = typer.Typer(
@@ -31,28 +30,6 @@ Revision = Annotated[str | None, typer.Option(help="Branch of the repository. [d
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto: the accelerator, if any.")]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
-
-
-def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of the recipe; it receives them by name, None if not given."""
-    signature = signatures.signature(command, eval_str=True)
-    options = []
-    for field in dataclasses.fields(Recipe):
-        if (flags := field.metadata["flags"]) is None:
-            continue
-        what, default = field.metadata["what"], field.metadata["unset"] or field.default
-        about = f"{what[0].upper()}{what[1:]}." + (f" [default: {default}]" if default is not False else "")
-        kind: Any = str if field.type == CombineType else field.type
-        option = typer.Option(f"--{field.name.replace('_', '-')}", *flags, help=about)
-        options.append(
-            signatures.Parameter(
-                field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-            )
-        )
-    own = [one for one in signature.parameters.values() if one.kind is not signatures.Parameter.VAR_KEYWORD]
-    own = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in own]
-    command.__signature__ = signature.replace(parameters=[*own[:1], *options, *own[1:]])  # type: ignore[attr-defined]
-    return command
 
 
 @app.command()
@@ -128,17 +105,7 @@ def convert(
     print_table(
         f"Wrote {out}",
         {
-            "experts": f"{metrics['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "
-            f"{report.recipe.num_always_on} always-on tokens",
-            "top-1 agreement": f"{metrics['agreement']:.2%}, at least {metrics['agreement_lower_bound']:.2%} with 95 % "
-            f"confidence, on {metrics['positions']:,} held-out positions of the calibration text "
-            f"({calibration_text_name(report.recipe.text)})"
-            + (": the target is not reached" if metrics["target_reached"] is False else ""),
-            "perplexity": f"{metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse",
-            "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
-            "time": f"{metrics['seconds']:.0f} s",
+            **report.summary(),
             **({"report": str(Path(out) / "report.html")} if html_report else {}),
             **on_the_hub,
         },
@@ -246,7 +213,7 @@ def inspect(
     """Report on a converted model: agreement against bytes read, router, use of the experts, misses, recipe."""
     from .inspection.facts import measure_on, read_facts
     from .inspection.page import check_page, write_page
-    from .inspection.tables import tables
+    from .inspection.tables import print_tables
 
     quiet()
     if html is not None:
@@ -260,12 +227,7 @@ def inspect(
         write_page(facts, html)
         print(f"Wrote {html}")
         return
-    for table in tables(facts, experts):
-        if table.columns:
-            print_rows(table.title, table.columns, table.rows)
-        else:
-            print_table(table.title, {row[0]: row[1] for row in table.rows})
-        print()
+    print_tables(facts, experts)
 
 
 @app.command()

@@ -90,8 +90,11 @@ def run_script(folder: Path, *arguments: object) -> subprocess.CompletedProcess[
 
 
 def test_converts_and_evaluates(here: Path) -> None:
-    done = run_script(here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json")
+    done = run_script(
+        here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json", "--html-report"
+    )
     assert done.returncode == 0, done.stderr
+    assert "held-out documents of text.jsonl" in (here / "new" / "report.html").read_text(encoding="utf-8")
     report = json.loads(done.stdout)
     assert report["out"] == "new"
     assert {*EVALUATE_KEYS, "num_experts", "num_experts_per_tok", "added_bytes", "added_bytes_share"} < set(report)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..console import print_rows, print_table
 from ..evaluation.observations import CAUSES, Miss, Observations
 from .facts import Facts
 
@@ -24,6 +25,16 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+
+
+def print_tables(facts: Facts, experts: int) -> None:
+    """Print the tables of a model; see [`tables`]."""
+    for table in tables(facts, experts):
+        if table.columns:
+            print_rows(table.title, table.columns, table.rows)
+        else:
+            print_table(table.title, {row[0]: row[1] for row in table.rows})
+        print()
 
 
 def tables(facts: Facts, experts: int) -> Iterator[Table]:
