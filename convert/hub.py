@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -24,19 +24,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from hf_topk.evaluation.observations import OBSERVATIONS_FILE, Observations
 from hf_topk.inspection.page import REPORT_FILE
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.errors import INTERRUPTED, LONGEST_REASON, InputError, TopKExpertsError, one_line
+from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError, one_line
 from hf_topk.model.hub_card import CARD_FILE, named
 
 from .recipe import RECIPE_FILE, public_name
 from .source import open_source, read_json
 
 MAY_WRITE = ("write", "admin")  # roles of tokens with all write permissions of their owner
-NOT_SPOKEN = (404, 405, 501)  # from servers that implement only the part of the Hub's API that uploads need
+NOT_FOUND, TOO_MANY_REQUESTS, SERVER_ERROR = 404, 429, 500
+NOT_IMPLEMENTED = (NOT_FOUND, 405, 501)  # by servers that have only the part of the Hub's API that uploads need
 CACHES = ("__pycache__",)
-TOO_MANY_REQUESTS, SERVER_ERROR = 429, 500
 WAYS_OUT = {
     401: "run `hf auth login --force`, or change HF_TOKEN, which takes precedence",
-    403: "use a token that may write to this repository, or ask for access to it",
+    403: "use a token that may write to this repository, ask for access to it, or open a pull request with --create-pr",
 }
 
 
@@ -116,9 +116,15 @@ def check_destination(destination: Destination) -> Destination:
     except HFValidationError as error:
         raise InputError(f"{name} is not a valid repository name: write OWNER/NAME, as in me/gemma-topk") from error
     with _explained(f"cannot push to {name}", InputError):
-        user = _who_asks(name)
-        _check_token(user)
+        user = _answer(_api().whoami) or {}
+        if _role(user) == "read":
+            raise InputError(
+                f"the token of {user['name']} is read-only: create one with write permission at "
+                f"{constants.ENDPOINT}/settings/tokens, and log in with `hf auth login`"
+            )
         if "/" not in name:
+            if not user:
+                raise InputError(f"{constants.ENDPOINT} does not tell the token's user: write OWNER/{name}")
             destination = dataclasses.replace(destination, repository=f"{user['name']}/{name}")
         _check_repository(destination, user)
     return destination
@@ -164,10 +170,8 @@ def _api() -> HfApi:
 
 
 def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}: give the folder that `hf-topk convert` wrote")
     if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model: there is no config.json in it")
+        raise InputError(f"there is no {folder / 'config.json'}: give the folder that `hf-topk convert` wrote")
     found = read_json(folder / "config.json").get("model_type")
     if found != TopKExpertsConfig.model_type:
         raise InputError(
@@ -176,24 +180,16 @@ def _check_folder(folder: Path) -> None:
     open_source(str(folder), folder)
 
 
-def _who_asks(name: str) -> dict[str, Any]:
-    """The token's user; empty if the server cannot tell and the repository's name has an owner."""
+def _answer(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The server's answer to a call; None if it does not implement it."""
     try:
-        return _api().whoami()
+        return call(*args, **kwargs)
+    except RepositoryNotFoundError:
+        raise
     except HfHubHTTPError as error:
-        if error.response.status_code not in NOT_SPOKEN:
-            raise
-        if "/" not in name:
-            raise InputError(f"{constants.ENDPOINT} does not tell the token's user: write OWNER/{name}") from error
-        return {}
-
-
-def _check_token(user: dict[str, Any]) -> None:
-    if _role(user) == "read":
-        raise InputError(
-            f"the token of {user['name']} is read-only: create one with write permission at "
-            f"{constants.ENDPOINT}/settings/tokens, and log in with `hf auth login`"
-        )
+        if error.response.status_code in NOT_IMPLEMENTED:
+            return None
+        raise
 
 
 def _role(user: dict[str, Any]) -> str | None:
@@ -203,23 +199,23 @@ def _role(user: dict[str, Any]) -> str | None:
 
 def _check_repository(destination: Destination, user: dict[str, Any]) -> None:
     name, api = destination.repository, _api()
+    pull_request = destination.revision if _is_pull_request(destination.revision) else None
+    is_proposed = destination.create_pr or pull_request is not None
     try:
-        found = api.repo_info(name)
+        found = api.repo_info(name, revision=pull_request)
     except HfHubHTTPError as error:
-        is_absent = isinstance(error, RepositoryNotFoundError) or error.response.status_code == 404
-        if isinstance(error, GatedRepoError) or not is_absent:
+        is_absent = isinstance(error, RepositoryNotFoundError) or error.response.status_code == NOT_FOUND
+        if is_proposed or isinstance(error, GatedRepoError) or not is_absent:
             raise
-        _check_new_repository(destination, user)
+        _check_owner(name, user)
         return
     if destination.private and found.private is False:
         raise InputError(
             f"{name} exists and is public: make it private at {constants.ENDPOINT}/{name}/settings, choose another "
             "name, or leave out --private"
         )
-    if _is_pull_request(destination.revision):
-        api.repo_info(name, revision=destination.revision)
-    elif not destination.create_pr:
-        _check_may_write(name, user)
+    if not is_proposed:
+        _answer(api.auth_check, name, write=True)
 
 
 def _is_pull_request(revision: str | None) -> bool:
@@ -227,13 +223,8 @@ def _is_pull_request(revision: str | None) -> bool:
     return revision is not None and revision.startswith("refs/")
 
 
-def _check_new_repository(destination: Destination, user: dict[str, Any]) -> None:
-    name = destination.repository
-    if destination.create_pr or _is_pull_request(destination.revision):
-        raise InputError(
-            f"there is no repository {name} that {user.get('name', 'you')} can see, so no pull request can be opened "
-            "there: check the name, or push without --create-pr"
-        )
+def _check_owner(name: str, user: dict[str, Any]) -> None:
+    """Refuse a new repository of an owner for whom the user cannot create one."""
     if _role(user) not in MAY_WRITE:
         return
     owner, _, rest = name.partition("/")
@@ -242,22 +233,6 @@ def _check_new_repository(destination: Destination, user: dict[str, Any]) -> Non
             f"{user['name']} cannot create a repository for {owner}: push to {user['name']}/{rest}, or log in as "
             "another user with `hf auth login`"
         )
-
-
-def _check_may_write(name: str, user: dict[str, Any]) -> None:
-    try:
-        _api().auth_check(name, write=True)
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in NOT_SPOKEN and not isinstance(error, RepositoryNotFoundError):
-            return  # this server cannot check permissions
-        if status in (401, 403, 404):
-            own = f"{user['name']}/{name.rpartition('/')[2]}" if user else "a repository of your own"
-            raise InputError(
-                f"{user.get('name', 'you')} may not write to {name}: open a pull request with --create-pr, or push to "
-                f"{own}"
-            ) from error
-        raise
 
 
 def _files(folder: Path, repository: str) -> list[CommitOperationAdd]:
@@ -313,7 +288,7 @@ def _reason(error: BaseException) -> str:
         return f"you are not logged in: run `hf auth login`, or set HF_TOKEN ({constants.ENDPOINT}/settings/tokens)"
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        said = f" ({' '.join(error.server_message.split())[:LONGEST_REASON]})" if error.server_message else ""
+        said = f" ({one_line(error.server_message)})" if error.server_message else ""
         is_passing = status == TOO_MANY_REQUESTS or status >= SERVER_ERROR
         way_out = WAYS_OUT.get(status, "wait a while, and try again" if is_passing else "check the names")
         return f"the Hub answered {status}{said}: {way_out}"

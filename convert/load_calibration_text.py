@@ -11,9 +11,9 @@ from hf_topk.model.errors import InputError
 from hf_topk.windows import Window, make_windows
 
 from .recipe import MIXED, Recipe
-from .steps.write_targets import sample_from_examples
+from .steps.generate_targets import examples_of_recipe
 
-Sample = list[Window] | list[Example]  # of examples the dense model makes windows: it may have to write the targets
+Sample = list[Window] | list[Example]  # of an encoder-decoder, which may have to generate the targets first
 TEXTS = Path(__file__).parent / "calibration_text" / "texts"
 PROMPTS = Path(__file__).parent / "calibration_text" / "prompts.jsonl"
 
@@ -47,21 +47,21 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recip
 
 
 def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Recipe) -> tuple[Sample, str]:
-    """Read what a recipe names for a dense model: text, pairs or speech.
+    """Read the calibration text of a recipe: text, pairs or speech.
 
     Args:
         config: the dense model's configuration.
-        tokenizer: its tokenizer, or its processor if it hears speech.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
         recipe: every choice.
 
     Returns:
-        Its windows, or the examples of a model with an encoder, and a fingerprint of all that was read.
+        Its windows, or the examples of an encoder-decoder, and a fingerprint of all that was read.
 
     Raises:
-        InputError: when there is no tokenizer or feature extractor, or nothing that suits the model.
+        InputError: when there is no tokenizer or feature extractor, or the text does not suit the model.
     """
     if config.is_encoder_decoder:
-        return sample_from_examples(config, tokenizer, recipe)
+        return examples_of_recipe(config, tokenizer, recipe)
     return calibration_windows(tokenizer, recipe)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.compute_dtype import faster_dtype
-from hf_topk.model.dense_model import class_that_writes_text, config_for, name_of_head
+from hf_topk.model.dense_model import config_for, dense_class_of, name_of_head
 from hf_topk.model.errors import InputError, one_line
 
 from .source import Source
@@ -92,7 +92,7 @@ def load_dense(
         InputError: when a tensor is missing or has the wrong shape, or memory runs out.
     """
     config = AutoConfig.from_pretrained(source.folder)
-    dense_class = class_that_writes_text(config)
+    dense_class = dense_class_of(config)
     config = config_for(dense_class, config)
     try:
         loaded: Any = dense_class.from_pretrained(

@@ -43,11 +43,11 @@ from .steps.distill import (
 )
 from .steps.find_head import check_causal, check_finite, head_of
 from .steps.fit_combiner import fit_combiner
-from .steps.fit_packed_rows import fit_tail, metric_of, pack_router
+from .steps.generate_targets import windows_with_targets
 from .steps.hidden_states import HiddenStates, collect
+from .steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from .steps.place_tokens import place_tokens
 from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
-from .steps.write_targets import windows_of
 
 
 def convert(
@@ -64,7 +64,7 @@ def convert(
 
     Args:
         model: the dense model; it is not changed, and its tensors are shared with the result.
-        tokenizer: its tokenizer, or the processor of a model that hears speech; reads the text.
+        tokenizer: its tokenizer, or the processor of a speech model; reads the text.
         recipe: every choice.
         windows: of the calibration text, or the examples of a model with an encoder; read from `recipe.text` if None.
         folder: for the hidden states, which a later call with the same arguments resumes from; temporary if None.
@@ -78,7 +78,7 @@ def convert(
         InputError: when model, calibration text and recipe do not fit together.
         TargetNotReachedError: when no allowed operating point reaches the target agreement of the recipe.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> from hf_topk.convert import Recipe, convert
         >>> dense = AutoModelForCausalLM.from_pretrained("dense")
@@ -92,7 +92,7 @@ def convert(
     check_ends_always_on(resolved.num_always_on, end_ids(model.generation_config), head.out_features)
     if windows is None:
         windows = read_calibration_text(model.config, tokenizer, resolved)[0]
-    if not model.config.is_encoder_decoder:  # else the model may have to write the targets first
+    if not model.config.is_encoder_decoder:  # which may have to generate the targets first
         check_windows(cast(list[Window], windows), *head.weight.shape)
     with tempfile.TemporaryDirectory() as temporary:
         return convert_checked(
@@ -115,7 +115,7 @@ def convert_checked(
     check_finite(head_of(model))
     has_encoder = model.config.is_encoder_decoder
     with clock("targets"):
-        windows = windows_of(model, sample, recipe, folder, processes)
+        windows = windows_with_targets(model, sample, recipe, folder, processes)
     check_causal(model, windows[0] if has_encoder else None)
     check_ties(model)
     if has_encoder:

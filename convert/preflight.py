@@ -17,16 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_topk.examples import Processor, hears
+from hf_topk.examples import Processor, is_speech_model
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
-from hf_topk.model.dense_model import (
-    class_that_writes_text,
-    hears_speech,
-    name_of_head,
-    random_dense_model,
-    translates,
-    writes_text,
-)
+from hf_topk.model.dense_model import generates_text, name_of_head, random_dense_model
 from hf_topk.model.errors import InputError, one_line
 from hf_topk.windows import Window, readable_length
 
@@ -49,7 +42,7 @@ class Plan:
         source: the dense checkpoint.
         out: the folder to write.
         recipe: every choice, with none left open.
-        tokenizer: the model's, its processor if it hears speech, or None if it has none.
+        tokenizer: the model's, its processor if it is a speech model, or None if it has none.
         windows: of the calibration text, or the examples of a model with an encoder.
         text_fingerprint: of the calibration text.
         destination: on the Hub, with its owner; None if the folder is not uploaded.
@@ -94,11 +87,11 @@ def preflight(
     source = open_source(str(folder) if model is None else model, folder)
     resolved = recipe.resolve(vocab_size, readable_length(config, recipe.window_length))
     check_ends_always_on(resolved.num_always_on, _end_ids(config, folder), vocab_size)
-    tokenizer = load_processor(source.folder) if hears(config) else load_tokenizer(source.folder)
+    tokenizer = load_processor(source.folder) if is_speech_model(config) else load_tokenizer(source.folder)
     if tokenizer is not None:
         _check_tokenizer(getattr(tokenizer, "tokenizer", tokenizer), vocab_size)
     windows, text_fingerprint = read_calibration_text(config, tokenizer, resolved)
-    if not config.is_encoder_decoder:  # else the model may have to write the targets first
+    if not config.is_encoder_decoder:  # which may have to generate the targets first
         check_windows(cast(list[Window], windows), vocab_size, hidden_size)
     _check_disk(Path(out), source, vocab_size, hidden_size, resolved.positions)
     return Plan(source, Path(out), resolved, tokenizer, windows, text_fingerprint, destination)
@@ -128,14 +121,9 @@ def _dense_config(name: str, folder: Path) -> PreTrainedConfig:
 
 def _check_class(name: str, config: PreTrainedConfig) -> None:
     architectures = config.architectures or []
-    is_known = not architectures or any(map(writes_text, architectures))
-    if is_known and config.is_encoder_decoder:  # those that look at images are not supported
-        named = class_that_writes_text(config).__name__
-        is_known = translates(named) or hears_speech(named)
-    if not is_known:
-        kind = architectures[0] if architectures else config.model_type
+    if architectures and not any(map(generates_text, architectures)):
         raise InputError(
-            f"{name} is a {kind}, which has no single vocabulary head that writes text: "
+            f"{name} is a {architectures[0]}, which has no single vocabulary head that writes text: "
             "choose a causal language model (a ...ForCausalLM), or one that translates or transcribes"
         )
 
@@ -166,7 +154,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the feature extractor and tokenizer of a checkpoint that hears speech; None if it has none.
+    """Load the feature extractor and tokenizer of a speech model's checkpoint; None if it has none.
 
     Raises:
         InputError: when they cannot be read.

@@ -54,7 +54,7 @@ class Recipe:
         StrictDataclassError: when a value is of a wrong type or out of range; [`Recipe.from_dict`] says so in an
             `InputError`.
 
-    Example:
+    Examples:
         >>> from hf_topk.convert import Recipe
         >>> recipe = Recipe(text="books/", target_agreement=0.998)
         >>> Recipe.from_dict({"text": "books/", "target_agreement": 0.998}) == recipe

@@ -18,6 +18,8 @@ app = typer.Typer(
     name="hf-topk",
     help="Make the output head of a language model cheap: its vocabulary is partitioned into experts, of which a small "
     "router picks a few per position.",
+    epilog="Results go to standard output, progress to standard error. Exit codes: 0 done, 1 failed, 2 input refused, "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +31,13 @@ Private = Annotated[bool, typer.Option("--private", help="Make a new repository 
 Revision = Annotated[str | None, typer.Option(help="Branch of the repository. [default: main]")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda:0, ..., or auto: the accelerator, if any.")]
+Mode = Annotated[str, typer.Option("--head-mode", help="auto, sparse or dense.")]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless", help="Generate the dense model's tokens: draft with the sparse head, verify with the dense one."
+    ),
+]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
 
 
@@ -150,7 +159,7 @@ def evaluate(
         from .evaluation.outputs import measure_outputs
 
         outputs = measure_outputs(model, tokenizer, text, positions)
-        fidelity, metrics, rows = outputs.fidelity, outputs.figures(), outputs.rows()
+        fidelity, metrics, rows = outputs.fidelity, outputs.metrics(), outputs.rows()
     else:
         documents = read_documents(text)
         windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
@@ -237,14 +246,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
-    lossless: Annotated[
-        bool,
-        typer.Option(
-            "--lossless",
-            help="Generate the dense model's tokens: draft with the sparse head, verify with the dense one.",
-        ),
-    ] = False,
+    head_mode: Mode = "auto",
+    lossless: Lossless = False,
     device: Device = "auto",
 ) -> None:
     """Generate text with a converted model, streamed."""
@@ -303,14 +306,8 @@ def serve(
     directory: Directory,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    head_mode: Annotated[str, typer.Option(help="auto, sparse or dense.")] = "auto",
-    lossless: Annotated[
-        bool,
-        typer.Option(
-            "--lossless",
-            help="Generate the dense model's tokens: draft with the sparse head, verify with the dense one.",
-        ),
-    ] = False,
+    head_mode: Mode = "auto",
+    lossless: Lossless = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as the model is stored.")] = "auto",
     device: Device = "auto",
 ) -> None:

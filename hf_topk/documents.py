@@ -10,14 +10,13 @@ import json
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from .model.errors import InputError
+from .model.errors import InputError, one_line
 from .pairs import PAIR_KEYS, Pair, holds_pairs, pair_of
 from .progress import progress_once_slow
 
@@ -193,10 +192,6 @@ def _shown(source: str) -> str:
     return repr(source if len(source) <= 100 else source[:99] + "…")  # one line, whatever it holds
 
 
-def _one_line(error: BaseException) -> str:
-    return textwrap.shorten(str(error), width=300, placeholder=" …") or type(error).__name__
-
-
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a file's bytes; UTF-16 text is converted to UTF-8."""
@@ -258,7 +253,7 @@ def _parsed(text: str, path: Path, first_line: int, way_out: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line = first_line - 1 + getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", "") or _one_line(error)  # `msg` leaves out JSON's own lines
+        reason = getattr(error, "msg", "") or one_line(error)  # `msg` leaves out JSON's own lines
         raise InputError(f"{path}, line {line}: invalid JSON ({reason}); {way_out}") from error
 
 
@@ -347,7 +342,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                 values = rows.column(0).to_pylist()
                 yield from (_document_of({key: value}, f"{path}, {column!r}") for value in values)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is a damaged parquet file ({_one_line(error)}): copy it again") from error
+            raise InputError(f"{path} is a damaged parquet file ({one_line(error)}): copy it again") from error
 
 
 def _read_data_set(source: re.Match[str]) -> Iterator[Document]:
@@ -378,6 +373,6 @@ def _read_data_set(source: re.Match[str]) -> Iterator[Document]:
     # RuntimeError: a data set with a loading script. ImportError: a format that needs a package.
     except (DatasetsError, ArrowException, http_error, OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(
-            f"{no_file}, and a data set of that name cannot be read ({_one_line(error)}); check the name "
+            f"{no_file}, and a data set of that name cannot be read ({one_line(error)}); check the name "
             "(NAME, NAME:CONFIG, NAME:CONFIG:SPLIT or NAME::SPLIT) and the network, or give a file"
         ) from error

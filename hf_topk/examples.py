@@ -14,7 +14,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedConfig, 
 
 from . import speech
 from .documents import Chat, Document, fingerprint, read_documents
-from .model.dense_model import class_that_writes_text, hears_speech
+from .model.dense_model import dense_class_of, is_speech_class
 from .model.errors import InputError
 from .pairs import Pair
 from .speech import Recording
@@ -131,13 +131,13 @@ class Processor:
         return cls(AutoTokenizer.from_pretrained(name), AutoFeatureExtractor.from_pretrained(name))
 
 
-def hears(config: PreTrainedConfig) -> bool:
+def is_speech_model(config: PreTrainedConfig) -> bool:
     """Whether a dense model is an encoder-decoder for speech; others of that Auto class can run on text alone.
 
     Args:
         config: its configuration.
     """
-    return config.is_encoder_decoder and hears_speech(class_that_writes_text(config).__name__)
+    return config.is_encoder_decoder and is_speech_class(dense_class_of(config).__name__)
 
 
 def read_examples(
@@ -160,7 +160,7 @@ def read_examples(
     """
     if tokenizer is None:
         raise InputError("the text needs a tokenizer, and the model has none: put the tokenizer's files in its folder")
-    if not hears(config):
+    if not is_speech_model(config):
         documents = read_documents(text)
         return examples_of_text(documents, tokenizer, window_length, seed), fingerprint(documents)
     extractor = getattr(tokenizer, "feature_extractor", None)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from .compute_dtype import faster_dtype
-from .examples import Processor, hears
+from .examples import Processor, is_speech_model
 from .model.configuration_topk_experts import TopKExpertsConfig
 from .model.encoder_decoder import converted_class
 from .model.errors import InputError, one_line
@@ -27,7 +27,7 @@ def load_converted(
     *,
     fastest: bool = False,
 ) -> tuple[TopKExpertsForCausalLM, Any]:
-    """Load a converted model and its tokenizer, or its processor if it hears speech.
+    """Load a converted model and its tokenizer, or its processor if it is a speech model.
 
     Bytes are counted in the stored dtype, whatever dtype it is loaded in.
 
@@ -58,7 +58,7 @@ def load_converted(
             output_loading_info=True,
         )
         model, found = loaded
-        tokenizer: Any = (Processor if hears(config.dense_config) else AutoTokenizer).from_pretrained(name)
+        tokenizer: Any = (Processor if is_speech_model(config.dense_config) else AutoTokenizer).from_pretrained(name)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{name} does not load ({one_line(error)}): convert or fetch it again") from error
     if found["missing_keys"]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_serve_available
 
 from .loading import load_converted
-from .model.dense_model import looks_at_images
+from .model.dense_model import takes_images
 from .model.errors import InputError
 from .model.modeling_topk_experts import TopKExpertsForCausalLM
 
@@ -121,7 +121,7 @@ def _serve_one_model(name: str, model: TopKExpertsForCausalLM, tokenizer: PreTra
 
     started = int(time.time())
     # Some vision-language chat templates accept only lists of parts, which this modality produces.
-    modality = Modality.VLM if looks_at_images(model.base) else Modality.LLM
+    modality = Modality.VLM if takes_images(model.base) else Modality.LLM
     model_manager.ModelManager = OneModel  # type: ignore[misc]
 
 

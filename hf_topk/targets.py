@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from .examples import Example, Source
+from .model.errors import InputError
 from .progress import progress
 from .windows import Window
 
@@ -77,7 +78,7 @@ def read(sources: Sequence[Source], model: PreTrainedModel) -> dict[str, Tensor]
     }
 
 
-def write_targets(
+def windows_of_examples(
     model: PreTrainedModel,
     examples: Sequence[Example],
     window_length: int,
@@ -101,13 +102,28 @@ def write_targets(
     results = (windows_of_batch(model, *call) for call in calls) if run is None else run(windows_of_batch, model, calls)
     windows: list[TargetWindow | None] = []
     left = positions
-    with progress("Writing the targets", len(examples), "sources") as advance:
+    with progress("Generating targets", len(examples), "sources") as advance:
         for batch, made in zip(batches, results, strict=True):
             windows += made
             advance(len(batch))
             if left is not None and (left := left - sum(one.positions for one in made if one)) <= 0:
                 break
     return windows
+
+
+def not_empty(windows: Sequence[TargetWindow | None]) -> list[Window]:
+    """The windows of the targets that are not empty.
+
+    Args:
+        windows: as [`windows_of_examples`] returns them.
+
+    Raises:
+        InputError: when all targets are empty.
+    """
+    found: list[Window] = [one for one in windows if one is not None]
+    if not found:
+        raise InputError("the model generates nothing for these sources: give others, or targets as well")
+    return found
 
 
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
@@ -137,9 +153,9 @@ def windows_of_batch(
         A window per example; None for an empty target.
     """
     if examples[0].target_ids is None:
-        rows = write(model, examples, window_length)
+        rows = generate_targets(model, examples, window_length)
     elif examples[0].follows_prompt:
-        prompts = write(model, examples, 1)
+        prompts = generate_targets(model, examples, 1)
         rows = [
             ((*tokens[: first + 1], *(one.target_ids or ())[:window_length]), first)
             for (tokens, first), one in zip(prompts, examples, strict=True)
@@ -159,7 +175,7 @@ def _beginning(model: Any, target_ids: tuple[int, ...]) -> tuple[int, ...]:
     return (model.generation_config.decoder_start_token_id, *target_ids[:-1])
 
 
-def write(
+def generate_targets(
     model: Any, examples: Sequence[Example], new_tokens: int, **choices: Any
 ) -> list[tuple[tuple[int, ...], int]]:
     """Generate targets for a batch of sources, greedily.

@@ -1,4 +1,4 @@
-"""The command line: a few runs in a process of its own, the rest in this one."""
+"""The command line: a few runs in another process, the rest in this one."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of all that, as the current folder."""
+    """A copy of the folder, as the current folder."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -63,7 +63,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def printed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str]]:
-    """Runs a command in this process, and returns what it printed on standard output and error."""
+    """Runs a command in this process, and returns its standard output and standard error."""
 
     def run(*arguments: object) -> tuple[str, str]:
         capsys.readouterr()
@@ -89,6 +89,7 @@ def run_script(folder: Path, *arguments: object) -> subprocess.CompletedProcess[
 # In a process of its own
 
 
+@pytest.mark.slow
 def test_converts_and_evaluates(here: Path) -> None:
     done = run_script(
         here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json", "--html-report"
@@ -114,9 +115,17 @@ def test_converts_and_evaluates(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("convert", "nobody/no-such-model", "new"), ("no such model", "nobody/no-such-model", "the network")),
+        pytest.param(
+            ("convert", "nobody/no-such-model", "new"),
+            ("no such model", "nobody/no-such-model", "the network"),
+            marks=pytest.mark.slow,
+        ),
         (("convert", "model", "new", "--combine", "exakt"), ("unknown combine 'exakt'", "did you mean 'exact'?")),
-        (("evaluate", "model", "--text", "text.jsonl"), ("model is a dense model", "hf-topk convert")),
+        pytest.param(
+            ("evaluate", "model", "--text", "text.jsonl"),
+            ("model is a dense model", "hf-topk convert"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_refuses_in_one_line(arguments: tuple[str, ...], parts: tuple[str, ...], here: Path) -> None:
@@ -219,7 +228,7 @@ def test_evaluate_compares_lossless_decoding(printed: Callable[..., tuple[str, s
     assert "per token: " in text
 
 
-def test_json_has_null_for_what_is_no_number(printed: Callable[..., tuple[str, str]]) -> None:
+def test_json_has_null_for_floats_that_are_not_finite(printed: Callable[..., tuple[str, str]]) -> None:
     text, _ = printed("evaluate", "all", "--text", "text.jsonl", "--json")
     metrics = json.loads(text, parse_constant=pytest.fail)
     assert metrics["tail_rank_correlation"] is None  # of no tokens, since all are scored
@@ -264,13 +273,13 @@ def test_inspect_refuses_what_it_cannot_do(refused: Any) -> None:
     refused("inspect", "out", "--bench", "text.jsonl", parts=("is not what `hf-topk bench DIR --json` prints",))
 
 
-def test_generate_goes_on_with_the_prompt(printed: Callable[..., tuple[str, str]]) -> None:
+def test_generate_continues_the_prompt(printed: Callable[..., tuple[str, str]]) -> None:
     text, _ = printed("generate", "out", "w5 w17 w40", "--max-new-tokens", 5)
     assert text.startswith("w5 w17 w40 ")
     assert len(text.split()) == 8
 
 
-def test_all_experts_write_what_the_dense_model_does(printed: Callable[..., tuple[str, str]]) -> None:
+def test_with_all_experts_the_output_is_the_dense_model_s(printed: Callable[..., tuple[str, str]]) -> None:
     texts = {
         printed("generate", "all", "w5 w17 w40", "--max-new-tokens", 20, "--head-mode", mode)[0]
         for mode in ("dense", "sparse", "auto")
@@ -278,7 +287,7 @@ def test_all_experts_write_what_the_dense_model_does(printed: Callable[..., tupl
     assert len(texts) == 1
 
 
-def test_generate_lossless_writes_what_the_dense_model_does(printed: Callable[..., tuple[str, str]]) -> None:
+def test_generate_lossless_prints_the_dense_model_s_text(printed: Callable[..., tuple[str, str]]) -> None:
     dense, nothing = printed("generate", "out", "w3 w14 w15", "--head-mode", "dense")
     ours, said = printed("generate", "out", "w3 w14 w15", "--lossless")
     assert ours == dense
@@ -330,7 +339,7 @@ def truncate(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_refuses_what_is_no_whole_converted_model(damage: str, here: Path, refused: Any) -> None:
+def test_refuses_an_incomplete_converted_model(damage: str, here: Path, refused: Any) -> None:
     harm, parts = DAMAGE[damage]
     harm(here / "out")
     refused("evaluate", "./out", "--text", "text.jsonl", parts=parts)
@@ -351,7 +360,7 @@ def test_refuses_wrong_choices(refused: Any) -> None:
         refused(*command, "--device", "gpu", parts=("no device 'gpu'", "choose auto, cpu"))
 
 
-def test_inspect_does_without_metrics_but_not_with_damaged_ones(
+def test_inspect_accepts_missing_metrics_and_refuses_damaged_ones(
     refused: Any, here: Path, printed: Callable[..., tuple[str, str]]
 ) -> None:
     for damaged in ('{"agree', "[1]"):

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
-    """What products take in each type, and a measurement of its own for each test."""
+    """Sets the measured time of products in each dtype."""
     taken = {torch.float32: 1.0, torch.bfloat16: 1.0}
     monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype, device: taken[dtype])
     faster_dtype.cache_clear()
@@ -28,7 +28,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
 
 
 @pytest.mark.parametrize(("seconds", "faster"), [(0.5, torch.bfloat16), (1.1, torch.bfloat16), (3.0, torch.float32)])
-def test_float32_where_it_is_clearly_faster(
+def test_float32_is_chosen_where_it_is_clearly_faster(
     seconds: float, faster: torch.dtype, times: dict[torch.dtype, float]
 ) -> None:
     times[torch.bfloat16] = seconds
@@ -44,7 +44,7 @@ def test_measures_for_real() -> None:
     assert faster_dtype(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
 
 
-def test_the_dense_model_s_own_type_where_memory_is_short(
+def test_the_stored_dtype_is_kept_where_memory_is_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[torch.dtype, float]
 ) -> None:
     times[torch.bfloat16] = 3.0

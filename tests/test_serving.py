@@ -1,4 +1,4 @@
-"""What `hf-topk serve` refuses, and what it hands to the server; the server itself is run in tests/tools."""
+"""`hf-topk serve`: refused arguments, and the served model; tests/tools runs the server itself."""
 
 import socket
 from pathlib import Path
@@ -16,7 +16,7 @@ from hf_topk import serving
 
 @pytest.fixture(autouse=True)
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model in the current folder, and a server's packages, though none may be installed."""
+    """A model in the current folder; the server's packages count as installed."""
     tiny_converted().save_pretrained(tmp_path / "out")
     tiny_tokenizer().save_pretrained(tmp_path / "out")
     monkeypatch.chdir(tmp_path)
@@ -25,7 +25,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would be served."""
+    """The arguments of the server."""
     calls: list[Any] = []
     monkeypatch.setattr(serving, "_run_server", lambda *arguments: calls.append(arguments))
     return calls
@@ -61,7 +61,7 @@ def test_refused(
     check_refused(monkeypatch, capsys, "serve", "out", "--port", _free_port(), *arguments, parts=parts)
 
 
-def test_a_model_that_looks_at_images_is_served(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
+def test_a_vision_language_model_is_served(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
     dense, _ = tiny_llava()
     tiny_converted(dense).save_pretrained("pictures")
     tiny_tokenizer().save_pretrained("pictures")
@@ -86,7 +86,7 @@ def test_parts_of_messages_that_are_no_text(content: Any, others: list[str]) -> 
     assert serving.other_parts([{"role": "system", "content": "w3"}, {"role": "user", "content": content}]) == others
 
 
-def test_choices_reach_the_model(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
+def test_choices_are_in_the_model_s_configuration(monkeypatch: pytest.MonkeyPatch, served: list[Any]) -> None:
     choices = ("--head-mode", "sparse", "--lossless", "--dtype", "bfloat16", "--port", str(_free_port()))
     assert run_main(monkeypatch, "serve", "out/", *choices) == 0
     ((name, model, tokenizer, host, port),) = served

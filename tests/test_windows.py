@@ -1,4 +1,4 @@
-"""How `hf_topk.windows` cuts documents into windows."""
+"""`hf_topk.windows`: documents are split into windows."""
 
 import logging
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ WORDS = 400
 
 
 def word_tokenizer(template: str = "<begin> $A") -> PreTrainedTokenizerFast:
-    """A tokenizer that has one token a word, "w0" to "w399", and the special tokens of a template."""
+    """A tokenizer with a token per word, "w0" to "w399", and the special tokens of a template."""
     vocabulary = {"<begin>": BEGIN, "<end>": 1, "<unknown>": 2} | {f"w{n}": n + 3 for n in range(WORDS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,7 +31,7 @@ def word_tokenizer(template: str = "<begin> $A") -> PreTrainedTokenizerFast:
 
 
 def numbered_documents(lengths: list[int]) -> list[str]:
-    """Documents of so many words, in which no word comes twice."""
+    """Documents of these numbers of words, all different."""
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     return [
         " ".join(f"w{word}" for word in range(start, start + length))
@@ -110,7 +110,7 @@ def test_only_opening_special_tokens_are_added(template, opening):
 
 
 @pytest.mark.parametrize("template", ["<begin> $A", "<end> <begin> $A"])
-def test_every_window_begins_as_a_text_does(template):
+def test_every_window_begins_with_the_opening_tokens(template):
     tokenizer = word_tokenizer(template)
     opening = tokenizer("w0")["input_ids"][:-1]
     windows = make_windows(numbered_documents([9]), tokenizer, 5, None, 0)
@@ -124,7 +124,7 @@ def test_every_window_begins_as_a_text_does(template):
         make_windows(["w0 w1"], tokenizer, 2, None, 0)
 
 
-def test_a_text_that_spells_its_opening_is_not_given_it_twice():
+def test_opening_tokens_are_not_added_to_a_text_that_has_them():
     windows = make_windows(["<begin> w0 w1", "w2"], TOKENIZER, 8, None, 0)
     assert by_document(windows) == {0: [BEGIN, 3, 4], 1: [BEGIN, 5]}
 
@@ -140,7 +140,7 @@ TURNS = "{% for message in messages %}{{ message.role }} {{ message.content }} <
         ("{{ bos_token }} " + TURNS, [[0, 2, 3], [0, 4, 1], [0, 2, 5], [0, 1]]),
     ],
 )
-def test_chats_begin_as_their_template_does(chat_template, runs):
+def test_windows_of_conversations_begin_as_the_chat_template(chat_template, runs):
     tokenizer = word_tokenizer()
     tokenizer.chat_template = chat_template
     windows = make_windows([CHAT], tokenizer, 3, None, 0)
@@ -176,7 +176,7 @@ PROSE = "The cat sat on the mat;\n\nthen the other\tcat - the   third - sat ther
 
 
 @pytest.mark.parametrize("piece", [7, 20, 100, 10_000])
-def test_pieces_change_no_token(monkeypatch, piece):
+def test_tokenising_in_pieces_changes_no_token(monkeypatch, piece):
     monkeypatch.setattr(text, "CHARACTERS_PER_PIECE", piece)
     monkeypatch.setattr(text, "PIECES_PER_BATCH", 3)
     tokenizer = byte_tokenizer()
@@ -186,7 +186,7 @@ def test_pieces_change_no_token(monkeypatch, piece):
     assert by_document(windows) == expected
 
 
-def test_text_without_spaces_is_cut_where_it_must(monkeypatch):
+def test_text_without_spaces_is_cut_at_the_piece_length(monkeypatch):
     monkeypatch.setattr(text, "CHARACTERS_PER_PIECE", 10)
     tokenizer = byte_tokenizer()
     document = "猫" * 95
@@ -194,7 +194,7 @@ def test_text_without_spaces_is_cut_where_it_must(monkeypatch):
     assert tokenizer.decode(ids) == document[: len(tokenizer.decode(ids))]
 
 
-def test_no_more_is_tokenised_than_the_sample_needs(monkeypatch):
+def test_tokenises_little_more_than_the_sample(monkeypatch):
     seen = []
 
     def counting(texts, **options):
@@ -215,7 +215,7 @@ def test_no_warning_of_long_texts(caplog):
     assert not caplog.text
 
 
-def test_progress_is_shown_when_slow_alone(monkeypatch, capsys):
+def test_progress_is_shown_only_for_slow_steps(monkeypatch, capsys):
     make_windows(["w1 w2"], TOKENIZER, 8, None, 0)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(progress, "SECONDS_BEFORE_PROGRESS", -1)
@@ -234,6 +234,6 @@ def test_progress_is_shown_when_slow_alone(monkeypatch, capsys):
         (["w1 w2"], 8, 0, "max_positions is 0"),
     ],
 )
-def test_nothing_to_cut(documents, window_length, limit, part):
+def test_texts_without_windows_are_refused(documents, window_length, limit, part):
     with pytest.raises(InputError, match=part):
         make_windows(documents, word_tokenizer("$A"), window_length, limit, 0)

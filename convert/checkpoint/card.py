@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hf_topk.model.dense_model import looks_at_images
+from hf_topk.model.dense_model import takes_images
 from hf_topk.model.hub_card import CARD_FILE, PLOT_FILE, TAGS
 
 from ..recipe import TARGET_AGREEMENT, calibration_text_name, public_name
@@ -55,9 +55,9 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
     text_name = calibration_text_name(report.recipe.text)
     metrics = report.metrics()
     model = report.model
-    takes_images = looks_at_images(model.base)
+    has_images = takes_images(model.base)
     auto_class = model.auto_class
-    dense_auto_class = "AutoModelForImageTextToText" if takes_images else auto_class
+    dense_auto_class = "AutoModelForImageTextToText" if has_images else auto_class
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASKS[dense_auto_class],
@@ -73,7 +73,7 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         title=title,
         base_name=name,
         repository=repository,
-        takes_images=takes_images,
+        takes_images=has_images,
         auto_class=auto_class,
         dense_auto_class=dense_auto_class,
         vocab_size=report.model.head.out_features,

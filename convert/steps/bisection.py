@@ -33,10 +33,10 @@ def bisect(rows: Tensor, num_experts: int, expert_size: int) -> Tensor:
             for some in places.split(at_once):
                 order[some] = _cut(rows, order[some], count // 2 * expert_size)
         parts = [half for first, count in parts for half in _halves(first, count)]
-    home = torch.empty(len(rows), dtype=torch.long)
+    expert_of = torch.empty(len(rows), dtype=torch.long)
     is_row = order >= 0
-    home[order[is_row]] = (torch.arange(slots) // expert_size)[is_row]
-    return home
+    expert_of[order[is_row]] = (torch.arange(slots) // expert_size)[is_row]
+    return expert_of
 
 
 def _halves(first: int, count: int) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -252,12 +252,14 @@ def choose_operating_point(
         ranks: of this argmax; see [`rank_argmax`].
         target: the agreement to reach.
     """
-    found = sorted(_candidates(model, dense, ranks, target), key=lambda one: one[0])
-    for _, setting in found:
-        setting.apply(model)
-        # Measured, since the ranks do not show the rare positions where the tail outscores the exact logits.
-        if dense.bound(agrees(model.head, dense)) >= target.agreement:
+    wanted = target.agreement
+    while found := list(_candidates(model, dense, ranks, replace(target, agreement=wanted))):
+        min(found, key=lambda one: one[0])[1].apply(model)
+        reached = dense.bound(agrees(model.head, dense))
+        if reached >= target.agreement:
             return
+        # The ranks do not show the rare positions where the tail outscores the exact logits: ask for as many more.
+        wanted += max(target.agreement - reached, 1 / len(dense.best))
     _nearest(model, dense, ranks, target).apply(model)
 
 

@@ -12,7 +12,7 @@ from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.targets import inputs_of
 from hf_topk.windows import Window
 
-from .hidden_states import tapped_head
+from .hidden_states import recorded_head_input
 
 ROWS_AT_ONCE = 1 << 14
 LOOKAHEAD = 1e-3  # relative change of a state that rounding cannot explain
@@ -52,7 +52,7 @@ def check_causal(model: PreTrainedModel, example: Window | None = None) -> None:
 
     Args:
         model: the dense model.
-        example: of what it reads and writes, for a model with an encoder of its own.
+        example: a window of the calibration text, for an encoder-decoder.
 
     Raises:
         InputError: when it attends to later tokens, needs more than text, or has not one state per token at its head.
@@ -61,19 +61,20 @@ def check_causal(model: PreTrainedModel, example: Window | None = None) -> None:
     inputs = {"input_ids": token_ids}
     if example is not None:
         inputs = {**inputs_of([example, example], model)[0], "decoder_input_ids": token_ids}
-    with tapped_head(model) as tap:
+    with recorded_head_input(model) as head_input:
         try:
             model(**inputs, use_cache=False)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            was_reached = tap.states.numel() > 0
-            does = "changes its logits in an unsupported way" if was_reached else "needs more inputs than text"
-            raise InputError(f"{name} {does} ({one_line(error)}): choose a causal language model") from error
-        if tap.states.shape[:-1] != token_ids.shape:
             raise InputError(
-                f"{name} gives its head states of shape {list(tap.states.shape)} for {list(token_ids.shape)} tokens, "
-                "not one per token: choose a model that predicts one token at a time"
-            )
-        one, other = tap.states[:, :2].float()
+                f"{name} does not run on token ids alone ({one_line(error)}): choose a causal language model"
+            ) from error
+    states = head_input.states
+    if states.shape[:-1] != token_ids.shape:
+        raise InputError(
+            f"{name} gives its head states of shape {list(states.shape)} for {list(token_ids.shape)} tokens, "
+            "not one per token: choose a model that predicts one token at a time"
+        )
+    one, other = states[:, :2].float()
     if (one - other).abs().max() > LOOKAHEAD * one.abs().max():
         raise InputError(
             f"{name} attends to later tokens, as encoders do: choose a causal language model, or set `is_decoder` to "

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -147,44 +148,43 @@ def states_of_batch(dense: PreTrainedModel, windows: list[Window]) -> Tensor:
     """
     # The model is causal, so padding on the right needs no attention mask.
     inputs, real = inputs_of(windows, dense)
-    with torch.inference_mode(), tapped_head(dense) as tap:
+    with torch.inference_mode(), recorded_head_input(dense) as head_input:
         dense(**inputs, use_cache=False)
-    states = tap.states[real.to(tap.states.device)]
+    states = head_input.states[real.to(head_input.states.device)]
     if not states.isfinite().all():
         raise InputError("the dense model's hidden states are not finite: check its weights, or load it in bfloat16")
     return states.cpu()
 
 
-class HeadTap(nn.Module):
-    """Replaces the head: records its input and skips its matrix product.
+@dataclass
+class HeadInput:
+    """What enters a head.
 
     Attributes:
-        states: the last input, [B, T, d].
+        states: the last input, [B, T, d]; empty before the first.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
-        """Replace `head`; its weight and bias stay visible, as some models look up their dtype."""
-        super().__init__()
-        self.weight, self.bias = head.weight, head.bias
-        self.states = torch.empty(0)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Record the hidden states, [B, T, d]; return [B, T, 1] of them as logits."""
-        self.states = hidden.detach()
-        return hidden[..., :1]
+    states: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @contextmanager
-def tapped_head(dense: PreTrainedModel) -> Iterator[HeadTap]:
-    """Replace the dense model's head with a [`HeadTap`] within the context."""
-    name = name_of_head(dense)
-    head = cast(nn.Linear, dense.get_submodule(name))
-    tap = HeadTap(head)
-    dense.set_submodule(name, tap)
+def recorded_head_input(dense: PreTrainedModel) -> Iterator[HeadInput]:
+    """Inside the context, record the input of the dense model's head, and compute logits of the first position only.
+
+    Args:
+        dense: the dense model.
+    """
+    recorded = HeadInput()
+
+    def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        recorded.states = inputs[0].detach()
+        return (inputs[0][:, :1],)
+
+    hook = dense.get_submodule(name_of_head(dense)).register_forward_pre_hook(record)
     try:
-        yield tap
+        yield recorded
     finally:
-        dense.set_submodule(name, head)
+        hook.remove()
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -66,10 +66,10 @@ def partition(features: torch.Tensor, expert_size: int, seed: int) -> torch.Tens
     with torch.no_grad():
         rows = _Rows.normalised(features)
         if num_experts == 1 or expert_size == 1 or rows.are_all_equal:
-            home = torch.arange(len(rows)) // expert_size
+            expert_of = torch.arange(len(rows)) // expert_size
         else:
-            home = _balanced_kmeans(rows, num_experts, expert_size, seed)
-    return _padded(_members(home, num_experts, expert_size))
+            expert_of = _balanced_kmeans(rows, num_experts, expert_size, seed)
+    return _padded(_members(expert_of, num_experts, expert_size))
 
 
 def _refuse(features: torch.Tensor, expert_size: int) -> None:
@@ -126,17 +126,17 @@ def _balanced_kmeans(rows: _Rows, num_experts: int, expert_size: int, seed: int)
     alternations = round(ALTERNATION_FLOPS / (2.0 * len(rows) * num_experts * rows.features.shape[1]))
     if alternations < MAX_ALTERNATIONS:
         every_row = rows.take(torch.arange(len(rows)))
-        home = bisect(every_row, num_experts, expert_size)
-        sums = torch.zeros(num_experts, every_row.shape[1]).index_add_(0, home, every_row)
-        auction = _Auction(rows, expert_size, sums / home.bincount(minlength=num_experts).unsqueeze(-1))
-        auction.home[: len(rows)] = home
+        expert_of = bisect(every_row, num_experts, expert_size)
+        sums = torch.zeros(num_experts, every_row.shape[1]).index_add_(0, expert_of, every_row)
+        auction = _Auction(rows, expert_size, sums / expert_of.bincount(minlength=num_experts).unsqueeze(-1))
+        auction.expert_of[: len(rows)] = expert_of
         coarsest = MEDIUM_INCREMENT
     else:
         auction = _Auction(rows, expert_size, _kmeans_centroids(rows, num_experts, seed))
         coarsest = COARSE_INCREMENT
     increments = _geometric(coarsest, FINE_INCREMENT, min(MAX_ALTERNATIONS, max(MIN_ALTERNATIONS, alternations)))
     _alternate("balancing the experts", auction, increments, ROUNDS_AT_THE_END)
-    return auction.home[: len(rows)]
+    return auction.expert_of[: len(rows)]
 
 
 def _geometric(first: float, last: float, count: int) -> list[float]:
@@ -188,13 +188,13 @@ class _Auction:
         self.price = torch.zeros(len(centroids))  # [M]
         self.holders = torch.full((len(centroids), expert_size), -1)  # tokens, -1: a free slot
         self.bids = torch.full((len(centroids), expert_size), -torch.inf)
-        self.home = torch.full(
+        self.expert_of = torch.full(
             (len(centroids) * expert_size,), -1
         )  # expert of every token, then of the dummies; -1: none
         num_nearest = min(NEAREST_EXPERTS, len(centroids))
         self.nearest = torch.empty(len(rows), num_nearest, dtype=torch.int32)
         self.distance = torch.empty(len(rows), num_nearest)  # squared, to the nearest experts, minus the smallest
-        self.elsewhere = torch.empty(len(rows))  # upper bound of the values of experts not listed, as prices only rise
+        self.best_unlisted = torch.empty(len(rows))  # upper bound of the value of an unlisted expert
         self.mean_distance = 0.0
 
     def search_all(self, advance: Advance) -> None:
@@ -220,7 +220,7 @@ class _Auction:
         reported = 0
         threads = torch.get_num_threads()
         for _ in range(max_rounds):
-            waiting = (self.home < 0).nonzero()[:, 0]
+            waiting = (self.expert_of < 0).nonzero()[:, 0]
             placed = max(reported, len(self.rows) - len(waiting))
             advance(placed - reported)
             reported = placed
@@ -243,8 +243,8 @@ class _Auction:
         """Move every centroid to the mean of its expert; an empty expert keeps its own."""
         totals = torch.zeros_like(self.centroids)
         for tokens in torch.arange(len(self.rows)).split(max(1, BLOCK_ELEMENTS // totals.shape[1])):
-            totals.index_add_(0, self.home[tokens], self.rows.take(tokens))
-        counts = self.home[: len(self.rows)].bincount(minlength=len(totals))[:, None]
+            totals.index_add_(0, self.expert_of[tokens], self.rows.take(tokens))
+        counts = self.expert_of[: len(self.rows)].bincount(minlength=len(totals))[:, None]
         self.centroids = torch.where(counts > 0, totals / counts.clamp(min=1), self.centroids)
         self.norms = self.centroids.square().sum(1)
 
@@ -259,7 +259,7 @@ class _Auction:
         least = distance.amin(1)
         self.nearest[tokens] = expert.int()
         self.distance[tokens] = distance - least[:, None]
-        self.elsewhere[tokens] = least + value[:, -1] if expert.shape[1] < len(self.price) else -torch.inf
+        self.best_unlisted[tokens] = least + value[:, -1] if expert.shape[1] < len(self.price) else -torch.inf
         return float((least + rows.square().sum(1)).sum(dtype=torch.float64))
 
     def _values(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -267,21 +267,21 @@ class _Auction:
 
     def _release(self, increment: float) -> None:
         """Unassign the dummies, and the tokens to which another expert is worth more by over `increment`."""
-        self.home[len(self.rows) :] = -1
+        self.expert_of[len(self.rows) :] = -1
         for tokens in torch.arange(len(self.rows)).split(TOKENS_PER_ROUND):
             values = self._values(tokens)
-            is_home = self.nearest[tokens] == self.home[tokens, None]
-            own = torch.where(is_home, values, -torch.inf).amax(1)
-            best = torch.maximum(values.amax(1), self.elsewhere[tokens])
-            self.home[tokens] = torch.where(own < best - increment, -1, self.home[tokens])
-        self.holders = _members(self.home, len(self.price), self.expert_size)
+            is_own = self.nearest[tokens] == self.expert_of[tokens, None]
+            own = torch.where(is_own, values, -torch.inf).amax(1)
+            best = torch.maximum(values.amax(1), self.best_unlisted[tokens])
+            self.expert_of[tokens] = torch.where(own < best - increment, -1, self.expert_of[tokens])
+        self.holders = _members(self.expert_of, len(self.price), self.expert_size)
         self.bids = torch.where(self.holders >= 0, self.price[:, None], -torch.inf)
 
     def _are_outdated(self, waiting: torch.Tensor) -> torch.Tensor:
         """Whether an expert that a token does not list may be worth more to it than all that it lists."""
         is_outdated = waiting < len(self.rows)
         tokens = waiting[is_outdated]
-        is_outdated[is_outdated.clone()] = self._values(tokens).amax(1) < self.elsewhere[tokens]
+        is_outdated[is_outdated.clone()] = self._values(tokens).amax(1) < self.best_unlisted[tokens]
         return is_outdated
 
     def _bid(self, waiting: torch.Tensor, increment: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -290,7 +290,7 @@ class _Auction:
         cheapest = self.price.topk(2, largest=False)
         best, column = self._values(tokens).topk(2, dim=1)
         expert = self.nearest[tokens].gather(1, column[:, :1])[:, 0].long()
-        second = torch.maximum(best[:, 1], self.elsewhere[tokens])
+        second = torch.maximum(best[:, 1], self.best_unlisted[tokens])
         offer = self.price[expert] + (best[:, 0] - second) + increment
         return (
             torch.cat([dummies, tokens]),
@@ -308,17 +308,17 @@ class _Auction:
         bids, holders = torch.full(shape, -torch.inf), torch.full(shape, -1)
         bids[which, rank], holders[which, rank] = offers[order], tokens[order]
         before = self.holders[wanted]
-        self.home[before[before >= 0]] = -1
+        self.expert_of[before[before >= 0]] = -1
         kept, column = torch.cat([self.bids[wanted], bids], 1).topk(self.expert_size, dim=1)
         winners = torch.cat([before, holders], 1).gather(1, column)
         is_held = winners >= 0
-        self.home[winners[is_held]] = wanted[:, None].expand_as(winners)[is_held]
+        self.expert_of[winners[is_held]] = wanted[:, None].expand_as(winners)[is_held]
         self.bids[wanted], self.holders[wanted] = kept, winners
         self.price[wanted] = torch.maximum(self.price[wanted], kept[:, -1])
 
     def _fill_up(self) -> None:
         """Assign the remaining tokens to the nearest expert with free slots, nearest first; the last ones anywhere."""
-        home = self.home[: len(self.rows)]
+        expert_of = self.expert_of[: len(self.rows)]
         for _ in range(ROUNDS_OF_FILLING_UP):
             left, room = self._left_and_room()
             if not len(left):
@@ -328,13 +328,15 @@ class _Auction:
             order = cost.argsort(stable=True)
             order = order[expert[order].argsort(stable=True)]
             order = order[_ranks(expert[order])[2] < room[expert[order]]]
-            home[left[order]] = expert[order]
+            expert_of[left[order]] = expert[order]
         left, room = self._left_and_room()
-        home[left] = torch.arange(len(room)).repeat_interleave(room)[: len(left)]
+        expert_of[left] = torch.arange(len(room)).repeat_interleave(room)[: len(left)]
 
     def _left_and_room(self) -> tuple[torch.Tensor, torch.Tensor]:
-        home = self.home[: len(self.rows)]
-        return (home < 0).nonzero()[:, 0], self.expert_size - home[home >= 0].bincount(minlength=len(self.price))
+        expert_of = self.expert_of[: len(self.rows)]
+        return (expert_of < 0).nonzero()[:, 0], self.expert_size - expert_of[expert_of >= 0].bincount(
+            minlength=len(self.price)
+        )
 
     def _nearest_of(self, experts: torch.Tensor, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Squared distance to the nearest of `experts`, and that expert, for each block of the tokens."""
@@ -362,12 +364,12 @@ def _ranks(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return distinct, which, torch.arange(len(groups)) - (counts.cumsum(0) - counts)[which]
 
 
-def _members(home: torch.Tensor, num_experts: int, expert_size: int) -> torch.Tensor:
-    """The tokens of every expert, ascending, padded with -1: int64 [M, S]. Tokens with `home` -1 are left out."""
-    order = home.argsort(stable=True)
-    order = order[home[order] >= 0]
+def _members(expert_of: torch.Tensor, num_experts: int, expert_size: int) -> torch.Tensor:
+    """The tokens of every expert, ascending, padded with -1: int64 [M, S]. Tokens with `expert_of` -1 are left out."""
+    order = expert_of.argsort(stable=True)
+    order = order[expert_of[order] >= 0]
     members = torch.full((num_experts, expert_size), -1)
-    members[home[order], _ranks(home[order])[2]] = order
+    members[expert_of[order], _ranks(expert_of[order])[2]] = order
     return members
 
 

@@ -43,8 +43,8 @@ from transformers.utils import logging
 from hf_topk.cli import main
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.run import convert_checkpoint
-from hf_topk.model.cache_rollback import why_not_rolled_back
-from hf_topk.model.errors import InputError, TopKExpertsError
+from hf_topk.model.cache_rollback import why_not_croppable
+from hf_topk.model.errors import InputError, TopKExpertsError, one_line
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 from studies.checks import are_close, check, every_draft
@@ -79,7 +79,6 @@ RECIPE = Recipe(
 WITH_ENCODER: tuple[Kind, ...] = ("source and target text", "speech")
 NEW_TOKENS = 12
 SECONDS = 120  # timeout of one type
-REASON_LENGTH = 160
 # Raised by Transformers when a tiny model cannot be built, or needs more inputs than text.
 NOT_BUILT = (
     ArithmeticError,
@@ -172,14 +171,14 @@ def _write_text(dense: PreTrainedModel, folder: Path) -> Path:
 
 
 def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) -> None:
-    """Check that lossless decoding drafts wherever the cache can be rolled back, and gives the dense model's tokens."""
+    """Check that lossless decoding drafts wherever the cache can be cropped, and gives the dense model's tokens."""
     converted.head.num_experts_per_tok = converted.head.num_experts // 2
     with every_draft():
         written = _continued(converted, lossless=True, return_dict_in_generate=True)
     check(written.sequences.tolist() == text, "its lossless text is not the dense model's")
     stats, cache = converted.last_generation_stats, written.get("past_key_values")
     has_drafted = stats is not None and stats.drafted > 0
-    check(has_drafted or why_not_rolled_back(cache) is not None, "its lossless text is not drafted")
+    check(has_drafted or why_not_croppable(cache) is not None, "its lossless text is not drafted")
 
 
 def _load(folder: Path, loader: Any, **choices: Any) -> Any:
@@ -223,7 +222,7 @@ def try_type(kind: Kind, model_type: str) -> Result:
     try:
         dense = (tiny_encoder_decoder if kind in WITH_ENCODER else tiny_model)(AUTO_CLASSES[kind], model_type)
     except NOT_BUILT as error:
-        return Result(model_type, name, "is not built", _one_line(error))
+        return Result(model_type, name, "is not built", one_line(error))
     try:
         with tempfile.TemporaryDirectory() as folder:
             if dense.config.is_encoder_decoder:
@@ -231,15 +230,10 @@ def try_type(kind: Kind, model_type: str) -> Result:
             else:
                 check_conversion(dense, Path(folder))
     except InputError as error:
-        return Result(model_type, name, "refused", _one_line(error).replace(f"{folder}/dense", "it"))
+        return Result(model_type, name, "refused", one_line(error).replace(f"{folder}/dense", "it"))
     except (*NOT_BUILT, TopKExpertsError) as error:
-        return Result(model_type, name, "fails", _one_line(error))
+        return Result(model_type, name, "fails", one_line(error))
     return Result(model_type, name, "passes")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]} ..."
 
 
 def try_types(kind: Kind, names: Iterable[str]) -> list[Result]:
@@ -297,17 +291,17 @@ def as_markdown(results: dict[Kind, list[Result]]) -> str:
         "",
         "A tiny random model of each type is converted on disk, with 6 experts and 4 always-on tokens of 100, and "
         "checked: with all experts",
-        "its logits and its text are the dense model's; lossless text, drafted with half of them, is too; "
-        "saved again it is the same;",
-        "ties stay; the folder loads as the dense model. Made by one command:",
+        "its logits and its text are the dense model's; so is the lossless text, drafted with half of the experts; "
+        "saved again",
+        "it is the same; ties stay; the folder loads as the dense model. One command makes this page:",
         "",
         "```",
         'make study NAME=architectures ARGS="--write docs/architectures.md"',
         "```",
         "",
-        f"With {versions}. *Is not built*: Transformers makes no model from the tiny configuration, or one that does "
-        "not write text",
-        "from text alone; or timm, a library that it takes from elsewhere, was not installed where this was made.",
+        f"With {versions}. *Is not built*: Transformers builds no model from the tiny configuration, or one that does "
+        "not generate",
+        "text from text alone; or it needs the package timm, which was not installed.",
     ]
     for kind, some in results.items():
         lines += ["", f"## Models of {kind}", "", _summary(some), "", "| type | class | result |", "|---|---|---|"]
@@ -342,7 +336,7 @@ def architectures(
     known = {name for kind in kinds for name in model_types(kind)}
     unknown = [name for name in types or () if name not in known]
     if unknown:
-        raise InputError(f"Transformers has no model type '{unknown[0]}' that writes text")
+        raise InputError(f"Transformers has no model type '{unknown[0]}' that generates text")
     results = {
         kind: try_types(kind, [name for name in model_types(kind) if not types or name in types]) for kind in kinds
     }

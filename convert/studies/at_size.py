@@ -1,9 +1,9 @@
 """A conversion at the size of real models, without their weights: `make study NAME=at_size ARGS="--shape SHAPE"`.
 
 The head is random but has the structure of real ones: rows form clusters of very unequal sizes, the energy decays over
-the directions, and frequent tokens lie further along a direction that all states share. The decoder is a stand-in
-without layers. Its state at a token is near that token's row, so that the token, its cluster and frequent tokens get
-most of the probability. Everything after the decoder is the real pipeline.
+the directions, and frequent tokens lie further along a direction that all states share. The decoder has no layers. Its
+state at a token is near that token's row, so that the token, its cluster and frequent tokens get most of the
+probability. Everything after the decoder is the real pipeline.
 """
 
 import json
@@ -37,7 +37,7 @@ NEARNESS = (1.0, 2.2)  # of a state to its row, relative to that of probability 
 
 
 class StatesNearRows(nn.Embedding):
-    """A stand-in for the decoder: a state near the row of each token, from this token and the one before it."""
+    """Replaces the decoder: a state near the row of each token, from this token and the one before it."""
 
     noise: Tensor
 
@@ -65,7 +65,7 @@ class StatesNearRows(nn.Embedding):
         return (share * rows + (1 - share.square()).sqrt() * 0.5**0.5 * noise.float()).to(self.weight.dtype)
 
 
-def stand_in(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedModel, Tensor]:
+def model_with_random_head(vocab_size: int, hidden_size: int, seed: int) -> tuple[PreTrainedModel, Tensor]:
     """Make a bfloat16 model with a head of a given size.
 
     Args:
@@ -135,7 +135,7 @@ def random_windows(frequencies: Tensor, positions: int, seed: int) -> list[Windo
 
 
 def convert_at_size(vocab_size: int, hidden_size: int, recipe: Recipe) -> dict[str, object]:
-    """Convert a stand-in model and measure the cost.
+    """Convert a model with a random head, and measure the cost.
 
     Args:
         vocab_size: V.
@@ -145,7 +145,7 @@ def convert_at_size(vocab_size: int, hidden_size: int, recipe: Recipe) -> dict[s
     Returns:
         Seconds per step, peak memory of this process, and the metrics of the conversion.
     """
-    model, frequencies = stand_in(vocab_size, hidden_size, recipe.seed)
+    model, frequencies = model_with_random_head(vocab_size, hidden_size, recipe.seed)
     windows = random_windows(frequencies, recipe.positions, recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
         report = convert(model, None, recipe, windows=windows, folder=Path(folder))

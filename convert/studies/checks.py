@@ -1,4 +1,4 @@
-"""What the studies of model types have in common: how a result is checked."""
+"""Checks that the studies of model types share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,20 @@ from hf_topk.model import drafting
 from hf_topk.model.errors import TopKExpertsError
 
 
-def check(is_right: bool, what_else: str) -> None:
-    """Raise a TopKExpertsError that says what is wrong, unless a result is right."""
+def check(is_right: bool, failure: str) -> None:
+    """Raise a TopKExpertsError with the message `failure` unless a result is right."""
     if not is_right:
-        raise TopKExpertsError(what_else)
+        raise TopKExpertsError(failure)
 
 
 def are_close(one: Tensor, other: Tensor) -> bool:
-    """Whether logits of the same shape differ by rounding alone."""
+    """Whether logits have the same shape and differ only by rounding."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 @contextmanager
 def every_draft() -> Iterator[None]:
-    """Let lossless decoding draft where the router is unsure, too, as a tiny model's router always is."""
+    """Inside the context, lossless decoding drafts even where the router is unsure, as in tiny models."""
     before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
     try:
         yield

@@ -1,4 +1,4 @@
-"""Converts a tiny random model of every type that reads one thing and writes another, and checks what comes of it."""
+"""Converts tiny random encoder-decoders in memory, and checks the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.convert import Recipe, convert
-from hf_topk.model.cache_rollback import why_not_rolled_back
+from hf_topk.model.cache_rollback import why_not_croppable
 from hf_topk.model.errors import InputError
 from hf_topk.targets import TargetWindow
 from studies.checks import are_close, check, every_draft
@@ -19,12 +19,12 @@ from studies.tiny_models import FIRST_OTHER_ID, LOGIT_DEVIATION, PADDING, VOCAB_
 
 NEW_TOKENS = 12
 DOCUMENTS, TARGET_LENGTH = 24, 8
-FRAMES, SAMPLES = 200, 8000  # of speech; each type takes its share
+FRAMES, SAMPLES = 200, 8000  # of speech: of spectrograms, and of waveforms
 
 
 @dataclass(frozen=True)
-class MadeUp:
-    """What an encoder reads, made up.
+class RandomSource:
+    """A random input of an encoder.
 
     Attributes:
         inputs: arguments of the model, [1, ...] each.
@@ -34,24 +34,24 @@ class MadeUp:
 
     @property
     def length(self) -> int:
-        """As a target's, so that batches are of a few."""
+        """The length of a target, so that a batch has a few sources."""
         return TARGET_LENGTH
 
-    def together(self, sources: "Sequence[MadeUp]") -> dict[str, Tensor]:
-        """Side by side: all are of one shape."""
+    def together(self, sources: "Sequence[RandomSource]") -> dict[str, Tensor]:
+        """Model inputs for a batch; all have the same shape."""
         return {name: torch.cat([one.inputs[name] for one in sources]) for name in self.inputs}
 
 
 @torch.no_grad()
 def tiny_encoder_decoder(auto_class: Any, model_type: str) -> PreTrainedModel:
-    """A random model of a type with an encoder, or of one that only has an Auto class in common with these.
+    """Make a random encoder-decoder, or a model of a type without an encoder that has the same Auto class.
 
     Args:
         auto_class: one of Transformers' Auto classes of models.
-        model_type: as Transformers calls it.
+        model_type: its name in Transformers.
 
     Raises:
-        Exception: whatever Transformers raises where there can be no such model, or it does not generate.
+        Exception: whatever Transformers raises if the model cannot be built or cannot generate.
     """
     config = tiny_config(model_type)
     if not config.is_encoder_decoder:
@@ -60,21 +60,21 @@ def tiny_encoder_decoder(auto_class: Any, model_type: str) -> PreTrainedModel:
     config.decoder_start_token_id = PADDING
     dense: PreTrainedModel = auto_class.from_config(config).eval()
     dense.generation_config.decoder_start_token_id = PADDING
-    inputs, head = readable_inputs(dense), dense.get_output_embeddings()
+    inputs, head = accepted_inputs(dense), dense.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.weight.mul_(LOGIT_DEVIATION / _logits(dense, inputs).std())
     _text(dense, inputs)
     return dense
 
 
-def readable_inputs(dense: PreTrainedModel) -> dict[str, Tensor]:
-    """Something that a model reads: text, or speech in the first shape that it takes.
+def accepted_inputs(dense: PreTrainedModel) -> dict[str, Tensor]:
+    """Random inputs that a model accepts: text, or speech in the first shape that it accepts.
 
     Args:
         dense: a tiny dense model.
 
     Raises:
-        InputError: when it takes none of them.
+        InputError: when it accepts none of them.
     """
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(FIRST_OTHER_ID, VOCAB_SIZE, (1, 6), generator=generator)
@@ -94,25 +94,25 @@ def readable_inputs(dense: PreTrainedModel) -> dict[str, Tensor]:
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             continue
         return inputs
-    raise InputError("it reads neither text alone nor speech in a shape that is tried")
+    raise InputError("it accepts neither text alone nor speech of a usual shape")
 
 
 def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
-    """Convert a dense model in memory, save it and load it, and check that the result is what it has to be.
+    """Convert a dense model in memory, save and load it, and check the result.
 
-    With all experts it is the dense model, logits and text, greedy and with beams; lossless decoding gives the dense
-    model's tokens; and its folder loads as the dense model.
+    With all experts its logits and its text, greedy and by beam search, are the dense model's; lossless decoding gives
+    the dense model's tokens; and its folder loads as the dense model.
 
     Args:
         dense: a tiny dense model.
         recipe: of the conversion.
-        folder: an empty one.
+        folder: an empty folder.
 
     Raises:
         InputError: when the model is refused.
-        TopKExpertsError: when the result is not what it has to be.
+        TopKExpertsError: when a check fails.
     """
-    inputs = readable_inputs(dense)
+    inputs = accepted_inputs(dense)
     expected, text = _logits(dense, inputs), _text(dense, inputs)
     report = convert(dense, None, recipe, windows=_windows(inputs))
     report.model.save_pretrained(folder)
@@ -120,7 +120,7 @@ def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) 
     model = auto_class.from_pretrained(folder)
     model.head_mode = "sparse"
     as_dense = auto_class.from_pretrained(folder, config=AutoConfig.from_pretrained(folder).text_config)
-    check(are_close(_logits(as_dense, inputs), expected), "as dense model it gives others")
+    check(are_close(_logits(as_dense, inputs), expected), "loaded as the dense model it gives different logits")
     model.num_experts_per_tok = model.head.num_experts
     check(are_close(_logits(model, inputs), expected), "with all experts its logits are not the dense model's")
     check(_text(model, inputs) == text, "with all experts its text is not the dense model's")
@@ -133,14 +133,14 @@ def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) 
     check(sequences.tolist() == text, "its lossless text is not the dense model's")
     stats, cache = model.last_generation_stats, written.get("past_key_values")
     has_drafted = stats is not None and stats.drafted > 0
-    check(has_drafted or why_not_rolled_back(cache, has_encoder=True) is not None, "its lossless text is not drafted")
+    check(has_drafted or why_not_croppable(cache, has_encoder=True) is not None, "its lossless text is not drafted")
 
 
 def _windows(inputs: dict[str, Tensor]) -> list[Any]:
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(FIRST_OTHER_ID, VOCAB_SIZE, (DOCUMENTS, TARGET_LENGTH + 1), generator=generator).tolist()
     return [
-        TargetWindow(number, tuple(target[:-1]), MadeUp(inputs), first=0, last_token=target[-1])
+        TargetWindow(number, tuple(target[:-1]), RandomSource(inputs), first=0, last_token=target[-1])
         for number, target in enumerate(targets)
     ]
 

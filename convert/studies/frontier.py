@@ -25,17 +25,14 @@ from hf_topk.cli import main
 from hf_topk.convert.steps.choose_operating_point import (
     DenseArgmax,
     OperatingPoint,
-    dense_argmax,
     numbers_rescored,
     rank_argmax,
 )
 from hf_topk.convert.steps.partition import partition
-from hf_topk.documents import read_documents
-from hf_topk.loading import load_converted
 from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.token_chooser import likeliest
 from hf_topk.progress import progress
-from hf_topk.windows import WINDOW_LENGTH, make_windows, readable_length
+from studies.measured_text import load_and_run
 
 LEVELS = (0.99, 0.995, 0.998, 0.999)
 POSITIONS = 6000
@@ -194,10 +191,8 @@ def frontier(
     as_json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
     """Print the fewest bytes that reach each agreement, for a converted model, FlashHead, int8 and HNSW."""
-    converted, tokenizer = load_converted(model, dtype="float32")
-    length = readable_length(converted.config, WINDOW_LENGTH)
-    windows = make_windows(read_documents(text), tokenizer, length, positions, seed=0)
-    points = measure_frontier(converted.head, dense_argmax(converted, windows))
+    converted, dense = load_and_run(model, text, positions)
+    points = measure_frontier(converted.head, dense)
     print(json.dumps([dataclasses.asdict(point) for point in points], indent=2) if as_json else as_markdown(points))
 
 

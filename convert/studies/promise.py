@@ -21,14 +21,11 @@ from hf_topk.convert.steps.choose_operating_point import (
     Target,
     agrees,
     choose_operating_point,
-    dense_argmax,
     rank_argmax,
 )
-from hf_topk.documents import read_documents
-from hf_topk.loading import load_converted
 from hf_topk.model.errors import InputError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
-from hf_topk.windows import WINDOW_LENGTH, make_windows, readable_length
+from studies.measured_text import load_and_run
 
 FEWEST_DOCUMENTS = 4
 POSITIONS = 8000
@@ -113,9 +110,7 @@ def promise(
 
     Prints a line of JSON per split, and a summary at the end.
     """
-    converted, tokenizer = load_converted(model, dtype="float32")
-    length = readable_length(converted.config, WINDOW_LENGTH)
-    dense = dense_argmax(converted, make_windows(read_documents(text), tokenizer, length, positions, seed=0))
+    converted, dense = load_and_run(model, text, positions)
     ranks = rank_argmax(converted.head, dense)
     outcomes = []
     for seed in range(splits):

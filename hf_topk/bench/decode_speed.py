@@ -153,9 +153,9 @@ def step_overheads(rounds: int = OVERHEAD_ROUNDS) -> dict[str, float]:
 
     chooser = TokenChooser(wrapped.head, (), does_sample=False, leaves_logits=True)
 
-    def step(model: Any, stand_in: Any = None, choose: Any = None) -> Callable[[Tensor], None]:
+    def step(model: Any, replacement: Any = None, choose: Any = None) -> Callable[[Tensor], None]:
         def run(tokens: Tensor) -> None:
-            with nullcontext() if stand_in is None else wrapped.head.replaced_by(stand_in):
+            with nullcontext() if replacement is None else wrapped.head.replaced_by(replacement):
                 logits = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
             scores = logits[:, -1].to(copy=True, dtype=torch.float32)
             (scores if choose is None else choose(tokens, scores)).argmax(dim=-1)

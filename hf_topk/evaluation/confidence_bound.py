@@ -18,7 +18,7 @@ def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
         agreed: number of positions of each document that agree.
         positions: number of positions of each document, at least one in all.
 
-    Example:
+    Examples:
         >>> f"{lower_bound([298, 300, 297], [300, 300, 300]):.3f}"
         '0.976'
     """

@@ -1,35 +1,35 @@
-"""What dense, sparse and lossless decoding write of the same sources, beside one another and beside what is right."""
+"""Compares outputs of an encoder-decoder in dense, sparse and lossless decoding, with each other and with targets."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any
 
-from ..examples import Example, hears, read_examples
+from ..examples import Example, is_speech_model, read_examples
 from ..model.errors import InputError
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
-from ..targets import ROOM_FOR_PROMPT, SOURCES_AT_ONCE, TargetWindow, write, write_targets
+from ..targets import ROOM_FOR_PROMPT, SOURCES_AT_ONCE, generate_targets, not_empty, windows_of_examples
 from ..windows import Window, readable_length
 from .fidelity import Fidelity, measure_fidelity
 from .lossless_comparison import head_mode
 
-INSTALL_HINTS = {"sacrebleu": "pip install 'hf-topk[translation]'", "jiwer": "pip install 'hf-topk[speech]'"}
-WAYS = ("dense", "sparse", "lossless")
-Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # of targets and texts, by measure
+DECODINGS = ("dense", "sparse", "lossless")
+Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # values by metric, from targets and outputs
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Figures of a model that reads one thing and writes another.
+    """Metrics of a converted encoder-decoder.
 
     Attributes:
-        fidelity: of the sparse head, on the targets that are given, or on what the dense model writes if none is.
-        agreement_along_output: share of positions of what the dense model writes where both heads choose the same.
-        sources: how many were read.
-        same: sources of which sparse and lossless decoding write the same as dense decoding, by way.
-        scores: of the sources with a target, by measure and by way: "chrF" and "BLEU" of a translation, 0 to 100, and
-            "WER" of a transcript, the word error rate as a share. Case and punctuation do not count in the latter.
+        fidelity: of the sparse head, on the targets of the text; without targets on the dense model's outputs.
+        agreement_along_output: top-1 agreement on the dense model's outputs.
+        sources: number of sources.
+        same: number of sources with the same output as dense decoding, of sparse and of lossless decoding.
+        scores: of the outputs against the targets, by metric and by decoding: "chrF" and "BLEU" of translations, 0 to
+            100, and "WER" of transcripts, the word error rate as a share, without case and punctuation.
     """
 
     fidelity: Fidelity
@@ -38,8 +38,8 @@ class Outputs:
     same: dict[str, int]
     scores: dict[str, dict[str, float]]
 
-    def figures(self) -> dict[str, Any]:
-        """All figures, ready for JSON."""
+    def metrics(self) -> dict[str, Any]:
+        """The metrics by their names in `hf-topk evaluate --json`."""
         others = {
             "agreement_along_output": self.agreement_along_output,
             "sources": self.sources,
@@ -49,48 +49,50 @@ class Outputs:
         return dataclasses.asdict(self.fidelity) | others
 
     def rows(self) -> dict[str, str]:
-        """What there is beside the fidelity, for people to read."""
-        same = ", ".join(f"{way} {count:,}" for way, count in self.same.items())
+        """The metrics other than fidelity, as lines of a table."""
+        same = ", ".join(f"{decoding} {count:,}" for decoding, count in self.same.items())
         return {
-            "along its output": f"{self.agreement_along_output:.2%} (same likeliest token along what it writes)",
+            "along its output": f"{self.agreement_along_output:.2%} (top-1 agreement on the dense model's outputs)",
             "same output": f"{same} of {self.sources:,} sources",
             **{
-                measure: ", ".join(f"{way} {score:.4g}" for way, score in by_way.items())
-                for measure, by_way in self.scores.items()
+                metric: ", ".join(f"{decoding} {score:.4g}" for decoding, score in values.items())
+                for metric, values in self.scores.items()
             },
         }
 
 
 def measure_outputs(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, positions: int | None) -> Outputs:
-    """Measure a converted model on sources, with targets or without.
+    """Decode sources with the dense head, the sparse head and lossless, and measure the outputs.
 
     Args:
-        model: a converted model with an encoder.
-        tokenizer: its tokenizer, or its processor if it hears speech.
+        model: a converted encoder-decoder.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
         text: pairs or source text, or a folder of recordings.
-        positions: of a sample; None takes all.
+        positions: tokens of the targets, at most; None takes all.
 
     Raises:
-        InputError: when the text does not suit the model, or what makes the scores is not installed.
+        InputError: when the text does not suit the model, or the package of the scores is not installed.
     """
     length = readable_length(model.config) - ROOM_FOR_PROMPT
     examples, _ = read_examples(text, model.config.dense_config, tokenizer, length, seed=0)
-    is_heard = hears(model.config.dense_config)
-    score = None if all(one.target is None for one in examples) else (_wer if is_heard else _chrf_and_bleu)()
+    has_targets = any(one.target is not None for one in examples)
+    score = (_wer if is_speech_model(model.config.dense_config) else _chrf_and_bleu)() if has_targets else None
     with head_mode(model, "dense"):
-        windows = write_targets(model, examples, length, positions)
+        windows = windows_of_examples(model, examples, length, positions)
         examples = examples[: len(windows)]
-        own = write_targets(model, [dataclasses.replace(one, target_ids=None) for one in examples], length)
-    fidelity = measure_fidelity(model, _whole(windows))
-    along = measure_fidelity(model, _whole(own)) if score else fidelity
-    texts = _texts(model, getattr(tokenizer, "tokenizer", tokenizer), examples, length)
-    same = {way: sum(one == other for one, other in zip(texts["dense"], texts[way], strict=True)) for way in WAYS[1:]}
+        own = windows_of_examples(model, [dataclasses.replace(one, target_ids=None) for one in examples], length)
+    fidelity = measure_fidelity(model, not_empty(windows))
+    along = measure_fidelity(model, not_empty(own)) if score else fidelity
+    texts = _outputs(model, getattr(tokenizer, "tokenizer", tokenizer), examples, length)
+    same = {
+        decoding: sum(map(eq, texts["dense"], outputs)) for decoding, outputs in texts.items() if decoding != "dense"
+    }
     scores = {} if score is None else _scores(score, examples, texts)
     return Outputs(fidelity, along.agreement, len(examples), same, scores)
 
 
 def target_windows(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, positions: int | None) -> list[Window]:
-    """Windows of the targets of sources; the dense model writes those that are missing.
+    """Windows of the targets of sources; the dense model generates those that are missing.
 
     Args:
         model: a converted model with an encoder.
@@ -104,36 +106,29 @@ def target_windows(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, pos
     length = readable_length(model.config) - ROOM_FOR_PROMPT
     examples, _ = read_examples(text, model.config.dense_config, tokenizer, length, seed=0)
     with head_mode(model, "dense"):
-        return _whole(write_targets(model, examples, length, positions))
+        return not_empty(windows_of_examples(model, examples, length, positions))
 
 
 def _scores(score: Score, examples: Sequence[Example], texts: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """Scores of the sources with a target, by measure and by way."""
+    """Scores of the outputs whose source has a target, by metric and by decoding."""
     scores: dict[str, dict[str, float]] = {}
-    for way, written in texts.items():
-        pairs = [(one.target, text) for one, text in zip(examples, written, strict=True) if one.target]
-        for measure, value in score([target for target, _ in pairs], [text for _, text in pairs]).items():
-            scores.setdefault(measure, {})[way] = value
+    for decoding, outputs in texts.items():
+        pairs = [(one.target, output) for one, output in zip(examples, outputs, strict=True) if one.target]
+        for metric, value in score([target for target, _ in pairs], [output for _, output in pairs]).items():
+            scores.setdefault(metric, {})[decoding] = value
     return scores
 
 
-def _whole(windows: Sequence[TargetWindow | None]) -> list[Any]:
-    whole = [one for one in windows if one is not None]
-    if not whole:
-        raise InputError("the model writes nothing of these sources: give others, or targets as well")
-    return whole
-
-
-def _texts(model: Any, tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> dict[str, list[str]]:
-    """What each way of decoding writes."""
-    texts: dict[str, list[str]] = {way: [] for way in WAYS}
-    with progress("Writing with both heads", len(examples), "sources") as advance:
+def _outputs(model: Any, tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> dict[str, list[str]]:
+    """The outputs for each source, by decoding."""
+    texts: dict[str, list[str]] = {decoding: [] for decoding in DECODINGS}
+    with progress("Generating with both heads", len(examples), "sources") as advance:
         for start in range(0, len(examples), SOURCES_AT_ONCE):
             some = examples[start : start + SOURCES_AT_ONCE]
-            for way in WAYS:
-                with head_mode(model, "dense" if way == "dense" else "sparse"):
-                    rows = write(model, some, new_tokens, lossless=way == "lossless")
-                texts[way] += tokenizer.batch_decode([list(row) for row, _ in rows], skip_special_tokens=True)
+            for decoding in DECODINGS:
+                with head_mode(model, "dense" if decoding == "dense" else "sparse"):
+                    rows = generate_targets(model, some, new_tokens, lossless=decoding == "lossless")
+                texts[decoding] += tokenizer.batch_decode([list(row) for row, _ in rows], skip_special_tokens=True)
             advance(len(some))
     return texts
 
@@ -142,7 +137,7 @@ def _chrf_and_bleu() -> Score:
     try:
         from sacrebleu import corpus_bleu, corpus_chrf
     except ImportError as error:
-        raise InputError(f"scores of translations need sacrebleu: {INSTALL_HINTS['sacrebleu']}") from error
+        raise InputError("scores of translations need sacrebleu: pip install 'hf-topk[translation]'") from error
 
     def score(targets: Sequence[str], texts: Sequence[str]) -> dict[str, float]:
         chrf, bleu = corpus_chrf(list(texts), [list(targets)]), corpus_bleu(list(texts), [list(targets)])
@@ -155,7 +150,7 @@ def _wer() -> Score:
     try:
         import jiwer
     except ImportError as error:
-        raise InputError(f"word error rates need jiwer: {INSTALL_HINTS['jiwer']}") from error
+        raise InputError("word error rates need jiwer: pip install 'hf-topk[speech]'") from error
     words = jiwer.Compose(
         [
             jiwer.ToLowerCase(),

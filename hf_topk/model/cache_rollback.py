@@ -1,4 +1,4 @@
-"""Crops the last tokens from a KV cache, of every kind that allows it."""
+"""Crops the last tokens from a KV cache, of every kind that allows it, when draft tokens are rejected."""
 
 import sys
 from typing import Any
@@ -13,7 +13,7 @@ WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
 KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
 
 
-def why_not_rolled_back(cache: Any, *, has_encoder: bool = False) -> str | None:
+def why_not_croppable(cache: Any, *, has_encoder: bool = False) -> str | None:
     """The reason why a KV cache cannot be cropped; None if it can.
 
     Args:
@@ -21,45 +21,45 @@ def why_not_rolled_back(cache: Any, *, has_encoder: bool = False) -> str | None:
         has_encoder: whether the model is an encoder-decoder. Others may write to both parts of such a cache (BLT).
     """
     if has_encoder:
-        cache = _of_what_is_written(cache)
+        cache = _growing_part(cache)
     if type(cache) is EncoderDecoderCache:
-        return "its EncoderDecoderCache cannot be rolled back"
+        return "its EncoderDecoderCache cannot be cropped"
     attending = [layer for layer in getattr(cache, "layers", ()) if type(layer) in KNOWN_LAYERS]
     if not any(layer.is_initialized for layer in attending):
         return "there is no KV cache"
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-        return f"its {type(cache).__name__} cannot be rolled back"
+        return f"its {type(cache).__name__} cannot be cropped"
     for layer in cache.layers:
         if type(layer) not in KNOWN_LAYERS and type(layer).__name__ != "DummyLayer":
-            return f"a {type(layer).__name__} in its cache cannot be rolled back"
+            return f"a {type(layer).__name__} in its cache cannot be cropped"
     return None
 
 
-def _of_what_is_written(cache: Any) -> Any:
+def _growing_part(cache: Any) -> Any:
     """The part of a cache that grows with each token; cross-attention states are constant."""
     return cache.self_attention_cache if type(cache) is EncoderDecoderCache else cache
 
 
-class RollBack:
-    """Crops the last tokens from a KV cache."""
+class CroppableCache:
+    """A KV cache whose last tokens can be cropped."""
 
     def __init__(self, cache: DynamicCache | StaticCache | EncoderDecoderCache) -> None:
-        """Start to follow a cache.
+        """Wrap a cache.
 
         Args:
-            cache: after prefill; [`why_not_rolled_back`] returned None for it.
+            cache: after prefill; [`why_not_croppable`] returned None for it.
         """
         self._cache = cache
-        every_layer: list[Any] = _of_what_is_written(cache).layers
+        every_layer: list[Any] = _growing_part(cache).layers
         self._layers = [one for one in every_layer if type(one) in KNOWN_LAYERS and one.is_initialized]
         self._lengths = [-1] * len(self._layers)
         # For each sliding-window layer: the state that each of the last steps evicted, if any.
-        self._pushed_out: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
+        self._evicted: list[tuple[Any, list[tuple[Tensor, Tensor] | None]]] = [
             (one, []) for one in self._layers if type(one) in WINDOWS
         ]
 
-    def watches(self, cache: Any) -> bool:
-        """Whether this is the cache that is followed.
+    def wraps(self, cache: Any) -> bool:
+        """Whether this is the wrapped cache.
 
         Args:
             cache: any.
@@ -68,7 +68,7 @@ class RollBack:
 
     def length(self) -> int:
         """Tokens written to the cache; before the first block, states of an image may be counted instead."""
-        return max(map(_states_in, self._growing())) or int(self._layers[0].get_seq_length())
+        return max(map(_states_in, self._growing_layers())) or int(self._layers[0].get_seq_length())
 
     def room(self) -> int:
         """Number of tokens that the cache has room for."""
@@ -78,34 +78,34 @@ class RollBack:
     def start_block(self) -> None:
         """Discard the states kept for an earlier block, and record the lengths of the layers."""
         self._lengths = list(map(_states_in, self._layers))
-        for _, pushed_out in self._pushed_out:
-            pushed_out.clear()
+        for _, evicted in self._evicted:
+            evicted.clear()
 
     def before_step(self) -> None:
         """Keep the states that the next token will evict."""
-        for layer, pushed_out in self._pushed_out:
+        for layer, evicted in self._evicted:
             oldest = (layer.keys[:, :, :1].clone(), layer.values[:, :, :1].clone()) if _is_full(layer) else None
-            pushed_out.append(oldest)
+            evicted.append(oldest)
 
-    def _growing(self) -> list[Any]:
+    def _growing_layers(self) -> list[Any]:
         """The layers that the block was written to: not those that attend to an image, which are constant."""
         pairs = zip(self._layers, self._lengths, strict=True)
         return [one for one, length in pairs if type(one) is not layers.DynamicLayer or _states_in(one) > length]
 
-    def back(self, steps: int) -> None:
+    def crop(self, steps: int) -> None:
         """Crop the last tokens.
 
         Args:
             steps: number of tokens; they were fed one by one.
         """
-        for layer in self._growing():
+        for layer in self._growing_layers():
             if type(layer) is layers.DynamicLayer:
                 layer.crop(-steps)
             elif type(layer) is layers.StaticLayer:
                 layer.cumulative_length.sub_(steps)  # later states are masked, then overwritten
-        for layer, pushed_out in self._pushed_out if steps else ():
-            lost = [pair for pair in pushed_out[-steps:] if pair is not None]
-            del pushed_out[-steps:]
+        for layer, evicted in self._evicted if steps else ():
+            lost = [pair for pair in evicted[-steps:] if pair is not None]
+            del evicted[-steps:]
             undo = _undo_dynamic if type(layer) is layers.DynamicSlidingWindowLayer else _undo_static
             undo(layer, steps, [keys for keys, _ in lost], [values for _, values in lost])
 

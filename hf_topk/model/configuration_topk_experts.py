@@ -65,7 +65,7 @@ class TopKExpertsConfig(PreTrainedConfig):
         StrictDataclassError: when a value has the wrong type or is out of range.
         InputError: when loaded from a folder with another `model_type`, or when one of these four is set out of range.
 
-    Example:
+    Examples:
         >>> from hf_topk import TopKExpertsConfig
         >>> config = TopKExpertsConfig(num_experts=3056, num_experts_per_tok=527)
         >>> config.num_experts_per_tok = 4000

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .whole_head import is_one_of_several
 
 MOST_POSITIONS = 64  # with more, the dense head is compute-bound
-FIRST_GUESS = 4  # positions up to which it counts as faster where it cannot be measured
+UNMEASURED_LIMIT = 4  # positions up to which it counts as faster where it cannot be measured
 ROUNDS, SECONDS = 5, 0.2  # limits of a measurement, which takes at least two rounds
 WORTH_IT = 0.95  # of the dense head's time; a smaller gain is noise
 
@@ -38,12 +38,12 @@ def is_faster(
         return False
     bucket = 1 << (positions - 1).bit_length()
     if is_one_of_several():
-        return bucket <= FIRST_GUESS
+        return bucket <= UNMEASURED_LIMIT
     weight = head.weight
     case = (weight.device, weight.dtype, weight.shape, torch.get_num_threads(), bucket, *sizes)
     if case not in _measured:
         if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return bucket <= FIRST_GUESS
+            return bucket <= UNMEASURED_LIMIT
         _measured[case] = _measure(sparse, dense, weight, bucket)
     return _measured[case]
 

@@ -41,21 +41,22 @@ ANSWERED_AS_THE_DENSE_CLASS = (
 )
 
 
-def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def dense_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Find the class of a dense model.
 
     Args:
         config: its configuration.
 
     Returns:
-        The class named in the configuration, if it generates text, from text, images or speech; otherwise the class
-        that AutoModelForCausalLM loads (not with an encoder), or else AutoModelForSeq2SeqLM or
-        AutoModelForSpeechSeq2Seq.
+        The class named in the configuration, if it generates text, from text, images or speech (with an encoder, not
+        from images); otherwise the class that AutoModelForCausalLM loads (not with an encoder), or else
+        AutoModelForSeq2SeqLM or AutoModelForSpeechSeq2Seq.
 
     Raises:
         InputError: when there is none.
     """
-    named = next(filter(writes_text, config.architectures or ()), None)
+    is_supported = _is_seq2seq_class if config.is_encoder_decoder else generates_text
+    named = next(filter(is_supported, config.architectures or ()), None)
     if named is not None:
         return cast(type[PreTrainedModel], getattr(transformers, named))
     mappings = [MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING]
@@ -70,18 +71,23 @@ def class_that_writes_text(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
-def writes_text(name: str) -> bool:
-    """Whether this is the name of a Transformers class that generates text, from whatever input."""
+def generates_text(name: str) -> bool:
+    """Whether this is the name of a class in Transformers that generates text, from text, images or speech."""
     tables = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    return any(map(partial(_names, name), tables)) or translates(name) or hears_speech(name)
+    return any(map(partial(_names, name), tables)) or _is_seq2seq_class(name)
 
 
-def translates(name: str) -> bool:
+def _is_seq2seq_class(name: str) -> bool:
+    """Whether this is the name of an encoder-decoder's class, for text or speech."""
+    return is_translation_class(name) or is_speech_class(name)
+
+
+def is_translation_class(name: str) -> bool:
     """Whether this is the name of a class that AutoModelForSeq2SeqLM loads."""
     return _names(name, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
 
 
-def hears_speech(name: str) -> bool:
+def is_speech_class(name: str) -> bool:
     """Whether this is the name of a class that AutoModelForSpeechSeq2Seq loads."""
     return _names(name, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 
@@ -90,7 +96,7 @@ def _names(name: str, table: Mapping[str, Any]) -> bool:
     return any(name in _as_tuple(entry) for entry in table.values())
 
 
-def looks_at_images(dense: PreTrainedModel) -> bool:
+def takes_images(dense: PreTrainedModel) -> bool:
     """Whether a dense model takes images as well as text, and AutoModelForImageTextToText loads it."""
     return _names(type(dense).__name__, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
@@ -114,7 +120,7 @@ def random_dense_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         InputError: when Transformers has no class for it.
     """
-    dense_class = class_that_writes_text(config)
+    dense_class = dense_class_of(config)
     return dense_class._from_config(config_for(dense_class, config))
 
 
@@ -176,16 +182,11 @@ class DensePartsMixin(OwnGenerateMixin):
         Raises:
             InputError: when it is loaded with another Auto class than this model.
         """
-        name = dense_class.__name__
-        reads_apart = self.config.dense_config.is_encoder_decoder
-        auto_class = cast(Any, self).auto_class
-        if auto_class == "AutoModelForCausalLM":
-            is_other = reads_apart
-        else:
-            is_other = not (hears_speech if auto_class == "AutoModelForSpeechSeq2Seq" else translates)(name)
-        if is_other:
-            right = "AutoModelForSpeechSeq2Seq" if hears_speech(name) else "AutoModelForSeq2SeqLM"
-            right = right if reads_apart else "AutoModelForCausalLM"
+        name, auto_class = dense_class.__name__, cast(Any, self).auto_class
+        right = "AutoModelForCausalLM"
+        if self.config.dense_config.is_encoder_decoder:
+            right = "AutoModelForSpeechSeq2Seq" if is_speech_class(name) else "AutoModelForSeq2SeqLM"
+        if auto_class != right:
             raise InputError(f"the dense model is a {name}: load the converted model with {right}, not {auto_class}")
 
     def check_tied_ends(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from .cache_rollback import RollBack
+from .cache_rollback import CroppableCache
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
 
@@ -20,18 +20,29 @@ MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is co
 DOUBTFUL_SHARE = 0.6
 
 
+def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
+    """Whether lossless decoding drafts; not if the dense head is as fast.
+
+    Args:
+        head: the sparse head.
+        rows: of the batch.
+    """
+    is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
+    return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
+
+
 @dataclass
 class Block:
     """Positions that are verified together.
 
     Attributes:
         outputs: the model's output at each position.
-        guesses: the draft tokens after each position but the last, [B] each.
+        draft_tokens: the draft tokens after each position but the last, [B] each.
         dense: the dense logits as the model returned them, [B, n, V].
     """
 
     outputs: list[Any] = field(default_factory=list)
-    guesses: list[Tensor] = field(default_factory=list)
+    draft_tokens: list[Tensor] = field(default_factory=list)
     dense: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -40,7 +51,7 @@ class DraftingHead:
 
     Attributes:
         size: positions in the block, at most.
-        guess: the draft token in greedy decoding without logits processors, [B]; the logits are then not set.
+        draft_token: the draft token in greedy decoding without logits processors, [B]; the logits are then not set.
         ended: rows that have ended, [B] bool; they never stop the drafting.
         has_verified: whether the last call was the verification pass.
     """
@@ -57,7 +68,7 @@ class DraftingHead:
         self._is_greedy = is_greedy
         self._states: list[Tensor] = []
         self.size = size
-        self.guess: Tensor | None = None
+        self.draft_token: Tensor | None = None
         self.ended: Tensor | None = None
         self.has_verified = False
 
@@ -80,7 +91,7 @@ class DraftingHead:
                 outside = outside.masked_fill(self.ended.to(outside.device), 0)
             if outside.amax() <= DOUBTFUL_SHARE:
                 if self._is_greedy:
-                    self.guess = self._head.best_scored(scored)
+                    self.draft_token = self._head.best_scored(scored)
                     return hidden.new_empty(len(hidden), 1, self._head.out_features)
                 return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.has_verified = True
@@ -120,7 +131,7 @@ class Drafter:
             every_end = [torch.as_tensor(one, device=self._pad.device).flatten() for one in (*ends, self._pad)]
             self._ends = torch.cat(every_end)
 
-    def longest_block(self, input_ids: Tensor, size: int, cache: RollBack) -> int:
+    def longest_block(self, input_ids: Tensor, size: int, cache: CroppableCache) -> int:
         """How many of `size` positions can be drafted without exceeding the limits of dense decoding.
 
         Args:
@@ -138,7 +149,7 @@ class Drafter:
             limits.append(self._short_positions - cache.length())
         return max(1, min(limits))
 
-    def draft(self, input_ids: Tensor, kwargs: dict[str, Any], size: int, cache: RollBack) -> Block:
+    def draft(self, input_ids: Tensor, kwargs: dict[str, Any], size: int, cache: CroppableCache) -> Block:
         """Draft a block and verify it.
 
         Args:
@@ -165,17 +176,17 @@ class Drafter:
                 if head.has_verified:
                     block.dense = output.logits
                     return block
-                guess = self._guess(input_ids, output.logits[:, -1], head)
+                tokens = self._draft_tokens(input_ids, output.logits[:, -1], head)
                 output.logits = torch.empty(0)  # sparse logits of many positions would take too much RAM
-                block.guesses.append(guess)
-                input_ids = torch.cat([input_ids, guess[:, None]], dim=-1)
+                block.draft_tokens.append(tokens)
+                input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
                 kwargs = self._model._update_model_kwargs_for_generation(
                     output, kwargs, is_encoder_decoder=self._model.config.is_encoder_decoder
                 )
 
-    def _guess(self, input_ids: Tensor, logits: Tensor, head: DraftingHead) -> Tensor:
+    def _draft_tokens(self, input_ids: Tensor, logits: Tensor, head: DraftingHead) -> Tensor:
         """The draft tokens, [B], for a prefix [B, T] and logits [B, V]."""
-        tokens = self._guess_from(input_ids, logits) if head.guess is None else head.guess.to(input_ids.device)
+        tokens = self._choose(input_ids, logits) if head.draft_token is None else head.draft_token.to(input_ids.device)
         if self._ends is None or self._pad is None or head.ended is None:
             return tokens
         tokens = torch.where(head.ended, self._pad, tokens)
@@ -183,8 +194,8 @@ class Drafter:
             head.size = head.drafted + 1  # all rows have ended
         return tokens
 
-    def _guess_from(self, input_ids: Tensor, logits: Tensor) -> Tensor:
-        """The draft tokens by logits processors and sampling, whether or not rows have ended."""
+    def _choose(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """Choose draft tokens by logits processors and sampling, whether or not rows have ended."""
         scores = self._processor(
             cast(Any, input_ids), logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
         )

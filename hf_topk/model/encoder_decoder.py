@@ -9,7 +9,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from .checkpoint_names import NamesUnder
-from .dense_model import class_that_writes_text, hears_speech
+from .dense_model import dense_class_of, is_speech_class
 from .head import TopKExpertsHead
 from .modeling_topk_experts import TopKExpertsForCausalLM
 
@@ -19,7 +19,7 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
 
     It behaves as [`TopKExpertsForCausalLM`]. `generate` is that of the dense model's class.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForSeq2SeqLM
         >>> model = AutoModelForSeq2SeqLM.from_pretrained("out")  # doctest: +SKIP
@@ -59,14 +59,9 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
         Raises:
             InputError: when an adapter was put around a head that is tied to the input embeddings.
         """
-        self.check_tied_ends()
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "decoder_input_ids": decoder_input_ids,
-            "labels": labels,
-        }
-        return self.base(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+        if decoder_input_ids is not None:
+            kwargs["decoder_input_ids"] = decoder_input_ids
+        return cast(Any, super()).forward(input_ids, attention_mask, labels=labels, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize embeddings and head as Transformers does, and the dense model's `final_logits_bias`, if any."""
@@ -86,7 +81,7 @@ class TopKExpertsForSpeechSeq2Seq(TopKExpertsForSeq2SeqLM):
     Its configuration has the dense model's `model_type` in memory, by which Transformers' pipeline for speech
     recognition recognises Whisper. On disk it has the converted model's.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForSpeechSeq2Seq
         >>> model = AutoModelForSpeechSeq2Seq.from_pretrained("out")  # doctest: +SKIP
@@ -111,8 +106,8 @@ def converted_class(config: PreTrainedConfig, dense: PreTrainedModel | None = No
     """
     if not config.is_encoder_decoder:
         return TopKExpertsForCausalLM
-    dense_class = class_that_writes_text(config) if dense is None else type(dense)
-    return TopKExpertsForSpeechSeq2Seq if hears_speech(dense_class.__name__) else TopKExpertsForSeq2SeqLM
+    dense_class = dense_class_of(config) if dense is None else type(dense)
+    return TopKExpertsForSpeechSeq2Seq if is_speech_class(dense_class.__name__) else TopKExpertsForSeq2SeqLM
 
 
 def _tell_head_of_bias(name: str, dense: nn.Module, *_: Any) -> None:

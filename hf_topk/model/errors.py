@@ -16,10 +16,10 @@ class InputError(TopKExpertsError, ValueError):
     exit_code = 2
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """The message of another library's error, without line breaks and shortened.
 
     Args:
-        error: that was raised.
+        error: that was raised, or its message.
     """
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__

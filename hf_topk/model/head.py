@@ -67,7 +67,7 @@ class TopKExpertsHead(LaidOutHead):
         self.tail = Tail(hidden_size, num_experts, expert_size, config.tail_rank)
         if config.combine == "learned":
             self.combiner = LearnedCombiner(num_experts).requires_grad_(False)
-        self._stand_ins: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._replacements: dict[int, Callable[[Tensor], Tensor]] = {}
         self._reset_ids()
 
     def reset_additions(self) -> None:
@@ -96,8 +96,8 @@ class TopKExpertsHead(LaidOutHead):
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the dtype of `hidden`."""
         # Compiled code is never replaced: what replaces the head either forces eager mode or is optional.
-        if not torch.compiler.is_compiling() and (stand_in := self.stand_in) is not None:
-            return stand_in(hidden)
+        if not torch.compiler.is_compiling() and (replacement := self.replacement) is not None:
+            return replacement(hidden)
         return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,27 +108,27 @@ class TopKExpertsHead(LaidOutHead):
         return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
 
     @contextmanager
-    def replaced_by(self, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def replaced_by(self, replacement: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Inside the context and in this thread only, compute logits with another function, whatever the head mode.
 
         Args:
-            stand_in: from hidden states [..., d] to logits [..., V].
+            replacement: from hidden states [..., d] to logits [..., V].
         """
         thread = get_ident()
-        before = self._stand_ins.get(thread)
-        self._stand_ins[thread] = stand_in
+        before = self._replacements.get(thread)
+        self._replacements[thread] = replacement
         try:
             yield
         finally:
             if before is None:
-                del self._stand_ins[thread]
+                del self._replacements[thread]
             else:
-                self._stand_ins[thread] = before
+                self._replacements[thread] = before
 
     @property
-    def stand_in(self) -> Callable[[Tensor], Tensor] | None:
+    def replacement(self) -> Callable[[Tensor], Tensor] | None:
         """The function that replaces the head in this thread, if any."""
-        return self._stand_ins.get(get_ident()) if self._stand_ins else None
+        return self._replacements.get(get_ident()) if self._replacements else None
 
     def dense_logits(self, hidden: Tensor) -> Tensor:
         """The dense head, whatever the head mode: hidden [..., d] to [..., V]."""
@@ -318,7 +318,7 @@ class TopKExpertsHead(LaidOutHead):
             InputError: when too few rows are left.
         """
         hook = getattr(self, "_hf_hook", None)  # of accelerate
-        kept = (*self.parameters(), *self.buffers(), self.config, self._stand_ins, hook)
+        kept = (*self.parameters(), *self.buffers(), self.config, self._replacements, hook)
         head = copy.deepcopy(self, memo=cast(dict[int, Any], {id(one): one for one in kept}))
         head.take_over(resized)
         return head

@@ -65,7 +65,7 @@ class JointTrainingMixin:
             self.config.router_packed = False
         loss, mean = _JointLoss(head, router_loss_coef, balance_loss_coef), None
         try:
-            with loss.beside(self, self.base.base_model):
+            with loss.added_to(self, self.base.base_model):
                 yield
             mean = loss.mean_state() if was_packed else None
         finally:
@@ -105,19 +105,19 @@ class _JointLoss:
         return self.states[:-1] / self.states[-1] if self.states[-1] > 0 else None
 
     @contextmanager
-    def beside(self, model: Any, body: nn.Module) -> Iterator[None]:
+    def added_to(self, model: Any, decoder: nn.Module) -> Iterator[None]:
         """Inside the context, add the terms to the loss that a model returns.
 
         Args:
             model: the converted model.
-            body: its decoder, which returns the hidden states.
+            decoder: of the model; it returns the hidden states.
         """
         parameters = list(self.head.router.parameters())
         if self.head.combine == "learned":
             parameters += self.head.combiner.parameters()
         bias = self.head.router.bias.detach().clone()
         hooks = [
-            body.register_forward_hook(self._see_output),
+            decoder.register_forward_hook(self._see_output),
             self.head.register_forward_pre_hook(self._see_input),  # takes precedence if the head is called
             model.register_forward_hook(self._add_to, with_kwargs=True),
         ]
@@ -137,7 +137,7 @@ class _JointLoss:
             for parameter in parameters:
                 parameter.requires_grad_(False).grad = None
 
-    def _see_output(self, body: nn.Module, inputs: Any, output: Any) -> None:
+    def _see_output(self, decoder: nn.Module, inputs: Any, output: Any) -> None:
         self.hidden = getattr(output, "last_hidden_state", self.hidden)
 
     def _see_input(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from .cache_rollback import RollBack, why_not_rolled_back
+from .cache_rollback import CroppableCache, why_not_croppable
 from .drafting import MOST_POSITIONS, Block, Drafter
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ class LosslessStats:
         drafted: draft tokens.
         accepted: draft tokens that were accepted in every row.
 
-    Example:
+    Examples:
         >>> from hf_topk import LosslessStats
         >>> stats = LosslessStats(tokens=64, dense_passes=8, drafted=60, accepted=57)
         >>> stats.dense_passes_per_token, stats.acceptance
@@ -154,7 +154,7 @@ class VerifiedModel:
         self._model = model
         self._drafter = drafter
         self._synced_gpus = synced_gpus
-        self._cache: RollBack | None = None
+        self._cache: CroppableCache | None = None
         self._has_started = False
         self._block: BlockReader | None = None
         self._size = FIRST_SIZE
@@ -174,21 +174,21 @@ class VerifiedModel:
             **kwargs: the model's arguments.
         """
         cache = kwargs.get("past_key_values")
-        if not self._has_started or (self._cache is not None and not self._cache.watches(cache)):
+        if not self._has_started or (self._cache is not None and not self._cache.wraps(cache)):
             self._end_block()  # Phi-3 starts a new cache at its first long position
             self._start(input_ids, cache)
         self.stats.tokens += 1
         if self._cache is None:
             return {"output": self._dense_step(input_ids, kwargs)}
-        if self._block is None or not self._block.goes_on_with(input_ids[:, -1]):
+        if self._block is None or not self._block.continues_with(input_ids[:, -1]):
             self._end_block()
             size = self._drafter.longest_block(input_ids, self._size, self._cache)
             block = self._drafter.draft(input_ids, kwargs, size, self._cache)
             self._block = BlockReader(block)
             self.stats.forward_passes += len(block.outputs)
             self.stats.dense_passes += 1
-            self.stats.drafted += len(block.guesses)
-        return {"output": self._block.serve()}
+            self.stats.drafted += len(block.draft_tokens)
+        return {"output": self._block.next_output()}
 
     def __call__(self, output: Any, **_: Any) -> Any:
         """Return the output that `prepare_inputs_for_generation` found."""
@@ -201,7 +201,7 @@ class VerifiedModel:
     def _start(self, input_ids: Tensor, cache: Any) -> None:
         """After prefill, check whether the KV cache can be cropped."""
         self._has_started, self._cache = True, None
-        reason = why_not_rolled_back(cache, has_encoder=self._model.config.is_encoder_decoder)
+        reason = why_not_croppable(cache, has_encoder=self._model.config.is_encoder_decoder)
         if self._synced_gpus:
             reason = "other processes wait for each forward pass"
         elif 2 * input_ids.shape[0] > MOST_POSITIONS:
@@ -209,7 +209,7 @@ class VerifiedModel:
         elif input_ids.device.type == "mps":
             reason = "on this device Transformers reads the cache one step late"
         if reason is None:
-            self._cache = RollBack(cache)
+            self._cache = CroppableCache(cache)
             return
         logger.warning_once(
             f"Lossless decoding of this {type(self._model.base).__name__} verifies every token with the dense head, "
@@ -225,12 +225,12 @@ class VerifiedModel:
         """Crop rejected draft tokens, and adapt the size of the next block to how many were accepted."""
         if self._block is None or self._cache is None:
             return
-        block, served = self._block.block, self._block.served
+        block, returned = self._block.block, self._block.returned
         self._block = None
-        self._cache.back(len(block.outputs) - served)
-        accepted = served - 1
+        self._cache.crop(len(block.outputs) - returned)
+        accepted = returned - 1
         self.stats.accepted += accepted
-        if accepted < len(block.guesses):
+        if accepted < len(block.draft_tokens):
             self._size = accepted + 1
         elif len(block.outputs) == self._size:
             self._size = min(LARGEST_SIZE, 2 * self._size)
@@ -241,7 +241,7 @@ class BlockReader:
 
     Attributes:
         block: the verified block.
-        served: number of positions returned so far.
+        returned: number of positions returned so far.
     """
 
     def __init__(self, block: Block) -> None:
@@ -251,16 +251,16 @@ class BlockReader:
             block: a verified block.
         """
         self.block = block
-        self.served = 0
+        self.returned = 0
 
-    def goes_on_with(self, tokens: Tensor) -> bool:
+    def continues_with(self, tokens: Tensor) -> bool:
         """Whether the block has a next position, and its draft tokens equal these tokens, [B]."""
-        block, served = self.block, self.served
-        return served < len(block.outputs) and bool(tokens.equal(block.guesses[served - 1]))
+        block, returned = self.block, self.returned
+        return returned < len(block.outputs) and bool(tokens.equal(block.draft_tokens[returned - 1]))
 
-    def serve(self) -> Any:
+    def next_output(self) -> Any:
         """The output of the next position, with dense logits."""
-        output = self.block.outputs[self.served]
-        output.logits = self.block.dense[:, self.served : self.served + 1]
-        self.served += 1
+        output = self.block.outputs[self.returned]
+        output.logits = self.block.dense[:, self.returned : self.returned + 1]
+        self.returned += 1
         return output

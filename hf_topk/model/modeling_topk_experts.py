@@ -22,12 +22,13 @@ from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_model import (
     ANSWERED_AS_THE_DENSE_CLASS,
     DensePartsMixin,
-    class_that_writes_text,
+    dense_class_of,
     generate_as,
     mark_as_quantised,
     name_of_head,
     random_dense_model,
 )
+from .drafting import drafting_pays
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
@@ -72,7 +73,7 @@ class TopKExpertsForCausalLM(
         head: the [`TopKExpertsHead`] in it.
         last_generation_stats: statistics of the last `generate` if it was lossless and drafted tokens, else None.
 
-    Example:
+    Examples:
         >>> import hf_topk
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> model = AutoModelForCausalLM.from_pretrained("out")
@@ -105,7 +106,7 @@ class TopKExpertsForCausalLM(
                 f"a {type(config).__name__} is a dense model's configuration, not a converted model's: "
                 "convert the model first with `hf-topk convert MODEL OUT`"
             )
-        dense_class = class_that_writes_text(config.dense_config)
+        dense_class = dense_class_of(config.dense_config)
         for name in ANSWERED_AS_THE_DENSE_CLASS:
             setattr(self, name, getattr(dense_class, name, None))
         super().__init__(config)
@@ -149,7 +150,7 @@ class TopKExpertsForCausalLM(
         shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
         twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
         twin.config.architectures = [type(dense).__name__]
-        if not isinstance(dense, class_that_writes_text(twin.config)):
+        if not isinstance(dense, dense_class_of(twin.config)):
             raise InputError(
                 f"Transformers does not load a '{dense.config.model_type}' as {type(dense).__name__} to generate text: "
                 "load the model with AutoModelForCausalLM"
@@ -202,6 +203,15 @@ class TopKExpertsForCausalLM(
     @num_experts_per_tok.setter
     def num_experts_per_tok(self, count: int) -> None:
         self.config.num_experts_per_tok = count
+
+    @property
+    def num_rescored(self) -> int:
+        """R, the number of the picked experts' tokens that get exact logits, the likeliest by the screen."""
+        return self.config.num_rescored
+
+    @num_rescored.setter
+    def num_rescored(self, count: int) -> None:
+        self.config.num_rescored = count
 
     @property
     def sparse_max_positions(self) -> int | None:
@@ -287,16 +297,16 @@ class TopKExpertsForCausalLM(
             shared_tokens = stack.enter_context(self._drafting_for(generation_config))
             is_lossless = self._asks_for_lossless(lossless, generation_config) and shared_tokens is None
             stack.enter_context(generating(is_lossless=is_lossless))
-            if (stand_in := head.dense_logits if is_lossless else shared_tokens) is not None:
-                stack.enter_context(head.replaced_by(stand_in))
-                if self._is_compiled:  # compiled code ignores what replaces the head; this affects all threads
+            if (replacement := head.dense_logits if is_lossless else shared_tokens) is not None:
+                stack.enter_context(head.replaced_by(replacement))
+                if self._is_compiled:  # compiled code ignores replacements; this affects all threads
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
             return cast(Any, super()).generate(inputs, generation_config, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a decode step as the dense model does."""
         inputs = cast(Any, self.base).prepare_inputs_for_generation(*args, **kwargs)
-        if isinstance(shared_tokens := self.head.stand_in, SharedTokens):
+        if isinstance(shared_tokens := self.head.replacement, SharedTokens):
             inputs["input_ids"] = shared_tokens.own_ids(inputs["input_ids"])
         return inputs
 
@@ -327,23 +337,17 @@ class TopKExpertsForCausalLM(
     ) -> Any:
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
         if is_lossless_generation.get():
-            if self._drafting_pays(len(input_ids)):
+            if drafting_pays(head, len(input_ids)):
                 result, stats = sample(self, *arguments, **kwargs)
                 self.last_generation_stats = stats + (self.last_generation_stats or LosslessStats())
                 return result
-        elif head.stand_in is None and can_choose(head, logits_processor, generation_config):
+        elif head.replacement is None and can_choose(head, logits_processor, generation_config):
             chooser = TokenChooser(head, logits_processor, generation_config.do_sample)
             takes_the_best = copy.copy(generation_config)
             takes_the_best.do_sample = False
             with head.replaced_by(chooser.logits):
                 return cast(Any, super())._sample(input_ids, chooser, stopping_criteria, takes_the_best, **kwargs)
         return cast(Any, super())._sample(*arguments, **kwargs)
-
-    def _drafting_pays(self, rows: int) -> bool:
-        """Whether lossless decoding drafts; not where the dense head is as fast."""
-        head = self.head
-        is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
-        return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)

@@ -14,8 +14,8 @@ class Tail(PackedRows):
     """A low-bit screen for tokens of the picked experts, a fixed prior for all others.
 
     The screen estimates the logits of the picked experts' tokens. Only the likeliest of them get exact logits, and the
-    rest keep the estimate (low-rank logits before exact ones: SVD-softmax, Shim et al. 2017,
-    https://arxiv.org/abs/1712.05159).
+    rest keep the estimate (low-rank logits before exact ones: Shim, Lee, Choi, Boo and Sung, "SVD-Softmax: Fast Softmax
+    Approximation on Large Vocabulary Neural Networks", NIPS 2017, pages 5463 to 5473).
 
     Attributes:
         bias: of the screen, [M, S].

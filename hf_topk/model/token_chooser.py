@@ -101,7 +101,7 @@ class TokenChooser:
             if isinstance(one, processors.RepetitionPenaltyLogitsProcessor):
                 candidates.penalise(input_ids, one.penalty)
             elif isinstance(one, processors.TemperatureLogitsWarper):
-                candidates.heat(one.temperature)
+                candidates.apply_temperature(one.temperature)
             elif isinstance(one, processors.TopKLogitsWarper):
                 candidates.keep_top_k(one.top_k)
             elif isinstance(one, processors.TopPLogitsWarper):
@@ -176,7 +176,7 @@ class Candidates:
         self._logits = head.candidate_logits(scored)  # (B, n)
         self._experts = scored.experts  # expanded, in the order of their tokens
         self._places: Tensor | None = None  # of the tokens in these experts, once some were removed
-        self._are_others_out = False
+        self._rest_is_removed = False
 
     def penalise(self, input_ids: Tensor, penalty: float) -> None:
         """Make the tokens of a prefix [B, T] less likely (CTRL, Keskar et al. 2019, https://arxiv.org/abs/1909.05858)."""
@@ -185,7 +185,7 @@ class Candidates:
         experts = of_expert.clamp_min(0) // head.expert_size
         is_seen = torch.zeros_like(self._scored.tail_scores, dtype=torch.bool)
         is_seen.scatter_reduce_(1, experts, of_expert >= 0, "amax")
-        self._take_apart(is_seen)
+        self._expand(is_seen)
         order = torch.arange(self._experts.shape[1]).expand_as(self._experts)
         rank = torch.zeros_like(is_seen, dtype=torch.long).scatter_(1, self._experts, order)
         within = head.num_always_on + rank.gather(1, experts) * head.expert_size + of_expert % head.expert_size
@@ -193,7 +193,7 @@ class Candidates:
         logits = self._logits.gather(1, places)
         self._logits.scatter_(1, places, torch.where(logits < 0, logits * penalty, logits / penalty))
 
-    def heat(self, temperature: float) -> None:
+    def apply_temperature(self, temperature: float) -> None:
         """Divide the logits by a temperature."""
         self._temperature = temperature
         self._logits = self._logits / temperature
@@ -201,10 +201,10 @@ class Candidates:
     def keep_top_k(self, count: int) -> None:
         """Keep the likeliest tokens, and those as likely as the last of them."""
         if count > self._logits.shape[1]:
-            self._take_apart_above(-math.inf)
+            self._expand_above(-math.inf)
         count = min(count, self._logits.shape[1])
         least = self._logits.topk(count).values[:, -1:]
-        if self._take_apart_above(least):
+        if self._expand_above(least):
             least = self._logits.topk(count).values[:, -1:]
         self._keep(least)
 
@@ -214,7 +214,7 @@ class Candidates:
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
         least = self._least_of_top_p(share)
-        if self._take_apart_above(least):
+        if self._expand_above(least):
             least = self._least_of_top_p(share)
         self._keep(least)
 
@@ -230,23 +230,23 @@ class Candidates:
                 break
             count *= 16
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
-        return least if self._are_others_out else least.where(has_enough, -math.inf)
+        return least if self._rest_is_removed else least.where(has_enough, -math.inf)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
-        self._take_apart_above(self._logits.amax(dim=-1, keepdim=True))
+        self._expand_above(self._logits.amax(dim=-1, keepdim=True))
         least = self._logits.amax(dim=-1, keepdim=True) + (math.log(share) if share > 0 else -math.inf)
-        self._take_apart_above(least)
+        self._expand_above(least)
         self._keep(least)
 
     def best(self) -> Tensor:
         """The likeliest token, [B]."""
-        self._take_apart_above(self._logits.amax(dim=-1, keepdim=True))
+        self._expand_above(self._logits.amax(dim=-1, keepdim=True))
         return self._tokens(self._logits.argmax(dim=-1, keepdim=True))
 
     def drawn(self) -> Tensor:
         """Sample a token per row, [B]."""
-        if self._are_others_out:
+        if self._rest_is_removed:
             return self._tokens(draw(self._logits))
         count = self._logits.shape[1]
         drawn = draw(torch.cat([self._logits, self._masses()], dim=-1))
@@ -260,24 +260,24 @@ class Candidates:
     def _log_mass(self) -> Tensor:
         """Log-sum-exp of the logits of all tokens, [B, 1]."""
         mass = self._logits.logsumexp(dim=-1, keepdim=True)
-        return mass if self._are_others_out else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
+        return mass if self._rest_is_removed else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
 
     def _masses(self) -> Tensor:
         """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
         scores = self._scored.tail_scores / self._temperature + self._priors.mass(self._temperature)
         return scores.scatter(1, self._experts, -torch.inf)
 
-    def _take_apart_above(self, logit: Tensor | float) -> bool:
+    def _expand_above(self, logit: Tensor | float) -> bool:
         """Expand the experts that have a token above a logit, [B, 1]; return whether there were any."""
-        if self._are_others_out:
+        if self._rest_is_removed:
             return False
         most = self._scored.most_left
         if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
             return False
         best = (self._scored.tail_scores + self._priors.best) / self._temperature
-        return self._take_apart(best > logit)
+        return self._expand(best > logit)
 
-    def _take_apart(self, are_wanted: Tensor) -> bool:
+    def _expand(self, are_wanted: Tensor) -> bool:
         """Expand the wanted experts, bool [B, M], and more to fill up rows; return whether there were any."""
         are_wanted = are_wanted.scatter(1, self._experts, False)
         count = int(are_wanted.sum(dim=-1).amax())
@@ -295,7 +295,7 @@ class Candidates:
         """Remove candidates below a logit, [B, 1]."""
         count = int((self._logits >= least).sum(dim=-1).amax())
         likeliest, places = self._logits.topk(count)
-        self._logits, self._are_others_out = likeliest.masked_fill(likeliest < least, -math.inf), True
+        self._logits, self._rest_is_removed = likeliest.masked_fill(likeliest < least, -math.inf), True
         self._places = places if self._places is None else self._places.gather(1, places)
 
     def _tokens(self, places: Tensor) -> Tensor:

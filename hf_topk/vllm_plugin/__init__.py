@@ -1,6 +1,6 @@
-"""Converted models in vLLM: found by its entry point `vllm.general_plugins`, so that installing it is all it takes.
+"""A vLLM plugin for converted models, which vLLM finds by the entry point `vllm.general_plugins`.
 
-Nothing of vLLM is imported before vLLM asks for it, and none of its classes is changed.
+vLLM is imported only when it calls `register`, and none of its classes is changed.
 """
 
 ARCHITECTURE = "TopKExpertsForCausalLM"
@@ -8,9 +8,9 @@ MODEL_CLASS = "hf_topk.vllm_plugin.model:TopKExpertsForCausalLM"
 
 
 def register() -> None:
-    """Tell vLLM what a converted model is; it does so in every process, maybe more than once.
+    """Register the model class with vLLM, which calls this in every process, perhaps more than once.
 
-    What vLLM reads its `config.json` with was registered when `hf_topk` was imported.
+    The configuration class was registered with Transformers when `hf_topk` was imported.
     """
     from vllm import ModelRegistry
 

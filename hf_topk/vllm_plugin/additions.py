@@ -1,4 +1,4 @@
-"""What conversion added to a checkpoint, told from the dense model's tensors while vLLM reads both."""
+"""Separates the tensors that conversion added from the dense model's, while vLLM loads a checkpoint."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,27 +15,39 @@ AGAIN = "convert or fetch the model again"
 
 
 def names_of_additions(config: TopKExpertsConfig) -> frozenset[str]:
-    """Names of what conversion added, without that of the head before them."""
+    """Names of the tensors that conversion added, within the head."""
     with torch.device("meta"):
         size = (config.hidden_size, config.dense_config.get_text_config().vocab_size)
         return frozenset(TopKExpertsHead(nn.Linear(*size, bias=False), config).additions())
 
 
 class Additions:
-    """Tensors that conversion added, found among those of a checkpoint."""
+    """The tensors of a checkpoint that conversion added.
+
+    Attributes:
+        names: that they can have within the head.
+        found: tensors by name.
+    """
 
     def __init__(self, names: frozenset[str]) -> None:
-        """Look for these names, each under that of the head."""
+        """Start with no tensors.
+
+        Args:
+            names: of [`names_of_additions`].
+        """
         self.names = names
         self.found: dict[str, Tensor] = {}
 
     def set_aside(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Keep what conversion added, and pass on the rest.
+        """Store the added tensors in `found`, and yield all others.
+
+        Args:
+            weights: names and tensors of the checkpoint.
 
         Raises:
             InputError: when the checkpoint cannot be read.
         """
-        # Dense models may have a `router.bias` of their own, but nothing else of these beside it.
+        # A dense model may have a `router.bias` of its own, but no second tensor with such a name beside it.
         by_parent: dict[str, dict[str, Tensor]] = defaultdict(dict)
         try:
             for name, tensor in weights:
@@ -53,10 +65,13 @@ class Additions:
                 yield from ((parent + own_name, tensor) for own_name, tensor in tensors.items())
 
     def load_into(self, head: TopKExpertsHead) -> None:
-        """Load what was found.
+        """Copy the found tensors into a head.
+
+        Args:
+            head: of the same configuration.
 
         Raises:
-            InputError: when some of it is missing, or it does not fit the configuration or the vocabulary.
+            InputError: when one is missing, or does not fit the configuration or the vocabulary.
         """
         places = head.additions()
         missing = sorted(places.keys() - self.found.keys())
@@ -75,10 +90,13 @@ class Additions:
 
 
 def check_ids(head: TopKExpertsHead) -> None:
-    """Check that every token of the vocabulary is always on, or in an expert.
+    """Check that every token of the vocabulary is always on or in an expert.
+
+    Args:
+        head: the head, on all rows.
 
     Raises:
-        InputError: when one is not, or there are ids of no token.
+        InputError: when a token is missing, or an id is outside the vocabulary.
     """
     ids = torch.cat([head.always_on_ids, head.expert_ids.flatten()]).unique()
     if not torch.equal(ids, torch.arange(head.out_features, device=ids.device)):

@@ -1,4 +1,4 @@
-"""Counters beside vLLM's own at `/metrics`: how the head ran."""
+"""Prometheus counters of the head's calls, beside vLLM's own at `/metrics`."""
 
 import atexit
 import os
@@ -18,21 +18,21 @@ from prometheus_client.registry import Collector
 
 from ..model.head import TopKExpertsHead
 
-# The folder through which processes of one server pass counters on, by the name that vLLM's own has and by ours.
+# Environment variables with the folder in which the processes of a server store counters: vLLM's own, and ours.
 FOLDER_OF_VLLM, FOLDER = "PROMETHEUS_MULTIPROC_DIR", "HF_TOPK_COUNTERS_DIR"
 HELP = {
     "hf_topk:sparse_steps": "Calls of the head that ran sparse.",
     "hf_topk:dense_steps": "Calls of the head that ran dense.",
-    "hf_topk:rows_read": "Rows of the head that were multiplied, the always-on tokens' among them.",
+    "hf_topk:rows_read": "Rows of the head that were multiplied, with those of the always-on tokens.",
 }
 KEYS = {name: mmap_key(name, f"{name}_total", [], [], text) for name, text in HELP.items()}
 
 
 class CountersOfWorkers(Collector):
-    """Shows what worker processes have counted in the process that answers to Prometheus."""
+    """Collects the counters of worker processes in the process that serves `/metrics`."""
 
     def __init__(self, folder: Path) -> None:
-        """Show the counters in a folder, which may not exist yet."""
+        """Collect the counters in a folder, which may not exist yet."""
         self.folder = folder
 
     def collect(self) -> Iterator[Any]:
@@ -41,9 +41,9 @@ class CountersOfWorkers(Collector):
 
 
 def offer_counters() -> None:
-    """Show workers' counters in this process, if it is the one that starts the others, which inherit the folder's name.
+    """Serve the workers' counters in this process if it starts the others, which inherit the environment variable.
 
-    Where vLLM itself passes counters on through a folder, it shows these as well.
+    If vLLM itself has such a folder, it serves these counters as well.
     """
     if FOLDER_OF_VLLM in os.environ or FOLDER in os.environ:
         return
@@ -54,20 +54,30 @@ def offer_counters() -> None:
 
 
 class StepCounters:
-    """Counts how a head ran, in the format of Prometheus' client for several processes.
+    """Counts the calls of a head, in the format of Prometheus' client for several processes.
 
     Attributes:
         counts: by name.
     """
 
     def __init__(self, head: TopKExpertsHead, *, is_counting: bool) -> None:
-        """Count for a head, in one process of those that share it."""
+        """Start at zero.
+
+        Args:
+            head: whose calls are counted.
+            is_counting: whether this process counts: one of those that share the head.
+        """
         self.head, self.is_counting = head, is_counting
         self.counts = dict.fromkeys(HELP, 0)
         self._file: MmapedDict | None = None
 
     def count(self, positions: int, is_sparse: bool) -> None:
-        """Count a call on so many positions."""
+        """Count a call.
+
+        Args:
+            positions: N.
+            is_sparse: whether it ran sparse.
+        """
         if not self.is_counting:
             return
         head = self.head

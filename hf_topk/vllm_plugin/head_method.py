@@ -1,4 +1,4 @@
-"""How vLLM makes logits with a converted model's head: sparse up to some number of positions, dense beyond."""
+"""Computes logits in vLLM with a converted model's head: sparse up to some number of positions, dense beyond."""
 
 import logging
 import sys
@@ -17,36 +17,41 @@ logger = logging.getLogger("vllm.hf_topk")
 
 
 class SparseHeadMethod(UnquantizedEmbeddingMethod):
-    """What multiplies with the rows of a head, which vLLM asks of the layer that holds them.
+    """The `quant_method` of vLLM's head layer, by which vLLM computes logits.
 
-    So sampling, log-probabilities, penalties, grammars and batches stay vLLM's own, on logits of the whole vocabulary.
+    Sampling, log-probabilities, penalties, grammars and batching stay vLLM's own, on logits of the whole vocabulary.
 
     Attributes:
-        dense: vLLM's own, for the dense head and for input embeddings on the same rows.
+        dense: the layer's own method, for the dense head, and for input embeddings with the same rows.
         head: the sparse head on the same rows.
-        most_positions: how many positions a step runs sparse at most; 0 before weights are loaded.
-        counters: what was run.
+        most_positions: the largest number of positions that runs sparse; 0 before weights are loaded.
+        counters: of the calls.
     """
 
     def __init__(self, layer: VocabParallelEmbedding, head: ShardedHead) -> None:
-        """Take the place of a layer's method, which is kept."""
+        """Wrap a layer's method.
+
+        Args:
+            layer: vLLM's head.
+            head: the sparse head on its rows.
+        """
         self.dense: QuantizeMethodBase = layer.quant_method
         self.head = head
         self.most_positions = 0
         self.counters = StepCounters(head, is_counting=layer.tp_rank == 0)
 
     def process_weights_after_loading(self, layer: VocabParallelEmbedding) -> None:
-        """Make the weights ready, and find out how many positions to run sparse."""
+        """Prepare the weights, and measure up to how many positions the sparse head is faster."""
         self.dense.process_weights_after_loading(layer)
         self.head.take_rows(layer)
         self.most_positions = self._most_positions(layer)
-        # Only now: how often each rank ran its head depended on its clock.
+        # Not before: the number of calls in the measurement differs between ranks.
         self.head.sum_over_ranks = tensor_model_parallel_all_reduce
         if layer.tp_rank == 0 and self.most_positions < sys.maxsize:
             logger.info("hf-topk: the head runs sparse up to %d positions, dense beyond", self.most_positions)
 
     def _most_positions(self, layer: VocabParallelEmbedding) -> int:
-        """How many positions to run sparse, the same on all ranks, which work together on each."""
+        """The largest number of positions to run sparse, the same on all ranks."""
         head = self.head
         if head.head_mode == "sparse":
             return sys.maxsize
@@ -65,7 +70,7 @@ class SparseHeadMethod(UnquantizedEmbeddingMethod):
         return int(get_tp_group().broadcast_object(most))
 
     def apply(self, layer: VocabParallelEmbedding, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits of the rows that this rank holds: hidden states [..., d] to [..., rows held]."""
+        """Logits of this rank's rows: hidden states [..., d] to [..., rows of this rank]."""
         hidden = x.reshape(-1, x.shape[-1])
         is_sparse = len(hidden) <= self.most_positions
         self.counters.count(len(hidden), is_sparse)
@@ -74,9 +79,9 @@ class SparseHeadMethod(UnquantizedEmbeddingMethod):
         return self.head.local_logits(hidden).view(*x.shape[:-1], -1)
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
-        """Input embeddings, as vLLM makes them."""
+        """Input embeddings, by vLLM's own method."""
         return self.dense.embedding(layer, input_)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: VocabParallelEmbedding) -> torch.nn.Module:
-        """Tie, as vLLM does."""
+        """Tie the weights, by vLLM's own method."""
         return self.dense.tie_weights(layer, embed_tokens)

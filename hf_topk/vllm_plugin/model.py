@@ -1,4 +1,4 @@
-"""The model class that vLLM finds for a converted model: the dense model's own, with another way to make logits."""
+"""The model class of a converted model in vLLM: vLLM's class of the dense model, with its head replaced."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -25,7 +25,7 @@ from vllm.model_executor.models.interfaces import (
 from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
 from ..model.configuration_topk_experts import TopKExpertsConfig
-from ..model.dense_model import class_that_writes_text
+from ..model.dense_model import dense_class_of
 from ..model.errors import InputError
 from .additions import Additions, names_of_additions
 from .head_method import SparseHeadMethod
@@ -35,20 +35,21 @@ WITHOUT_SPARSE_HEAD = 'serve it with its dense head: --hf-overrides \'{"head_mod
 
 
 class SparseHeadMixin:
-    """What a class of vLLM's gets to run a converted model: its head is replaced once it is made.
+    """Replaces the head of a vLLM model after it is built, and loads a converted checkpoint.
 
     Attributes:
-        sparse_head: how logits are made; None where the head runs dense, and on ranks of a pipeline that have no head.
+        sparse_head: computes the logits; None if the head runs dense, and on pipeline ranks without the head.
+        names_added: names of the tensors that conversion added.
     """
 
     sparse_head: SparseHeadMethod | None
     names_added: frozenset[str]
 
     def take_converted_head(self, vllm_config: VllmConfig) -> None:
-        """Make logits with a sparse head from now on, unless head mode is "dense".
+        """Replace the head by a sparse one, unless head mode is "dense".
 
         Args:
-            vllm_config: vLLM's configuration, of which the model's is that of the converted model.
+            vllm_config: vLLM's configuration, with the converted model's.
 
         Raises:
             InputError: when the sparse head cannot be used with this model or these settings.
@@ -63,10 +64,16 @@ class SparseHeadMixin:
         layer.quant_method = self.sparse_head
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
-        """Load a converted checkpoint: the dense model's tensors as its class does, then what conversion added.
+        """Load a converted checkpoint: the dense tensors by the dense class, then those that conversion added.
+
+        Args:
+            weights: names and tensors of the checkpoint.
+
+        Returns:
+            The names of the dense tensors that were loaded.
 
         Raises:
-            InputError: when the checkpoint is damaged, or its added shard is not of this model.
+            InputError: when the checkpoint is damaged, or the added tensors do not fit the configuration.
         """
         additions = Additions(self.names_added)
         loaded: set[str] | None = super().load_weights(additions.set_aside(weights))  # type: ignore[misc]
@@ -76,19 +83,23 @@ class SparseHeadMixin:
 
 
 class TopKExpertsForCausalLM(nn.Module, SupportsPP):
-    """The class that `config.json` names; what it makes is of the dense model's class, so that names stay the same.
+    """The class that `config.json` names; its instances are of a subclass of the dense class, so names stay the same.
 
-    vLLM asks this class, before there is a configuration, what a converted model can do. Its methods say just that.
+    From its methods vLLM infers, without a configuration, what a converted model supports; they are never called.
     """
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        """Make the dense model with its head replaced.
+        """Build the dense model, and replace its head.
+
+        Args:
+            vllm_config: vLLM's configuration, with the converted model's.
+            prefix: of the names of its layers.
 
         Raises:
-            InputError: when vLLM cannot run the dense model this way.
+            InputError: when the dense model or the settings are not supported.
         """
         config = vllm_config.model_config.hf_config
-        architecture = class_that_writes_text(config.dense_config).__name__
+        architecture = dense_class_of(config.dense_config).__name__
         dense_config = vllm_config.with_hf_config(config.dense_config, architectures=[architecture])
         dense_class, _ = get_model_architecture(dense_config.model_config)
         check_class(dense_class, dense_config)
@@ -98,7 +109,7 @@ class TopKExpertsForCausalLM(nn.Module, SupportsPP):
         return model
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Never called: what is made is of another class."""
+        """Never called: instances are of another class."""
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embed token ids."""
@@ -115,38 +126,42 @@ class TopKExpertsForCausalLM(nn.Module, SupportsPP):
         raise NotImplementedError
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Make logits of all tokens."""
+        """Compute the logits of all tokens."""
         raise NotImplementedError
 
 
 def check_class(dense_class: type[nn.Module], dense_config: VllmConfig) -> None:
-    """Check that vLLM, which asked [`TopKExpertsForCausalLM`] in its place, was told right what the dense class can do.
+    """Refuse a dense class that supports other things than vLLM infers from [`TopKExpertsForCausalLM`].
 
     Args:
         dense_class: vLLM's class of the dense model.
-        dense_config: vLLM's configuration, with the dense model's own.
+        dense_config: vLLM's configuration, with the dense model's.
 
     Raises:
-        InputError: when it was not.
+        InputError: when it has a recurrent state, takes images, has settings of its own in vLLM, or does not run in the
+            pipeline that was asked for.
     """
     config = dense_config.model_config.hf_config
     name = config.architectures[0]
     instead = "run it with Transformers, or serve the dense checkpoint"
     if has_inner_state(dense_class) or is_hybrid(dense_class) or is_attention_free(dense_class):
-        raise InputError(f"{name} keeps a state beside the KV cache, which hf-topk does not serve: {instead}")
+        raise InputError(f"{name} has a state besides the KV cache, which hf-topk does not serve: {instead}")
     if supports_multimodal(dense_class):
-        raise InputError(f"{name} looks at images, which hf-topk does not serve: {instead}")
+        raise InputError(f"{name} takes images, which hf-topk does not serve: {instead}")
     if name in MODELS_CONFIG_MAP or config.model_type in MODEL_ARCH_CONFIG_CONVERTORS:
-        raise InputError(f"vLLM sets itself up for {name} by its name alone, which hf-topk does not serve: {instead}")
+        raise InputError(f"vLLM has settings of its own for {name}, which hf-topk does not serve: {instead}")
     if dense_config.parallel_config.pipeline_parallel_size > 1 and not supports_pp(dense_class):
         raise InputError(f"{name} does not run as a pipeline: leave --pipeline-parallel-size out")
 
 
 def check_settings(vllm_config: VllmConfig) -> None:
-    """Check what the sparse head cannot be combined with.
+    """Refuse settings that the sparse head does not support.
+
+    Args:
+        vllm_config: vLLM's configuration, with the converted model's.
 
     Raises:
-        InputError: when it was asked for.
+        InputError: when the head's dtype is not the model's, or another converted model drafts.
     """
     model_config, speculative = vllm_config.model_config, vllm_config.speculative_config
     if model_config.head_dtype != model_config.dtype:
@@ -157,11 +172,17 @@ def check_settings(vllm_config: VllmConfig) -> None:
     draft = None if speculative is None else speculative.draft_model_config
     drafts_sparse = draft is not None and draft.hf_config.model_type == TopKExpertsConfig.model_type
     if drafts_sparse and draft is not model_config:
-        raise InputError(f"what a converted model drafts is verified with the dense head: {WITHOUT_SPARSE_HEAD}")
+        raise InputError(
+            f"the draft tokens of a converted model are verified with the dense head: {WITHOUT_SPARSE_HEAD}"
+        )
 
 
 def find_head(model: Any, config: TopKExpertsConfig) -> VocabParallelEmbedding:
-    """Find the layer that makes logits, which is the one for input embeddings where a model has it for both.
+    """Find the head's layer, which may also be that of the input embeddings.
+
+    Args:
+        model: a model of vLLM's.
+        config: the converted model's configuration.
 
     Raises:
         InputError: when there is no such layer, or it is quantised.

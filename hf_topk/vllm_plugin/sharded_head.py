@@ -1,4 +1,4 @@
-"""A converted model's head on rows that vLLM holds, all of them or one rank's share."""
+"""A converted model's head on the rows of vLLM's head layer: all of them, or one rank's shard."""
 
 from collections.abc import Callable
 
@@ -13,24 +13,24 @@ from ..model.kernels import gather_dot
 
 
 class ShardedHead(TopKExpertsHead):
-    """A [`TopKExpertsHead`] whose rows are shared out over the ranks of tensor parallelism.
+    """A [`TopKExpertsHead`] whose rows are sharded over the ranks of tensor parallelism.
 
-    Each rank routes and screens all positions, multiplies those of the picked rows that it holds, and sums up with the
-    others; so all have the same logits.
+    Each rank routes and screens all positions, and multiplies the picked rows in its own shard. The exact logits are
+    summed over the ranks, so all ranks have the same.
 
     Attributes:
-        sum_over_ranks: what sums a tensor up over the ranks; the identity until they are joined.
+        sum_over_ranks: sums a tensor over the ranks; the identity before weights are loaded.
     """
 
     def __init__(self, layer: VocabParallelEmbedding, config: TopKExpertsConfig) -> None:
-        """Make the head of a layer, on the default device; its additions are not set yet.
+        """Build the head of a layer, on the default device; its added tensors are not set yet.
 
         Args:
-            layer: vLLM's head, which keeps its rows.
+            layer: vLLM's head.
             config: the converted model's configuration.
 
         Raises:
-            InputError: when the configuration is not of this vocabulary.
+            InputError: when the configuration does not fit the vocabulary.
         """
         super().__init__(nn.Linear(layer.embedding_dim, layer.org_vocab_size, bias=False, device="meta"), config)
         self.first = layer.shard_indices.org_vocab_start_index
@@ -40,21 +40,21 @@ class ShardedHead(TopKExpertsHead):
         self.sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     def take_rows(self, layer: VocabParallelEmbedding) -> None:
-        """Share weight and bias, without rows of padding, with a layer that is loaded."""
+        """Share weight and bias, without rows of padding, with a loaded layer."""
         held, bias = self.last - self.first, getattr(layer, "bias", None)
         self.weight = nn.Parameter(layer.weight[:held], requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias[:held], requires_grad=False))
 
     def local_logits(self, hidden: Tensor) -> Tensor:
-        """Sparse logits of the rows that this rank holds, zeros for padding: [N, d] to [N, rows held]."""
+        """Sparse logits of this rank's rows, zeros for padding: [N, d] to [N, rows of this rank]."""
         logits = self.sparse_logits(hidden)
         padding = self.num_rows_held - (self.last - self.first)
         if self.num_ranks > 1:
-            logits = logits[:, self.first : self.last].contiguous()  # which gathering asks for
+            logits = logits[:, self.first : self.last].contiguous()  # for the gathering of logits
         return F.pad(logits, (0, padding)) if padding else logits
 
     def check_rows(self) -> None:
-        """Score with the rows that this rank holds."""
+        """Do nothing: this rank has only its own shard."""
 
     def exact_logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """As in [`TopKExpertsHead`], with the rows of all ranks."""

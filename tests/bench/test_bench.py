@@ -1,4 +1,4 @@
-"""`hf-topk bench`: what is compared, on tiny models; nothing here depends on how long anything takes."""
+"""`hf-topk bench` on tiny models; no test depends on measured times."""
 
 import builtins
 import json
@@ -111,7 +111,7 @@ def test_recorded_states_are_those_that_enter_the_head() -> None:
     assert len(states.unique(dim=0)) > 16
 
 
-def test_logits_without_a_head_are_those_of_the_rows_asked_for() -> None:
+def test_constant_logits_have_a_row_for_each_sequence() -> None:
     ready = NoHead(50, torch.bfloat16)
     assert ready(torch.zeros(3, 1, 8)).shape == (3, 1, 50)
     assert ready(torch.zeros(3, 1, 8)).dtype == torch.bfloat16
@@ -163,7 +163,7 @@ def test_every_round_runs_everything_once_on_the_same_input() -> None:
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
-def test_the_clock_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_excludes_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 10.0, 11.0, 13.0])  # prompt, first token, two more
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
     clock = TokenClock()
@@ -172,7 +172,7 @@ def test_the_clock_leaves_out_the_first_token(monkeypatch: pytest.MonkeyPatch) -
     assert clock.seconds_per_token == 1.5
 
 
-def test_lossless_time_is_drafts_and_dense_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, ...]] = []
 
     def fake(runs: dict[str, Any], states: Tensor, size: int, rounds: int, description: str) -> dict[str, Spread]:
@@ -238,12 +238,12 @@ def test_every_key_is_there(metrics: dict[str, Any]) -> None:
     json.dumps(metrics, allow_nan=False)
 
 
-def test_dense_is_the_better_of_both_types(metrics: dict[str, Any]) -> None:
+def test_dense_is_the_faster_of_two_dtypes(metrics: dict[str, Any]) -> None:
     for medians in (metrics["head"], *metrics["batches"].values()):
         assert medians["dense_ms"] == min(medians["dense_bfloat16_ms"], medians["dense_float32_ms"])
 
 
-def test_every_ratio_is_of_the_same_medians(metrics: dict[str, Any]) -> None:
+def test_ratios_are_those_of_the_medians(metrics: dict[str, Any]) -> None:
     units = {"head": "ms", "prompt": "ms", "e2e": "tok_s", "sampling": "tok_s"}
     sections = [(metrics["ratios"][name], metrics[name], unit) for name, unit in units.items()]
     for size, ratios in metrics["ratios"]["batches"].items():

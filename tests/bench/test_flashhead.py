@@ -1,4 +1,4 @@
-"""FlashHead's method as a baseline: its clusters, centroids and probes, beside the plainest way to compute them."""
+"""The FlashHead baseline: its clusters, centroids and probes, against plain references."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_one_probe_in_sixteen_clusters() -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_probes", [1, 4, 13])
-def test_the_next_token_is_the_best_of_those_probed(num_probes: int, has_bias: bool) -> None:
+def test_the_next_token_is_the_best_of_the_probed_clusters(num_probes: int, has_bias: bool) -> None:
     weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(4)) if has_bias else None
     head, states = FlashHead(weight, bias, some_clusters(), num_probes), some_states()
@@ -67,6 +67,6 @@ def test_bytes_read_count_the_centroids(weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("num_probes", [0, -1, 14])
-def test_refuses_probes_that_there_are_not(num_probes: int) -> None:
+def test_refuses_more_probes_than_clusters(num_probes: int) -> None:
     with pytest.raises(InputError, match=f"num_probes is {num_probes}, must be from 1 to the 13 clusters"):
         FlashHead(torch.randn(VOCAB_SIZE, HIDDEN_SIZE), None, some_clusters(), num_probes)

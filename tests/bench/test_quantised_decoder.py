@@ -1,4 +1,4 @@
-"""Decoders in 8 and 4 bits: near the layers they are made of, and measured as any other."""
+"""Decoders in 8 and 4 bits: they approximate the float layers, and are measured."""
 
 import copy
 
@@ -14,7 +14,7 @@ from hf_topk.model.errors import InputError
 @pytest.mark.parametrize(("kind", "most"), [(Int8Linear, 0.02), (Int4Linear, 0.15)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_are_near_those_they_are_made_of(kind: type, most: float, bias: bool, dtype: torch.dtype) -> None:
+def test_quantised_layers_approximate_the_float_layers(kind: type, most: float, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias).to(dtype)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def test_layers_are_near_those_they_are_made_of(kind: type, most: float, bias: b
 
 
 @pytest.mark.parametrize(("body", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
-def test_all_of_the_decoder_and_nothing_of_the_head(body: str, kind: type) -> None:
+def test_every_linear_layer_but_the_head_is_quantised(body: str, kind: type) -> None:
     model = tiny_converted(tiny_dense(intermediate_size=64))
     before = copy.deepcopy(model.head.state_dict())
     linears = [name for name, module in model.base.named_modules() if type(module) is nn.Linear]
@@ -38,7 +38,7 @@ def test_all_of_the_decoder_and_nothing_of_the_head(body: str, kind: type) -> No
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
-def test_layers_of_sizes_that_the_kernels_cannot_take_stay() -> None:
+def test_layers_of_unsupported_sizes_are_not_quantised() -> None:
     model = tiny_converted(tiny_dense(intermediate_size=40))
     quantise_decoder(model, "int4")
     assert isinstance(model.base.model.layers[0].self_attn.q_proj, Int4Linear)

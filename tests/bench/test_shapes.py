@@ -53,7 +53,7 @@ def test_shapes_have_the_published_parameter_counts(shape: str) -> None:
         ("smollm2-135m", (9, 3), 64, 1e-5, 100_000, 8192),
     ],
 )
-def test_shapes_have_what_parameter_counts_do_not_tell(
+def test_shapes_have_the_published_settings(
     shape: str, heads: tuple[int, int], head_width: int, epsilon: float, theta: float, positions: int
 ) -> None:
     config = shape_config(shape)
@@ -65,7 +65,7 @@ def test_shapes_have_what_parameter_counts_do_not_tell(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_conversion_adds_is_a_ninth_of_the_head_and_what_it_reads_a_twentieth(shape: str) -> None:
+def test_added_and_read_bytes_of_a_default_conversion(shape: str) -> None:
     config = config_at_random(shape_config(shape))
     with torch.device("meta"):
         head = TopKExpertsHead(nn.Linear(config.text_config.hidden_size, config.vocab_size, bias=False), config)
@@ -104,7 +104,7 @@ def test_random_model_is_tied_and_finite(model_type: str, tiny_shape: str, monke
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_a_random_conversion_is_whole_and_shares_the_weights(
+def test_a_random_conversion_is_complete_and_shares_the_weights(
     model_type: str, tiny_shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SHAPES, tiny_shape, {**TINY_SHAPE, "model_type": model_type})
@@ -116,7 +116,7 @@ def test_a_random_conversion_is_whole_and_shares_the_weights(
 
 
 @pytest.mark.parametrize("shape", ["smollm2-135m", "gemma-3-270m"])
-def test_a_random_conversion_has_the_sizes_of_one_by_default(shape: str) -> None:
+def test_a_random_conversion_has_the_default_sizes(shape: str) -> None:
     config = config_at_random(shape_config(shape))
     recipe = Recipe().resolve(config.vocab_size)
     for name in ("expert_size", "num_always_on", "router_rank", "tail_rank"):
@@ -127,7 +127,7 @@ def test_a_random_conversion_has_the_sizes_of_one_by_default(shape: str) -> None
     assert config.num_rescored == NUM_RESCORED < config.num_experts_per_tok * config.expert_size
 
 
-def test_few_experts_are_rescored_whole(tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tokens_of_few_experts_are_rescored(tiny_shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, tiny_shape, {**TINY_SHAPE, "vocab_size": 1000})
     config = config_at_random(shape_config(tiny_shape))
     assert config.num_rescored == config.num_experts_per_tok * config.expert_size < NUM_RESCORED
@@ -135,7 +135,7 @@ def test_few_experts_are_rescored_whole(tiny_shape: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_scores_and_screens_differ_as_they_are_said_to(dtype: torch.dtype, tiny_shape: str) -> None:
+def test_random_scores_and_screens_have_their_standard_deviations(dtype: torch.dtype, tiny_shape: str) -> None:
     head = convert_at_random(random_model(tiny_shape, dtype)).head
     states = random_states(head)
     assert head.router(states).std(dim=-1).mean() == pytest.approx(1.0, abs=0.15)

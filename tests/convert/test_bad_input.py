@@ -1,4 +1,4 @@
-"""Input that is refused: one clear line, exit code 2, nothing written and nothing lost."""
+"""Refused input: one line, exit code 2, and no file written or removed."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs a command that must be refused: arguments and parts of the line that it prints."""
+    """Check that a command is refused, given its arguments and parts of its error line."""
     monkeypatch.chdir(tmp_path)
 
     return partial(check_refused, monkeypatch, capsys)
@@ -99,7 +99,7 @@ def test_refuses_models_without_a_single_vocabulary_head(
     refused("convert", "other", "out", parts=(kind, "no single vocabulary head", "choose a causal language model"))
 
 
-def test_refuses_an_encoder_whose_config_does_not_say_so(tmp_path: Path, refused: Refused) -> None:
+def test_refuses_an_encoder_without_is_decoder(tmp_path: Path, refused: Refused) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("bert", vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "other")
@@ -116,11 +116,11 @@ def test_refuses_an_encoder_whose_config_does_not_say_so(tmp_path: Path, refused
 
 
 @pytest.mark.parametrize("name", ["./gone", "/nowhere/gone", "some/deep/path"])
-def test_refuses_a_folder_that_is_not_there(name: str, refused: Refused) -> None:
+def test_refuses_a_missing_folder(name: str, refused: Refused) -> None:
     refused("convert", name, "out", parts=(f"no such model: there is no folder {name}",))
 
 
-def test_refuses_a_name_that_no_repository_can_have(refused: Refused) -> None:
+def test_refuses_an_invalid_repository_name(refused: Refused) -> None:
     refused(
         "convert", "what is this", "out", parts=("no such model", "'what is this'", "not a valid name of a repository")
     )
@@ -274,7 +274,7 @@ NOT_WHOLE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", NOT_WHOLE)
-def test_refuses_a_checkpoint_that_is_not_whole(case: str, model: Path, text: Path, refused: Refused) -> None:
+def test_refuses_an_incomplete_checkpoint(case: str, model: Path, text: Path, refused: Refused) -> None:
     damage, parts = NOT_WHOLE[case]
     damage(model)
     refused("convert", "model", "out", "--text", text, *OPTIONS, parts=parts)
@@ -315,7 +315,7 @@ TEXTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", TEXTS)
-def test_refuses_sample_text(case: str, model: Path, tmp_path: Path, refused: Refused) -> None:
+def test_refuses_unsuitable_text(case: str, model: Path, tmp_path: Path, refused: Refused) -> None:
     write, parts = TEXTS[case]
     write(tmp_path / "text.txt")
     refused("convert", "model", "out", "--text", "./text.txt", *OPTIONS, parts=parts)

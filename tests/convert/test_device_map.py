@@ -27,7 +27,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("text", ["text.jsonl", "mixed"])
+@pytest.mark.parametrize("text", ["text.jsonl", pytest.param("mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model_type", "tied", "device_map"), CASES)
 def test_offloaded_parts_change_nothing(
     model_type: str, tied: bool, device_map: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -43,7 +43,7 @@ def test_offloaded_parts_change_nothing(
 
 
 def result(folder: Path) -> dict[str, bytes | None]:
-    """What was written, but for how long it took."""
+    """The written files, without the wall time."""
     files = contents(folder)
     metrics = json.loads(files.pop("figures.json"))
     assert metrics.pop("seconds") >= 0
@@ -60,7 +60,7 @@ def test_head_and_embeddings_stay_in_memory(tied: bool, tmp_path: Path) -> None:
     assert (head.weight is embeddings.weight) == tied
 
 
-def test_refuses_to_part_tied_tensors(tmp_path: Path) -> None:
+def test_refuses_a_device_map_that_separates_tied_tensors(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, tiny_dense())
     source = open_source(str(tmp_path), tmp_path)
     with pytest.raises(InputError, match=r"puts 'lm_head\.weight' and the weight it is tied to on different devices"):
@@ -75,7 +75,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("device_map", ["everywhere", "cuda:99", "meta", "disk"])
-def test_refuses_what_is_no_device(device_map: str, refused: Any) -> None:
+def test_refuses_an_unknown_device(device_map: str, refused: Any) -> None:
     refused(device_map, parts=(f"device map '{device_map}'", "auto"))
 
 

@@ -1,4 +1,4 @@
-"""Conversion of models that read one thing and write another, from pairs and from sources alone."""
+"""Conversion of encoder-decoders, from pairs and from sources without targets."""
 
 import json
 from pathlib import Path
@@ -13,13 +13,12 @@ from transformers import AutoModelForSeq2SeqLM
 
 from hf_topk import TopKExpertsForSeq2SeqLM
 from hf_topk.convert import Recipe, convert, convert_checkpoint
-from hf_topk.convert.steps import write_targets
+from hf_topk.convert.steps import generate_targets
 from hf_topk.convert.steps.hidden_states import states_of_batch
 from hf_topk.examples import examples_of_text
 from hf_topk.model.errors import InputError
 from hf_topk.pairs import Pair
-from hf_topk.targets import TargetWindow
-from hf_topk.targets import write_targets as make_windows
+from hf_topk.targets import TargetWindow, windows_of_examples
 
 CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 12}
 
@@ -32,11 +31,11 @@ def folder(tmp_path: Path) -> Path:
 
 def windows_of(dense: Any, *documents: Any, window_length: int = 8) -> list[TargetWindow]:
     examples = examples_of_text(documents, tiny_tokenizer(), window_length, seed=0)
-    found = [one for one in make_windows(dense, examples, window_length) if one is not None]
+    found = [one for one in windows_of_examples(dense, examples, window_length) if one is not None]
     return sorted(found, key=lambda one: one.document)
 
 
-def test_a_target_that_is_given_is_shifted_as_the_model_does() -> None:
+def test_a_given_target_is_shifted_as_by_the_model() -> None:
     dense, _ = tiny_model("marian")
     (window,) = windows_of(dense, Pair("w1 w2", "w5 w6 w7"))
     assert window.source.token_ids == (3, 4)
@@ -45,7 +44,7 @@ def test_a_target_that_is_given_is_shifted_as_the_model_does() -> None:
     assert window.positions == 3
 
 
-def test_a_target_that_is_not_given_is_what_the_model_writes() -> None:
+def test_a_missing_target_is_generated_by_the_model() -> None:
     dense, _ = tiny_model("marian")
     window, other = windows_of(dense, "w1 w2 w3", Pair("w40 w41"))
     for one, source in ((window, [[3, 4, 5]]), (other, [[42, 43]])):
@@ -77,18 +76,18 @@ def test_converts_on_disk(folder: Path, tmp_path: Path, targets: int) -> None:
     assert model.base.final_logits_bias.any()
 
 
-def test_an_interrupted_conversion_does_not_write_its_targets_again(
+def test_a_resumed_conversion_does_not_generate_targets_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense, _ = tiny_model("marian")
     recipe = Recipe(text=str(tiny_pairs(tmp_path / "pairs.jsonl", targets=10)), **CHOICES)
     expected = convert(dense, tiny_tokenizer(), recipe, folder=tmp_path / "work")
-    monkeypatch.setattr(write_targets, "write_targets", lambda *_: pytest.fail("are written again"))
+    monkeypatch.setattr(generate_targets, "windows_of_examples", lambda *_: pytest.fail("targets are generated again"))
     again = convert(dense, tiny_tokenizer(), recipe, folder=tmp_path / "work")
     assert again.fidelity == expected.fidelity
 
 
-def test_a_sample_that_does_not_suit_is_refused(
+def test_a_text_that_does_not_suit_the_model_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

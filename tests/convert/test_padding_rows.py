@@ -1,4 +1,4 @@
-"""Rows of the head that the tokenizer has no token for, as most published vocabularies are rounded up with."""
+"""Padding rows of the head, without a token in the tokenizer, as in most published vocabularies."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ RECIPE = Recipe(
 
 @pytest.fixture
 def dense() -> PreTrainedModel:
-    """Its padding rows are as unlikely as training leaves them, and each is another one."""
+    """A dense model whose padding rows are different and unlikely, as after training."""
     dense = tiny_dense(tied=False, bias=True)
     head = dense.get_output_embeddings()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_text(file: Path, seed: int, every_third: str | None = None) -> Path:
-    """Random words, one document a line; every third of them may be another one."""
+    """Write random words, one document per line; every third word may be a given one."""
     numbers = torch.randint(1, TOKENS, (8, 300), generator=torch.Generator().manual_seed(seed)).tolist()
     words = [[every_third if every_third and not i % 3 else f"w{n}" for i, n in enumerate(row)] for row in numbers]
     file.write_text("\n".join(json.dumps({"text": " ".join(row)}) for row in words))
@@ -72,7 +72,7 @@ def hidden_states(model: TopKExpertsForCausalLM, windows: list[Window]) -> Tenso
 
 
 @torch.no_grad()
-def test_padding_is_sampled_no_more_often_than_by_the_dense_head(
+def test_padding_rows_are_sampled_no_more_often_than_by_the_dense_head(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = converted(dense, tokenizer, write_text(tmp_path / "text.jsonl", seed=1))
@@ -96,7 +96,7 @@ def test_padding_is_sampled_no_more_often_than_by_the_dense_head(
 
 
 @pytest.mark.slow
-def test_a_token_that_the_padding_gains_is_reached_after_joint_training_or_another_conversion(
+def test_a_new_token_in_a_padding_row_is_scored_after_joint_training_or_conversion(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     plain = converted(dense, tokenizer, write_text(tmp_path / "text.jsonl", seed=1))
@@ -120,7 +120,7 @@ def test_a_token_that_the_padding_gains_is_reached_after_joint_training_or_anoth
 
 
 def share_reached(model: TopKExpertsForCausalLM, token: int, windows: list[Window]) -> float:
-    """How often the sparse argmax is a token where the dense one is."""
+    """The share of positions with this dense argmax where the sparse argmax is the same."""
     hidden = hidden_states(model, windows)
     is_next, is_reached = (
         logits.argmax(-1) == token for logits in (model.head.dense_logits(hidden), model.head.sparse_logits(hidden))

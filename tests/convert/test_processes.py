@@ -1,4 +1,4 @@
-"""Conversion by several processes that `accelerate launch` or `torchrun` starts: the result is that of one."""
+"""Conversion by several processes of `accelerate launch` or `torchrun` equals that of one process."""
 
 import json
 import os
@@ -43,7 +43,7 @@ main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, two recipes, and `text` and `mixed`, what one process makes of them; five batches of each."""
+    """A dense model, two recipes of five batches each, and `text` and `mixed`, converted by one process."""
     folder = tmp_path_factory.mktemp("folder")
     tiny_checkpoint(folder / "model", tiny_dense(tied=False), chats=True)
     text = tiny_text(folder / "text.jsonl", documents=100)
@@ -84,14 +84,14 @@ def in_trouble(folder: Path, trouble: str) -> str:
 
 
 def result(folder: Path) -> dict[str, bytes | None]:
-    """What was written, but for how long it took."""
+    """The written files, without the wall time."""
     files = contents(folder)
     metrics = json.loads(files.pop("figures.json"))
     assert metrics.pop("seconds") >= 0
     return {**files, "metrics": json.dumps(metrics).encode()}
 
 
-def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_resume_to_the_result_of_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, batches = hidden_states.inputs_of, iter(range(2))
 
     def inputs_of(*arguments: Any) -> Any:
@@ -116,7 +116,7 @@ def test_two_processes_go_on_to_the_result_of_one(folder: Path, monkeypatch: pyt
         assert sum(line.startswith(step) for line in lines) == times, done.stderr
 
 
-def test_two_processes_make_of_a_text_what_one_does(folder: Path) -> None:
+def test_two_processes_convert_as_one_does(folder: Path) -> None:
     done = launch(folder, f"{TORCHRUN} -m hf_topk.cli", "shared", "text")
     assert done.returncode == 0, done.stderr
     assert result(folder / "shared") == result(folder / "text")
@@ -133,7 +133,7 @@ def test_an_error_of_one_process_is_printed_once(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_one_process_goes_on_where_one_of_two_died(folder: Path) -> None:
+def test_one_process_resumes_where_one_of_two_died(folder: Path) -> None:
     # In its second pass, so that something has been kept.
     launcher = in_trouble(folder, 'os._exit(9) if os.environ.pop("FIRST", "") else os.environ.update(FIRST="no")')
     done = launch(folder, launcher, "late", "text")
@@ -150,7 +150,7 @@ def test_one_process_goes_on_where_one_of_two_died(folder: Path) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """This process as the first of two, and what it tells the other one."""
+    """Make this process the main one of two; the calls that it sends to the other one."""
     told: list[Any] = []
     state = SimpleNamespace(num_processes=2, device=torch.device("cpu"), destroy_process_group=lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,4 +1,4 @@
-"""The recipe: every choice of a conversion, to YAML and back, and what it refuses."""
+"""The recipe: every choice of a conversion, its YAML, and refused values."""
 
 import dataclasses
 import math
@@ -74,7 +74,7 @@ def test_choices_left_out_keep_their_defaults() -> None:
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-3", 0.001), ("1", 1.0), ("0.5", 0.5)])
-def test_a_file_writes_a_learning_rate_as_people_do(written: str, value: float, tmp_path: Path) -> None:
+def test_a_recipe_file_writes_a_readable_learning_rate(written: str, value: float, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"learning_rate: {written}\n")  # YAML 1.1 reads 1e-3 as a string
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").learning_rate == value
 
@@ -92,7 +92,7 @@ LEFT_OPEN = {
 }
 
 
-def test_resolving_fills_in_all_but_what_is_measured() -> None:
+def test_resolving_sets_all_choices_but_k_and_r() -> None:
     recipe = Recipe().resolve(32_768)
     assert {name for name, value in recipe.to_dict().items() if value is None} == LEFT_OPEN
     assert recipe.num_always_on == 256
@@ -100,12 +100,12 @@ def test_resolving_fills_in_all_but_what_is_measured() -> None:
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "num_rescored", "sparse_max_positions"])
-def test_resolving_leaves_what_was_chosen(name: str) -> None:
+def test_resolving_keeps_given_choices(name: str) -> None:
     assert Recipe(**{name: 3}).resolve(1000).to_dict() == {**Recipe().resolve(1000).to_dict(), name: 3}
 
 
 @given(RECIPES, st.integers(2, 10**6))
-def test_resolving_leaves_a_head_that_fits(recipe: Recipe, vocab_size: int) -> None:
+def test_resolving_leaves_sizes_that_fit(recipe: Recipe, vocab_size: int) -> None:
     try:
         resolved = recipe.resolve(vocab_size)
     except InputError:
@@ -125,7 +125,7 @@ def test_resolving_leaves_a_head_that_fits(recipe: Recipe, vocab_size: int) -> N
 
 
 @given(st.integers(1, 300), st.integers(2, 1000), st.integers(0, 300))
-def test_experts_come_out_even_unless_told_otherwise(expert_size: int, experts: int, more: int) -> None:
+def test_the_number_of_always_on_tokens_leaves_full_experts(expert_size: int, experts: int, more: int) -> None:
     vocab_size = expert_size * experts + more
     resolved = Recipe(expert_size=expert_size).resolve(vocab_size)
     routed = vocab_size - resolved.num_always_on
@@ -133,7 +133,7 @@ def test_experts_come_out_even_unless_told_otherwise(expert_size: int, experts: 
     assert resolved.num_always_on < min(256, vocab_size / 32) + expert_size
 
 
-def test_windows_are_no_longer_than_the_model_reads() -> None:
+def test_windows_fit_the_model_s_positions() -> None:
     assert Recipe(window_length=256).resolve(1000, 128).window_length == 128
     assert Recipe(window_length=64).resolve(1000, 128).window_length == 64
     assert Recipe(window_length=256).resolve(1000).window_length == 256
@@ -169,13 +169,13 @@ def test_refuses_sizes_that_do_not_fit_the_vocabulary(choices: dict[str, Any], p
         ({"combine": "learnt"}, "learned"),
     ],
 )
-def test_suggests_what_was_likely_meant(wrong: dict[str, Any], meant: str) -> None:
+def test_suggests_near_matches(wrong: dict[str, Any], meant: str) -> None:
     with pytest.raises(InputError, match=f"unknown .*'.+': did you mean '{meant}'\\?"):
         Recipe.from_dict(wrong)
 
 
 @pytest.mark.parametrize(("wrong", "known"), [({"zorglub": 1}, "held_out"), ({"combine": "zorglub"}, "learned")])
-def test_lists_all_where_nothing_is_near(wrong: dict[str, Any], known: str) -> None:
+def test_lists_all_options_without_a_near_match(wrong: dict[str, Any], known: str) -> None:
     with pytest.raises(InputError, match=f"'zorglub': choose one of .*{known}"):
         Recipe.from_dict(wrong)
 
@@ -188,7 +188,7 @@ def test_refuses_a_value_of_a_wrong_type(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 16.0, "16"])
-def test_refuses_what_only_looks_like_a_whole_number(value: object) -> None:
+def test_refuses_floats_and_bools_as_integers(value: object) -> None:
     with pytest.raises(InputError, match="expert_size"):
         Recipe.from_dict({"expert_size": value})
 
@@ -220,6 +220,6 @@ def test_refuses_a_value_out_of_range(name: str, value: float) -> None:
         ({"allow_below_target": True}, "need a target_agreement"),
     ],
 )
-def test_refuses_targets_that_make_no_sense(choices: dict[str, float], reason: str) -> None:
+def test_refuses_targets_out_of_range(choices: dict[str, float], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         Recipe.from_dict(choices)

@@ -1,4 +1,4 @@
-"""An interrupted conversion goes on where it stopped, and ends as if nothing had happened."""
+"""An interrupted conversion resumes where it stopped, and gives the result of an uninterrupted one."""
 
 import functools
 import json
@@ -13,7 +13,6 @@ from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text
 from transformers import LlamaForCausalLM
 
 from hf_topk.convert import Recipe, convert_checkpoint, pipeline
-from hf_topk.convert.steps import hidden_states
 from hf_topk.windows import batches_of
 
 ARGUMENTS = ("convert", "model", "out", "--recipe", "recipe.yaml")
@@ -27,7 +26,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_of, "__defaults__", (32 * WINDOWS_AT_ONCE,))
 
 
-@pytest.fixture(params=["text.jsonl", "mixed"])
+@pytest.fixture(params=["text.jsonl", pytest.param("mixed", marks=pytest.mark.slow)])
 def here(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with a dense model, a calibration text and a recipe that names it."""
     tiny_checkpoint(tmp_path / "model", tiny_dense(tied=False), chats=True)
@@ -47,7 +46,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 class Passes:
-    """Counts the dense model's passes with a tapped head, and interrupts one of them."""
+    """Counts the passes that record hidden states of the dense model, and interrupts one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, interrupt_at: int | None = None) -> None:
         self.count = 0
@@ -55,7 +54,7 @@ class Passes:
 
         @functools.wraps(honest)
         def forward(model: LlamaForCausalLM, *arguments: Any, **choices: Any) -> Any:
-            if isinstance(model.lm_head, hidden_states.HeadTap):
+            if model.lm_head._forward_pre_hooks:
                 self.count += 1
                 if self.count == interrupt_at:
                     raise KeyboardInterrupt
@@ -69,7 +68,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
 
 
 def result(here: Path) -> dict[str, bytes | None]:
-    """What was written, but for how long it took."""
+    """The written files, without the wall time."""
     files = contents(here / "out")
     metrics = json.loads(files.pop("figures.json"))
     assert metrics.pop("seconds") >= 0
@@ -91,7 +90,7 @@ def uninterrupted(here: Path, monkeypatch: pytest.MonkeyPatch) -> Uninterrupted:
 
 
 @pytest.mark.parametrize("interrupt_at", [2, 4, 6])
-def test_goes_on_with_hidden_states(
+def test_resumes_with_the_stored_hidden_states(
     interrupt_at: int, here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, all_passes = uninterrupted
@@ -110,7 +109,7 @@ def test_goes_on_with_hidden_states(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_goes_on_after_an_interruption_in_a_later_step(
+def test_resumes_after_an_interruption_in_a_later_step(
     here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -124,7 +123,7 @@ def test_goes_on_after_an_interruption_in_a_later_step(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_resume_without_anything_to_resume_starts_anew(
+def test_resume_without_an_interrupted_conversion_starts_over(
     here: Path, uninterrupted: Uninterrupted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(monkeypatch, "--resume") == 0
@@ -150,7 +149,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_notices_that_states_are_not_whole(
+def test_incomplete_states_are_computed_again(
     damage: str, here: Path, uninterrupted: Uninterrupted, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected, all_passes = uninterrupted
@@ -162,7 +161,7 @@ def test_notices_that_states_are_not_whole(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_writes_over_what_lies_beyond_the_record(
+def test_bytes_beyond_the_record_are_overwritten(
     here: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (interrupted / ".out.work" / "hidden_states.bin").open("ab") as file:
@@ -178,7 +177,7 @@ def test_writes_over_what_lies_beyond_the_record(
 
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
-def test_refuses_to_forget_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
+def test_refuses_to_discard_an_interrupted_conversion(interrupted: Path, refused: Any) -> None:
     refused(*ARGUMENTS, parts=("a conversion to out was interrupted", "--resume", "--overwrite"))
 
 
@@ -218,7 +217,7 @@ NAMED = {"config": "model", "end of text": "model", "tokenizer": "model"}
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 @pytest.mark.parametrize("change", CHANGES)
-def test_refuses_to_go_on_with_something_else(
+def test_refuses_to_resume_with_changed_inputs(
     change: str, interrupted: Path, refused: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     CHANGES[change](interrupted)
@@ -238,13 +237,13 @@ def test_a_refused_input_leaves_an_interrupted_conversion(interrupted: Path, ref
 
 @pytest.mark.parametrize("here", ["text.jsonl"], indirect=True)
 def test_refuses_a_text_of_another_name(interrupted: Path, refused: Any) -> None:
-    """The recipe names the file, so that a resumed conversion's card and recipe name the one that was read."""
+    """Card and recipe of a resumed conversion must name the file that was read."""
     (interrupted / "text.jsonl").rename(interrupted / "moved.jsonl")
     write_recipe(interrupted, text="moved.jsonl")
     refused(*ARGUMENTS, "--resume", parts=("have changed: text;",))
 
 
-def test_two_conversions_side_by_side_do_not_meet(here: Path) -> None:
+def test_two_conversions_beside_each_other(here: Path) -> None:
     recipe = Recipe.from_yaml(here / "recipe.yaml")
     for out in ("a", "b"):
         convert_checkpoint("model", out, recipe)

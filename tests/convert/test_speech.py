@@ -1,4 +1,4 @@
-"""Models that hear speech: converted from recordings, they transcribe as the dense model does."""
+"""Speech models: converted with recordings, they transcribe as the dense model does."""
 
 import json
 import wave
@@ -22,14 +22,14 @@ from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.examples import Processor, read_examples
 from hf_topk.model import drafting
 from hf_topk.speech import read_speech
-from hf_topk.targets import write_targets
+from hf_topk.targets import windows_of_examples
 
 CHOICES: dict[str, Any] = {**QUICK, "positions": 400, "window_length": 16, "num_experts_per_tok": 4}
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the dense model, the converted one and speech."""
+    """A folder with the dense model, the converted model and recordings."""
     folder = tmp_path_factory.mktemp("whisper")
     dense = tiny_whisper_checkpoint(folder / "dense")
     speech = tiny_speech(folder / "speech")
@@ -45,6 +45,7 @@ def test_loads_as_both(converted: Path) -> None:
     assert type(dense) is WhisperForConditionalGeneration
 
 
+@pytest.mark.slow
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
     extractor = AutoFeatureExtractor.from_pretrained(converted / "out")
@@ -67,7 +68,7 @@ def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch
     assert model.last_generation_stats.drafted > 0
 
 
-def test_the_pipeline_takes_it_for_a_whisper(converted: Path) -> None:
+def test_the_speech_pipeline_recognises_it_as_whisper(converted: Path) -> None:
     texts = []
     for folder in ("dense", "out"):
         model = AutoModelForSpeechSeq2Seq.from_pretrained(converted / folder)
@@ -88,7 +89,7 @@ def test_a_transcript_follows_the_model_s_prompt(converted: Path, tmp_path: Path
     dense = AutoModelForSpeechSeq2Seq.from_pretrained(converted / "dense")
     folder = tiny_speech(tmp_path / "speech", files=2, transcripts=1)
     examples, _ = read_examples(str(folder), dense.config, Processor.from_pretrained(converted / "dense"), 16, seed=0)
-    given, own = sorted(write_targets(dense, examples, 16), key=lambda one: one.document)
+    given, own = sorted(windows_of_examples(dense, examples, 16), key=lambda one: one.document)
     assert given.token_ids[given.first + 1 :] == (36, 37, 38)
     assert given.followers == (36, 37, 38, 0)
     assert own.positions == len(own.followers) > 3
@@ -107,7 +108,7 @@ def test_evaluate_prints_the_word_error_rate_of_each_way(
     assert 0 <= figures["agreement_along_output"] <= 1
 
 
-def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
+def test_reads_speech_at_the_given_rate(tmp_path: Path) -> None:
     tone = np.sin(np.arange(22_050) * 2 * np.pi * 440 / 22_050)
     with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
         file.setnchannels(2)
@@ -125,7 +126,7 @@ def test_reads_speech_at_the_rate_that_is_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"), [(None, ("no recordings",)), (b"not a sound", ("not a valid recording", "x.wav"))]
 )
-def test_what_is_no_speech_is_refused(
+def test_invalid_recordings_are_refused(
     converted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +142,7 @@ def test_what_is_no_speech_is_refused(
     check_refused(monkeypatch, capsys, "convert", converted / "dense", "out", "--text", "speech", parts=parts)
 
 
-def test_no_sample_is_refused(
+def test_bundled_texts_are_refused(
     converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

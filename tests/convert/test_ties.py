@@ -1,4 +1,4 @@
-"""Head and input embeddings, one tensor or two, whatever the configuration says of them."""
+"""Ties of head and input embeddings, and configurations that contradict them."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def check_same(model: Any, expected: Tensor) -> None:
 
 
 def converted(folder: Path, out: Path) -> Any:
-    """The loaded result of the command's conversion, with all experts picked."""
+    """The model that the command converts, loaded, with all experts picked."""
     recipe = Recipe(**QUICK, text=str(tiny_text(folder.parent / "text.jsonl")), target_agreement=None)
     convert_checkpoint(str(folder), out, recipe)
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -64,7 +64,9 @@ def converted(folder: Path, out: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in TIED if name != "llama")]
+)
 def test_tied_config_with_a_head_of_its_own_on_disk(name: str, tmp_path: Path) -> None:
     """Converted from a folder, saved again, and loaded as the dense model, each time untied."""
     dense = with_a_head_of_its_own(name)
@@ -110,7 +112,7 @@ def test_redundant_head_in_a_tied_checkpoint(tmp_path: Path) -> None:
 def test_untied_config_without_a_head(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The part about text alone, which does not count in Gemma 3, says that they are one tensor."""
+    """Only Gemma 3's text configuration, which it ignores, ties them."""
     monkeypatch.chdir(tmp_path)
     dense = tiny_dense(tied=False) if name == "llama" else tiny_model(AutoModelForImageTextToText, name)
     tiny_checkpoint(Path("dense"), dense)
@@ -142,7 +144,7 @@ def test_tied_by_hand_although_the_config_is_untied(name: str, tmp_path: Path) -
     check_same(loaded, logits_of(dense))
 
 
-def test_a_tie_that_no_configuration_can_say_is_refused_before_any_work(
+def test_ties_that_no_configuration_expresses_are_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pipeline, "collect", lambda *_: pytest.fail("hidden states were collected"))

@@ -1,8 +1,11 @@
-"""What pages and workflows call exists: targets of make, commands and options of hf-topk, extras of the package."""
+"""Pages and workflows call existing targets of make, commands and options of hf-topk, and extras of the package."""
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from hf_topk.cli import app
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+PINS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 COMMANDS = typer.main.get_command(app).commands
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split())
@@ -34,7 +38,7 @@ def commands_in(text: str) -> list[list[str]]:
 
 
 def runs_of(workflow: Path) -> list[str]:
-    """What the steps run, with each value of a matrix in its place."""
+    """The commands of the steps, for each value of a matrix."""
     runs = []
     for job in yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values():
         targets = job.get("strategy", {}).get("matrix", {}).get("target", [""])
@@ -61,15 +65,27 @@ def test_extras_of_the_package_exist(page: Path) -> None:
     assert named <= PROJECT["project"]["optional-dependencies"].keys()
 
 
-def test_the_readme_names_what_a_checkout_and_a_user_begin_with() -> None:
+def test_the_readme_has_the_first_commands() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets_in(readme)
     assert {command for _, command, *_ in commands_in(readme)} == COMMANDS.keys()
-    assert set(re.findall(r"hf-topk\[(\w+)\]", readme)) == PROJECT["project"]["optional-dependencies"].keys()
+
+
+def test_the_quick_start_names_all_extras() -> None:
+    page = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"hf-topk\[(\w+)\]", page)) == PROJECT["project"]["optional-dependencies"].keys()
+
+
+@pytest.mark.skipif(f"typer=={version('typer')}" not in PINS, reason="another version of typer writes it otherwise")
+def test_the_page_of_the_command_line_is_what_the_app_says() -> None:
+    command = [sys.executable, "-m", "typer", "hf_topk.cli", "utils", "docs", "--name", "hf-topk"]
+    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert written.strip() == page.strip(), "docs/cli.md is out of date: run `make docs`"
 
 
 def test_workflows_run_targets_of_make() -> None:
     targets = {workflow.stem: set().union(*map(targets_in, runs_of(workflow))) for workflow in WORKFLOWS}
-    assert targets["ci"] == {"lint", "test-all", "test-tools"}
+    assert targets["ci"] == {"lint", "docs", "test-all", "test-tools"}
     assert targets["release"] == {"lint", "test-all"}
     assert set().union(*targets.values()) <= TARGETS

@@ -1,6 +1,6 @@
-"""Examples run as they are printed: those of docstrings, and the Python code of the README.
+"""Examples run as they are printed: those of docstrings, and the Python code of all pages.
 
-They run in a folder that holds what they name: a dense model, converted ones and text.
+They run in a folder with the files that they name: a dense model, converted models and text.
 """
 
 import doctest
@@ -8,16 +8,23 @@ import importlib
 import pkgutil
 import re
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.pages import FENCE, ROOT, code_of, run_python_of
+from support.seq2seq_models import tiny_model, tiny_speech, tiny_whisper_checkpoint
 from support.tiny_models import tiny_checkpoint, tiny_converted, tiny_text, tiny_tokenizer
+from transformers import AutoModelForSpeechSeq2Seq
 
 import hf_topk
 
-README = Path(__file__).parents[2] / "README.md"
 DENSE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md"))]
+# Pages that other tests run: with other tools, with a Hub.
+ELSEWHERE = {"docs/hub.md", "docs/tools.md", "docs/training.md"}
+HERE = [page for page in PAGES if page not in ELSEWHERE and FENCE in (ROOT / page).read_text(encoding="utf-8")]
 
 
 def modules_with_examples() -> list[str]:
@@ -31,7 +38,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_checkpoint(folder / "dense")
     tiny_converted().save_pretrained(folder / "out")
     tiny_tokenizer().save_pretrained(folder / "out")
-    shutil.copytree(folder / "out", folder / "smollm2-topk")
+    for name in ("OUT", "smollm2-topk"):
+        shutil.copytree(folder / "out", folder / name)
+    shutil.copytree(folder / "dense", folder / DENSE_MODEL)
     (folder / "books").mkdir()
     tiny_text(folder / "books" / "books.jsonl")
     return folder
@@ -52,10 +61,37 @@ def test_examples_of_docstrings_hold(name: str) -> None:
     assert result.failed == 0  # what differed is printed
 
 
-def test_python_of_the_readme_runs(here: Path) -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL))
-    assert DENSE_MODEL in code
-    names: dict[str, object] = {}
-    exec(code.replace(DENSE_MODEL, "dense"), names)  # in one namespace, as a reader would run them
-    assert names["dense"].config.model_type == "llama"
-    assert names["report"].model.config.model_type == "topk_experts"
+def translator(folder: Path) -> None:
+    """A converted translation model `out` in place of the causal one."""
+    dense, _ = tiny_model("marian")
+    dense.generation_config.max_length = 12
+    tiny_converted(dense).save_pretrained(folder / "out")
+
+
+def listener(folder: Path) -> None:
+    """A converted speech model `out` in place of the causal one, and a recording."""
+    pytest.importorskip("soundfile")
+    shutil.rmtree(folder / "out")
+    tiny_whisper_checkpoint(folder / "out")
+    model = tiny_converted(AutoModelForSpeechSeq2Seq.from_pretrained(folder / "out"))
+    model.generation_config.max_new_tokens = 16
+    model.save_pretrained(folder / "out")
+    tiny_speech(folder / "speech", files=1)
+
+
+PREPARED: dict[str, Callable[[Path], None]] = {"docs/translation.md": translator, "docs/speech.md": listener}
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_python_of_a_page_runs(page: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PREPARED.get(page, lambda folder: None)(here)
+    _, skipped = run_python_of(page)
+    assert skipped == (["vLLM has an environment of its own: tests/vllm"] if page == "docs/vllm.md" else [])
+    if page in PREPARED:  # a line without lossless, and one with it
+        assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_python_of_a_page_is_found(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(code_of(page)) == len(re.findall(r"^ *```(?:py|python)\b", text, flags=re.MULTILINE))

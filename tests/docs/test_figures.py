@@ -1,4 +1,4 @@
-"""Pages that repeat figures have those of the pages that say which command prints them."""
+"""Figures that several pages repeat are those of the page that names their command."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ SOURCES = ("fidelity.md", "speed.md", "frontier.md")
 
 
 def figures_of(page: str) -> set[float]:
-    """All decimals, but for those in names of models and versions."""
+    """All decimals except those in names of models and versions."""
     text = (DOCS / page).read_text(encoding="utf-8")
     return {float(figure) for figure in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\.\d)", text)}
 

@@ -1,4 +1,4 @@
-"""Links that point into this repository lead somewhere."""
+"""Links into this repository point to existing files and headings."""
 
 import re
 import tomllib
@@ -48,11 +48,11 @@ def broken(page: Path, link: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_exist(page: Path) -> None:
     assert [link for link in links_of(page) if broken(page, link)] == []
 
 
-def test_a_link_to_nowhere_is_seen() -> None:
+def test_a_broken_link_is_found() -> None:
     readme, design = ROOT / "README.md", ROOT / "docs" / "design.md"
     assert broken(readme, "nowhere.md")
     assert broken(readme, f"{REPOSITORY}/blob/main/nowhere.md")
@@ -69,18 +69,18 @@ def test_links_of_the_readme_work_on_pypi() -> None:
 
 
 @pytest.mark.parametrize("url", URLS.values(), ids=URLS)
-def test_addresses_of_the_project_lead_somewhere(url: str) -> None:
+def test_addresses_of_the_project_exist(url: str) -> None:
     assert not broken(ROOT / "README.md", url)
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob(".github/ISSUE_TEMPLATE/*.yml")), ids=lambda file: file.name)
-def test_links_of_issue_templates_lead_somewhere(file: Path) -> None:
+def test_links_of_issue_templates_exist(file: Path) -> None:
     found = INTO_REPOSITORY.finditer(file.read_text(encoding="utf-8"))
     assert [link[0] for link in found if broken(file, link[0])] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_that_are_named_exist(page: Path) -> None:
+def test_named_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     paths = re.findall(r"(?<![\w/.-])(?:hf_topk|convert|docs|tests)/[\w./-]*\w", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -11,7 +11,7 @@ FILES = sorted(RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_a_recipe_is_read_and_chooses_something(file: Path) -> None:
+def test_every_example_recipe_is_read_and_differs_from_the_defaults(file: Path) -> None:
     assert Recipe.from_yaml(file) != Recipe()
 
 

@@ -1,4 +1,4 @@
-"""The page on the mathematics: its numbers are what the head computes, and the functions that it names exist."""
+"""docs/how-it-works.md: its numbers are those of the head, and the functions that it names exist."""
 
 import importlib
 import re
@@ -22,7 +22,7 @@ Row = dict[str, str]
 
 
 def rows_with(column: str) -> list[Row]:
-    """The rows of the one table that has such a column."""
+    """The rows of the table with such a column."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", PAGE, flags=re.MULTILINE):
         head, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in block.splitlines()]
@@ -113,7 +113,7 @@ def test_screen_and_rescored_tokens(head: TopKExpertsHead) -> None:
     assert dict(zip(words(scored.ids), scored.routed[0].tolist(), strict=True)) == pytest.approx(rescored)
 
 
-def test_offset(head: TopKExpertsHead) -> None:
+def test_the_offset(head: TopKExpertsHead) -> None:
     exact, estimated, offset = in_text(r"\\delta = ([\d.]+) - ([\d.]+) = ([\d.]+)")
     scored = head.score(HIDDEN)
     close(scored.routed.logsumexp(dim=-1), torch.tensor([exact]))
@@ -136,7 +136,7 @@ def test_logits_and_probabilities(head: TopKExpertsHead) -> None:
     close(torch.stack([-one.log_softmax(dim=0)[target] for one in (dense, sparse)]), torch.tensor(losses))
 
 
-def test_greedy_decoding_is_sure(head: TopKExpertsHead) -> None:
+def test_no_unscored_token_may_win(head: TopKExpertsHead) -> None:
     scored = head.score(HIDDEN)
     least, picked, most_left, best = in_text(r"max\(([\d.]+), ([\d.]+)\) \+ 0\.\d+ = ([\d.]+), below ([\d.]+)")
     close(torch.stack([scored.least, scored.masses.amin().view(1, 1)]).flatten(), torch.tensor([least, picked]))
@@ -164,7 +164,7 @@ def test_bytes_of_a_published_shape() -> None:
 
 
 @pytest.mark.parametrize(("name", "file"), sorted(set(NAMED)), ids=lambda one: one)
-def test_functions_that_are_named_exist(name: str, file: str) -> None:
+def test_named_functions_exist(name: str, file: str) -> None:
     folders = [module for folder, module in FOLDERS.items() if (ROOT / folder / file).exists()]
     module = importlib.import_module(f"{folders[0]}.{file.removesuffix('.py')}")
     assert callable(reduce(getattr, name.split("."), module))

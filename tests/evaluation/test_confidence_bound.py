@@ -1,4 +1,4 @@
-"""The lower bound of an agreement over documents, beside the one for independent positions."""
+"""The lower bound of an agreement over documents, against the bound for independent positions."""
 
 import itertools
 import math
@@ -19,14 +19,14 @@ def clopper_pearson(agreed: int, positions: int) -> float:
 
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Positions that agree, and all positions, of each document."""
+    """The number of positions that agree, and of all positions, of each document."""
     positions = draw(st.lists(st.integers(1, 200), min_size=1, max_size=12))
     return [draw(st.integers(0, count)) for count in positions], positions
 
 
 @settings(max_examples=60, deadline=None)
 @given(positions=st.integers(1, 400), data=st.data())
-def test_of_a_single_document_so_many_agree_with_5_percent(positions: int, data: st.DataObject) -> None:
+def test_the_bound_of_a_single_document_is_exact(positions: int, data: st.DataObject) -> None:
     agreed = data.draw(st.integers(0, positions))
     bound = lower_bound([agreed], [positions])
     if not agreed:
@@ -46,7 +46,7 @@ def test_full_agreement_of_a_single_document(positions: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(documents())
-def test_never_above_what_independent_positions_would_tell(drawn: tuple[list[int], list[int]]) -> None:
+def test_the_bound_is_at_most_that_of_independent_positions(drawn: tuple[list[int], list[int]]) -> None:
     agreed, positions = drawn
     bound = lower_bound(agreed, positions)
     assert 0 <= bound <= sum(agreed) / sum(positions)
@@ -74,14 +74,14 @@ def test_documents_that_vary_as_independent_positions_do_count_each_position(sha
 
 @pytest.mark.parametrize("agreed", [1, 50, 190, 199])
 def test_documents_of_one_position_are_independent_positions(agreed: int) -> None:
-    """But for one, that by which their variance is estimated."""
+    """Less one, as their variance is estimated."""
     bound = lower_bound([1] * agreed + [0] * (200 - agreed), [1] * 200)
     assert bound == pytest.approx(float(beta.ppf(0.05, agreed / 200 * 199, (1 - agreed / 200) * 199 + 1)))
     assert bound == pytest.approx(clopper_pearson(agreed, 200), abs=1e-3)
 
 
-def test_falls_as_positions_of_a_document_depend_on_one_another() -> None:
-    """The same agreement, of all documents alike or of some more than of others."""
+def test_the_bound_falls_with_the_dependence_within_documents() -> None:
+    """For the same agreement, equal in all documents or different between them."""
     spreads = range(11)
     bounds = [lower_bound([90 - spread, 90 + spread] * 15, [100] * 30) for spread in spreads]
     assert bounds == sorted(bounds, reverse=True)
@@ -91,21 +91,21 @@ def test_falls_as_positions_of_a_document_depend_on_one_another() -> None:
     assert 0.85 < bounds[-1] < bounds[0] < 0.9
 
 
-def test_documents_that_agree_in_all_or_in_nothing_count_as_one_position_each() -> None:
+def test_documents_that_agree_completely_or_not_at_all_count_as_one_position_each() -> None:
     bound = lower_bound([100] * 45 + [0] * 5, [100] * 50)
     assert bound == pytest.approx(clopper_pearson(45, 50), abs=0.01)
     assert clopper_pearson(4500, 5000) - bound > 0.05
 
 
-def test_few_documents_tell_less_than_many() -> None:
+def test_few_documents_have_a_lower_bound_than_many() -> None:
     bounds = [lower_bound([9900 // count] * count, [10_000 // count] * count) for count in (2, 4, 5, 20, 100)]
     assert bounds == sorted(bounds)
     assert clopper_pearson(9900, 10_000) - bounds[0] > 0.005 > 5e-4 > clopper_pearson(9900, 10_000) - bounds[-1] > 0
 
 
 @pytest.mark.parametrize(("share", "correlation", "count"), [(0.97, 0.03, 20), (0.99, 0.01, 40), (0.9, 0.1, 15)])
-def test_holds_in_documents_whose_positions_depend_on_one_another(share: float, correlation: float, count: int) -> None:
-    """Beta-binomial documents of several lengths: the bound is to be below the truth in about 95 % of the samples."""
+def test_the_bound_holds_for_dependent_positions(share: float, correlation: float, count: int) -> None:
+    """For beta-binomial documents the bound is below the true agreement in about 95 % of the samples."""
     generator = np.random.default_rng(7)
     strength = (1 - correlation) / correlation
     held = held_if_independent = 0

@@ -1,4 +1,4 @@
-"""The metrics of fidelity, beside the plainest way to compute them."""
+"""The metrics of fidelity, against plain references."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def some_windows() -> list[Window]:
 
 
 def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
-    """Position by position, from the logits that the model itself returns in each mode."""
+    """The metrics, position by position, from the logits of the model in each head mode."""
     agreed, contained, divergences, losses = {}, [], [], {"dense": [], "sparse": []}
     log_z, confidences, correlations = [], {"dense": [], "sparse": []}, []
     head, kept = model.head, []
@@ -107,7 +107,7 @@ def test_metrics_are_those_of_brute_force(
     assert (metrics.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
 
 
-def test_positions_where_hardly_a_token_is_unscored_have_no_ranks() -> None:
+def test_positions_with_almost_all_tokens_scored_have_no_rank_correlation() -> None:
     generator = torch.Generator().manual_seed(3)
     windows = [Window(0, tuple(torch.randint(VOCAB_SIZE, (2,), generator=generator).tolist())) for _ in range(12)]
     model = tiny_converted(num_always_on=3, num_experts=7, num_experts_per_tok=6)  # the last expert has one token
@@ -122,7 +122,7 @@ def test_metrics_of_the_other_ways_to_combine(combine: Any) -> None:
     check_metrics(tiny_converted(combine=combine), some_windows())
 
 
-def test_metrics_see_the_biases_and_the_soft_cap_of_the_model() -> None:
+def test_metrics_include_biases_and_soft_capping() -> None:
     check_metrics(tiny_converted(tiny_dense("phi", tied=False, bias=True)), some_windows())
     capped = tiny_dense("gemma2", head_dim=8, final_logit_softcapping=3.0)
     assert float(capped(torch.arange(20).unsqueeze(0)).logits.detach().max()) < 3
@@ -143,14 +143,14 @@ def test_more_experts_agree_better() -> None:
     assert metrics[0].bytes_read < metrics[1].bytes_read
 
 
-def test_a_very_bad_model_has_an_infinite_perplexity() -> None:
+def test_perplexity_overflows_to_infinity() -> None:
     dense = tiny_dense(tied=False)
     dense.get_output_embeddings().weight.data.mul_(1000)
     assert measure_fidelity(tiny_converted(dense), some_windows()).perplexity_dense == math.inf
 
 
 @pytest.mark.parametrize("mode", ["auto", "sparse", "dense"])
-def test_the_head_mode_neither_matters_nor_changes(mode: Any) -> None:
+def test_the_head_mode_is_ignored_and_unchanged(mode: Any) -> None:
     expected = measure_fidelity(tiny_converted(), some_windows())
     model = tiny_converted()
     model.head_mode, head = mode, model.head
@@ -159,7 +159,7 @@ def test_the_head_mode_neither_matters_nor_changes(mode: Any) -> None:
     assert model.head_mode == mode
 
 
-def test_the_head_comes_back_after_an_error() -> None:
+def test_the_head_is_restored_after_an_error() -> None:
     model = tiny_converted()
     head = model.head
     with pytest.raises(IndexError):
@@ -168,7 +168,7 @@ def test_the_head_comes_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_measured_in_full(dtype: torch.dtype) -> None:
+def test_metrics_in_half_precision_are_near_those_in_float32(dtype: torch.dtype) -> None:
     exact = measure_fidelity(tiny_converted(), some_windows())
     rounded = measure_fidelity(tiny_converted().to(dtype), some_windows())
     assert rounded.positions == exact.positions
@@ -184,6 +184,6 @@ def test_half_precision_is_measured_in_full(dtype: torch.dtype) -> None:
         (AutoConfig.for_model("mamba"), 256),
     ],
 )
-def test_windows_are_no_longer_than_the_model_reads(config: PreTrainedConfig, length: int) -> None:
+def test_windows_fit_the_model_s_positions(config: PreTrainedConfig, length: int) -> None:
     assert readable_length(config) == length
     assert readable_length(config, 7) == 7

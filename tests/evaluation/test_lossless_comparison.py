@@ -1,4 +1,4 @@
-"""Lossless decoding beside dense decoding: what differs is counted, and what is a tie is told from what is wrong."""
+"""Lossless against dense decoding: differing tokens are counted, and ties are told apart."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hf_topk.windows import Window
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' routers are unsure throughout: let them draft nevertheless."""
+    """Draft everywhere, as the routers of tiny models are always unsure."""
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
@@ -26,12 +26,12 @@ def small() -> TopKExpertsForCausalLM:
 
 
 def windows_of(first: int, end: int) -> list[Window]:
-    """Token ids from the first one on in windows of 16, the last one shorter."""
+    """Windows of 16 consecutive token ids; the last one is shorter."""
     return [Window(0, tuple(range(start, min(start + 16, end)))) for start in range(first, end, 16)]
 
 
 def accept_unseen(drafting_head: drafting.DraftingHead, hidden: Tensor) -> Tensor:
-    """What it must not do: give sparse logits for the dense ones."""
+    """Replaces verification: a wrong implementation that returns sparse logits."""
     states = drafting_head._states
     states.append(drafting_head._head.sparse_logits(hidden.flatten(0, 1))[:, None])
     drafting_head.has_verified = len(states) == drafting_head.size
@@ -52,7 +52,7 @@ def test_comparison_counts_what_differs(small: TopKExpertsForCausalLM, monkeypat
     assert small.head_mode == "auto"
 
 
-def test_comparison_judges_by_what_tokens_are_chosen_by(
+def test_comparison_uses_the_scores_after_logits_processors(
     small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[tuple[float, float]] = []

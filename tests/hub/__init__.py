@@ -1,1 +1,1 @@
-"""A Hub on this machine, and the tests against it."""
+"""A local server with the Hub's API, and the tests that use it."""

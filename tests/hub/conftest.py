@@ -1,4 +1,4 @@
-"""The fixtures of the Hub's tests."""
+"""The fixtures of these tests."""
 
 from hub.fixtures import folder as folder
 from hub.fixtures import here as here

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that push: a server, and processes of their own in which commands run against it."""
+"""Fixtures of the tests that push: a server, and a process in which commands run."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(folder: Path, tmp_path: Path) -> Path:
-    """A copy of all that."""
+    """A copy of the folder."""
     return shutil.copytree(folder, tmp_path / "here")
 
 
@@ -83,7 +83,7 @@ def server() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(server: Hub) -> Hub:
-    """The server as it is at first, with one user, `me`."""
+    """The server in its initial state, with one user, `me`."""
     server.repositories, server.objects, server.faults, server.users, server.requests = {}, {}, [], {}, []
     server.add_user(TOKEN, "me", organizations=("us",))
     return server
@@ -103,7 +103,7 @@ def environment_of(server: Hub, home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the client keeps what it keeps, but for the token that `hf auth login` saves."""
+    """The client's HF_HOME."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -130,7 +130,7 @@ def runner(server: Hub, home: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def run(runner: subprocess.Popen[str], hub: Hub, here: Path, home: Path, tmp_path: Path) -> Run:
-    """Runs the command line, or a script in its place, in a process with a token; looks whether that shows."""
+    """Runs the command line or a script in a process with a token; checks that the token is in no output or file."""
 
     def run(*arguments: object, token: str = TOKEN, script: str = "hf_topk.cli.main()") -> Done:
         out, err = tmp_path / "stdout", tmp_path / "stderr"

@@ -1,4 +1,4 @@
-"""A small server on this machine that speaks the Hub's endpoints which its client uses, for uploads and downloads."""
+"""A small local server with the endpoints of the Hub that uploads and downloads use."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ REPOSITORY = r"(?P<name>[\w.-]+/[\w.-]+)"
 
 
 class HubError(Exception):
-    """An answer that is an error."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **more: str) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What goes wrong, so many times, where a path has a part; no status closes the connection without an answer."""
+    """An error for requests whose path contains a part, so many times; without a status the connection is closed."""
 
     method: str
     part: str
@@ -60,7 +60,7 @@ class Fault:
 
 @dataclass
 class Hub:
-    """The state of the server, for tests to set up and to look at.
+    """The state of the server, which tests set and read.
 
     Attributes:
         url: of the server.
@@ -240,7 +240,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
 
     def _target(self, name: str, revision: str) -> Repository:
-        """A repository to commit to, or to open a pull request at."""
+        """The repository of a commit or pull request."""
         is_pull_request = self.query.get("create_pr") == ["1"] or revision.startswith("refs/pr/")
         if self.user() is None:
             raise HubError(401, "Invalid username or password.")
@@ -298,7 +298,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(path: str, data: bytes) -> str:
-    """The hash that the client compares a file's with."""
+    """The hash that the client compares with that of a file."""
     if path.endswith(LFS_ENDINGS):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -29,7 +29,7 @@ hf_topk.cli.main()
 
 
 def repeats(done: Done, run: Run) -> Done:
-    """Run the command that a message names."""
+    """Run the command that an error message names."""
     command = shlex.split(done.err.rpartition("`hf-topk ")[2].partition("`")[0])
     return run(*command)
 
@@ -78,13 +78,13 @@ def test_a_conversion_whose_upload_fails_is_kept(run: Run, hub: Hub, here: Path)
     assert set(contents(here / "new")) < set(hub.files("me/x"))
 
 
-def test_a_passing_failure_is_got_over(run: Run, hub: Hub) -> None:
+def test_a_temporary_failure_is_retried(run: Run, hub: Hub) -> None:
     hub.faults.append(Fault("PUT", "/storage/", 503, times=1))
     assert run(*PUSH).code == 0
     assert "config.json" in hub.files("me/x")
 
 
-def test_an_interrupted_upload_says_how_to_go_on(run: Run) -> None:
+def test_an_interrupted_upload_names_the_command_to_repeat(run: Run) -> None:
     done = run(*PUSH, script=INTERRUPTED)
     assert done.code == 130
     assert done.err == (
@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         ("push", "out", "them/x"),
         lambda hub: hub.repositories.update({"them/x": Repository()}),
         TOKEN,
-        ("me may not write to them/x", "--create-pr", "me/x"),
+        ("the Hub answered 403", "--create-pr"),
     ),
     "another's private": (
         ("push", "out", "them/x"),
@@ -122,7 +122,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         TOKEN,
         ("cannot create a repository for them",),
     ),
-    "no pull request": ((*PUSH, "--create-pr"), lambda hub: None, TOKEN, ("there is no repository me/x",)),
+    "no pull request": ((*PUSH, "--create-pr"), lambda hub: None, TOKEN, ("cannot push to me/x", "answered 404")),
     "public": ((*PUSH, "--private"), is_there, TOKEN, ("me/x exists and is public", "settings", "--private")),
     "no revision": ((*PUSH, "--revision", "refs/pr/9"), is_there, TOKEN, ("the Hub answered 404", "check the names")),
     "both": ((*PUSH, "--revision", "a", "--create-pr"), lambda hub: None, TOKEN, ("leave out --revision",)),
@@ -140,13 +140,13 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
             or hub.repositories.update({"them/x": Repository()})
         ),
         TOKEN,
-        ("you may not write to them/x", "--create-pr", "a repository of your own"),
+        ("the Hub answered 403", "--create-pr"),
     ),
     "whoever's pull request": (
         ("push", "out", "them/x", "--create-pr"),
         lambda hub: hub.faults.append(Fault("GET", "/whoami", 404)),
         TOKEN,
-        ("there is no repository them/x that you can see",),
+        ("cannot push to them/x", "the Hub answered 404"),
     ),
     "no network": (
         PUSH,
@@ -162,8 +162,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], Callable[[Hub], object], str, tuple[st
         TOKEN,
         ("answered 403", "ask for access"),
     ),
-    "no folder": (("push", "gone", "me/x"), lambda hub: None, TOKEN, ("there is no folder gone",)),
-    "no model": (("push", ".", "me/x"), lambda hub: None, TOKEN, ("no config.json",)),
+    "no folder": (("push", "gone", "me/x"), lambda hub: None, TOKEN, ("there is no gone/config.json",)),
+    "no model": (("push", ".", "me/x"), lambda hub: None, TOKEN, ("there is no config.json",)),
     "dense": (("push", "model", "me/x"), lambda hub: None, TOKEN, ("model is a dense model ('llama')",)),
     "a conversion": (
         ("convert", "model", "new", "--recipe", "recipe.yaml", "--push-to-hub", "them/x"),
@@ -197,7 +197,7 @@ def test_refuses_at_once(case: str, run: Run, hub: Hub, here: Path) -> None:
     assert all(request.startswith("GET ") for request in hub.requests)
 
 
-def test_refuses_a_folder_that_is_not_whole(run: Run, hub: Hub, here: Path) -> None:
+def test_refuses_an_incomplete_folder(run: Run, hub: Hub, here: Path) -> None:
     max((here / "out").glob("*.safetensors")).unlink()
     done = run(*PUSH)
     assert done.code == 2

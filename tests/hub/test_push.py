@@ -1,4 +1,4 @@
-"""Uploads and downloads, by the real client in processes of their own, against a server that speaks the Hub's words."""
+"""Uploads and downloads, by the real client in another process, with a local server."""
 
 import dataclasses
 import json
@@ -97,7 +97,7 @@ def test_converts_pushes_and_loads_with_and_without_the_package(
 
 @pytest.fixture
 def sharded(hub: Hub, tmp_path: Path) -> Repository:
-    """A dense model of several shards on the Hub, with its weights once more in another program's names."""
+    """A dense model of several shards on the Hub, with a second copy of its weights for another program."""
     tiny_checkpoint(tmp_path / "sharded")
     (tmp_path / "sharded" / "model.safetensors").unlink()
     tiny_dense().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
@@ -109,7 +109,8 @@ def sharded(hub: Hub, tmp_path: Path) -> Repository:
     return hub.repositories["them/sharded"]
 
 
-def test_a_download_that_broke_off_is_taken_up(run: Run, hub: Hub, here: Path, sharded: Repository) -> None:
+@pytest.mark.slow
+def test_an_interrupted_download_is_resumed(run: Run, hub: Hub, here: Path, sharded: Repository) -> None:
     shards = sorted(name for name in sharded.at("main").files if name.startswith("model-"))
     assert len(shards) > 2
     command = ("convert", "them/sharded", "new", "--recipe", "recipe.yaml")
@@ -146,7 +147,7 @@ def test_pushes_a_folder(run: Run, hub: Hub, here: Path) -> None:
     }
 
 
-def test_pushes_nothing_that_does_not_belong(run: Run, hub: Hub, here: Path) -> None:
+def test_does_not_push_hidden_files_and_byte_code(run: Run, hub: Hub, here: Path) -> None:
     before = {*contents(here / "out"), ".gitattributes"}
     for name in (".env", ".cache/huggingface/x", "__pycache__/head.pyc", ".out.work/states", "samples/one.txt"):
         (here / "out" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +156,7 @@ def test_pushes_nothing_that_does_not_belong(run: Run, hub: Hub, here: Path) -> 
     assert set(hub.files("me/x")) == before | {"samples/one.txt"}
 
 
-def test_the_card_and_the_recipe_tell_no_path_of_this_machine(run: Run, hub: Hub, here: Path) -> None:
+def test_the_card_and_the_recipe_contain_no_local_path(run: Run, hub: Hub, here: Path) -> None:
     assert run(*PUSH).code == 0
     path = Recipe.from_yaml(here / "out" / "recipe.yaml").text
     assert Path(path).is_absolute()
@@ -188,7 +189,7 @@ def test_private_makes_a_private_repository(run: Run, hub: Hub) -> None:
     assert run(*PUSH, "--private").code == 0  # which is one that is there
 
 
-def test_a_revision_is_a_branch_of_its_own(run: Run, hub: Hub) -> None:
+def test_a_revision_is_pushed_to_its_branch(run: Run, hub: Hub) -> None:
     for _ in range(2):
         assert run(*PUSH, "--revision", "k/4").code == 0
     assert set(hub.files("me/x")) == {".gitattributes"}
@@ -208,8 +209,9 @@ def test_create_pr_leaves_main_as_it_is(run: Run, hub: Hub, here: Path) -> None:
     assert hub.repositories["them/x"].at("refs/pr/1").oid != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--private", "--revision", "small"), ("--create-pr",)])
-def test_a_conversion_is_pushed_where_it_is_told(options: tuple[str, ...], run: Run, hub: Hub, here: Path) -> None:
+def test_a_conversion_is_pushed_to_its_destination(options: tuple[str, ...], run: Run, hub: Hub, here: Path) -> None:
     is_new = "--private" in options
     name, revision = ("us/x", "small") if is_new else ("them/x", "refs/pr/1")
     if not is_new:
@@ -229,8 +231,8 @@ def test_pushes_to_an_organization(run: Run, hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
-def test_pushes_to_a_server_that_cannot_tell_beforehand(status: int, run: Run, hub: Hub) -> None:
-    """One that speaks no more than an upload needs: neither who asks, nor what is there, nor who may write."""
+def test_pushes_to_a_server_without_the_checks(status: int, run: Run, hub: Hub) -> None:
+    """A server without `whoami`, repository information and `auth-check`."""
     hub.faults += [Fault("GET", "/whoami", status), Fault("GET", "/auth-check", status)]
     for info in ((), (Fault("GET", "/api/models/me/x", 404),)):
         hub.faults += info
@@ -274,7 +276,7 @@ def test_a_model_without_a_card_is_pushed_with_its_tags(run: Run, hub: Hub, here
     assert ModelCard(hub.files("me/x")["README.md"].decode()).data.tags == ["hf-topk", "topk_experts"]
 
 
-def test_a_model_of_the_hub_keeps_the_card_that_is_there(run: Run, hub: Hub, here: Path) -> None:
+def test_a_model_from_the_hub_keeps_its_card(run: Run, hub: Hub, here: Path) -> None:
     assert run(*PUSH).code == 0
     edited = hub.files("me/x")["README.md"].replace(b"## Limits", b"## My own words")
     hub.files("me/x")["README.md"] = edited
@@ -286,7 +288,7 @@ def test_a_model_of_the_hub_keeps_the_card_that_is_there(run: Run, hub: Hub, her
         assert snippets_of(hub.files(name)["README.md"]) == {name}
 
 
-def test_a_model_of_a_branch_is_pushed_with_the_card_of_the_branch(run: Run, hub: Hub) -> None:
+def test_a_model_from_a_branch_is_pushed_with_the_card_of_the_branch(run: Run, hub: Hub) -> None:
     for revision in ("main", "k4"):
         assert run(*PUSH, "--revision", revision).code == 0
         files = hub.files("me/x", revision)

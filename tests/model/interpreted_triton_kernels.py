@@ -44,7 +44,7 @@ def test_gather_dot_sums_in_fp32() -> None:
     assert logits.tolist() == [[1024.0] * 3]
 
 
-def test_gather_dot_reads_tensors_where_they_lie() -> None:
+def test_gather_dot_reads_strided_tensors() -> None:
     hidden, weight = normal(0, 40, 3).t(), normal(1, 40, 9).t()
     rows = torch.tensor([8, 0, 8, 3]).expand(3, -1)
     torch.testing.assert_close(triton_kernels.gather_dot(hidden, weight, None, rows), (hidden @ weight.t())[:, rows[0]])
@@ -78,7 +78,7 @@ def test_packed_products(
     torch.testing.assert_close(products, kernels.packed_products(inputs, *codes, picked), rtol=1e-5, atol=1e-3)
 
 
-def test_products_read_inputs_where_they_lie() -> None:
+def test_products_read_strided_inputs() -> None:
     inputs, codes = normal(0, 24, 3).t()[:, 8:14], [whole(1, 0, 256, 4, 5, 1).to(torch.uint8) for _ in range(2)]
     picked = whole(1, 0, 4, 2, 3).t()
     expected = kernels.packed_products(inputs, *codes, picked)

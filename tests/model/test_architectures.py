@@ -45,7 +45,7 @@ def dense(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def converted(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """All experts picked, so that it is the dense model."""
+    """The converted model with all experts picked."""
     return tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
 
 
@@ -53,7 +53,7 @@ def converted(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
 def folders(
     dense: PreTrainedModel, converted: TopKExpertsForCausalLM, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """Where the dense and the converted model are saved."""
+    """The folders of the saved dense and converted model."""
     folder = tmp_path_factory.mktemp("saved")
     dense.save_pretrained(folder / "dense")
     converted.save_pretrained(folder / "converted")
@@ -89,7 +89,7 @@ def test_dense_mode_is_the_dense_model_bit_for_bit(dense: PreTrainedModel) -> No
 def test_loss_and_hidden_states_are_the_dense_model_s(
     dense: PreTrainedModel, converted: TopKExpertsForCausalLM
 ) -> None:
-    """With gradients on `auto` is dense, so that training is the dense model's too."""
+    """With gradients, head mode `auto` runs dense."""
     converted = copy.deepcopy(converted)
     converted.head_mode = "auto"
     ours, theirs = (model(input_ids=PROMPT, labels=PROMPT, output_hidden_states=True) for model in (converted, dense))
@@ -98,7 +98,7 @@ def test_loss_and_hidden_states_are_the_dense_model_s(
     assert all(one.equal(other) for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True))
 
 
-def test_generates_what_the_dense_model_does(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
+def test_generates_the_dense_model_s_tokens(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
     expected = continuations(dense)
     assert continuations(converted) == expected
     converted.head_mode = "dense"
@@ -144,15 +144,16 @@ def test_folder_loads_as_the_dense_model(folders: tuple[Path, Path], dense: PreT
     assert logits_of(loaded).equal(logits_of(dense))
 
 
-def test_answers_as_the_dense_class_does(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
-    """What attention and which cache it may be run with."""
+def test_class_attributes_are_the_dense_class_s(dense: PreTrainedModel, converted: TopKExpertsForCausalLM) -> None:
+    """Such as the supported attention implementations and caches."""
     for name in ("_supports_sdpa", "_supports_flash_attn", "_can_compile_fullgraph", "_is_stateful", "main_input_name"):
         assert getattr(converted, name) == getattr(dense, name)
     assert converted.base.config._attn_implementation == dense.config._attn_implementation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "is_drafted"), [("llama", True), ("mamba", False)])
-def test_the_check_of_each_type_sees_whether_drafts_are_made(
+def test_the_check_of_each_type_fails_without_drafting(
     model_type: str, is_drafted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = tiny_model(AutoModelForCausalLM, model_type)

@@ -1,4 +1,4 @@
-"""Generation beside a second model, up to a string, behind a window, and in continuous batches."""
+"""Assisted generation, stop strings, sliding windows and continuous batching."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ def dense() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def partner() -> PreTrainedModel:
-    """A smaller dense model with the same tokens."""
+    """A smaller dense model with the same vocabulary."""
     return tiny_dense(tied=False, num_hidden_layers=1)
 
 
 def convert(dense: PreTrainedModel, experts: int, **choices: Any) -> TopKExpertsForCausalLM:
-    """With all 6 experts picked it is the dense model, with one it is not."""
+    """A converted model; it is the dense model if all 6 experts are picked."""
     return tiny_converted(dense, **{"num_experts_per_tok": experts, "head_mode": "sparse", **choices})
 
 
@@ -37,7 +37,7 @@ def generate(model: Any, **choices: Any) -> Tensor:
 
 @pytest.mark.parametrize("experts", [1, 6])
 def test_target_of_an_assistant(experts: int, dense: PreTrainedModel, partner: PreTrainedModel) -> None:
-    """Greedily the tokens are the target's own, whatever the assistant drafts."""
+    """Greedy tokens are the target's own, for any draft tokens."""
     model = convert(dense, experts)
     assert generate(model, assistant_model=partner).equal(generate(model))
     if experts == 6:
@@ -71,7 +71,7 @@ def test_prompt_lookup_and_stop_strings(choices: dict[str, Any], dense: PreTrain
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_caches_with_windows(cache: str) -> None:
-    """A prompt and its continuation that the window of every other layer does not hold."""
+    """With a prompt and continuation longer than the sliding window."""
     windows = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
     dense = tiny_dense("gemma3_text", tied=False, **windows)
     expected = generate(dense, cache_implementation=cache)

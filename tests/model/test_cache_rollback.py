@@ -1,4 +1,4 @@
-"""Taking tokens out of a cache leaves it as one that never saw them, and what cannot be taken out is told."""
+"""A cropped cache equals one without the cropped tokens; other caches are recognised."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers import cache_utils as layers
 
-from hf_topk.model.cache_rollback import RollBack, why_not_rolled_back
+from hf_topk.model.cache_rollback import CroppableCache, why_not_croppable
 
 ROWS, HEADS, DIM = 2, 3, 4
 MAX_LENGTH, WINDOW = 32, 8
@@ -22,7 +22,7 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def cache_of(*kinds: str) -> DynamicCache | StaticCache:
-    """A cache whose layers are of these kinds."""
+    """A cache with layers of these kinds."""
     cache: Any = StaticCache.__new__(StaticCache) if "static" in kinds[0] else DynamicCache()
     layers.Cache.__init__(cache, layers=[KINDS[kind]() for kind in kinds])
     return cache
@@ -42,7 +42,7 @@ def feed(cache: Any, seed: int, tokens: int) -> list[Tensor]:
 
 
 def check_same(one: Any, other: Any) -> None:
-    """Check that caches hold the same, and go on alike."""
+    """Check that two caches are equal, now and after further tokens."""
     for ours, theirs in zip(one.layers, other.layers, strict=True):
         assert int(ours.get_seq_length()) == int(theirs.get_seq_length())
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
@@ -55,44 +55,44 @@ def check_same(one: Any, other: Any) -> None:
 
 
 def doubled(some: list[Any]) -> list[Any]:
-    """Each layer twice: its keys and its values."""
+    """A key and a value state per layer."""
     return [one for one in some for _ in range(2)]
 
 
 # Short of the window all along; filling it up within the block, at its start and at its end; full from the start.
 @pytest.mark.parametrize("prompt", [1, 4, 6, 7, 8, 13])
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), ("dynamic window", "dynamic")], ids=" and ".join)
-def test_the_drafts_are_as_if_never_seen(kinds: tuple[str, ...], prompt: int) -> None:
+def test_a_cropped_cache_equals_one_without_the_cropped_tokens(kinds: tuple[str, ...], prompt: int) -> None:
     for steps in range(1, 6):
-        for taken_back in range(steps):
+        for cropped in range(steps):
             cache, plain = cache_of(*kinds), cache_of(*kinds)
             feed(cache, 0, prompt)
             feed(plain, 0, prompt)
-            watched, length = RollBack(cache), prompt
+            croppable, length = CroppableCache(cache), prompt
             for block in (1, 2):  # the second one must not undo what the first one did
-                watched.start_block()
+                croppable.start_block()
                 for step in range(steps):
-                    watched.before_step()
+                    croppable.before_step()
                     feed(cache, 100 * block + step, 1)
-                    if step < steps - taken_back:
+                    if step < steps - cropped:
                         feed(plain, 100 * block + step, 1)
-                watched.back(taken_back)
-                length += steps - taken_back
-                assert watched.length() == length
+                croppable.crop(cropped)
+                length += steps - cropped
+                assert croppable.length() == length
             check_same(cache, plain)
 
 
-def test_layers_that_a_block_does_not_go_to_stay_as_they_are() -> None:
+def test_layers_that_a_block_is_not_written_to_are_not_cropped() -> None:
     cache = cache_of("dynamic", "dynamic")
     feed(cache, 0, 5)
     image = cache.layers[1].keys
-    watched = RollBack(cache)
-    watched.start_block()
+    croppable = CroppableCache(cache)
+    croppable.start_block()
     for step in range(3):
-        watched.before_step()
+        croppable.before_step()
         cache.update(states(step, 1), states(step, 1), 0)
-    watched.back(2)
-    assert watched.length() == cache.layers[0].get_seq_length() == 6
+    croppable.crop(2)
+    assert croppable.length() == cache.layers[0].get_seq_length() == 6
     assert cache.layers[1].keys.equal(image)
 
 
@@ -100,23 +100,23 @@ def test_layers_that_a_block_does_not_go_to_stay_as_they_are() -> None:
 def test_room_is_what_a_static_layer_has_left(kind: str, room: int | None) -> None:
     cache = cache_of(kind)
     feed(cache, 0, 5)
-    found = RollBack(cache).room()
+    found = CroppableCache(cache).room()
     assert found == room if room else found > 1 << 30
 
 
-def test_knows_the_cache_it_watches() -> None:
+def test_recognises_the_wrapped_cache() -> None:
     cache, other = cache_of("dynamic"), cache_of("dynamic")
     feed(cache, 0, 5)
-    assert RollBack(cache).watches(cache)
-    assert not RollBack(cache).watches(other)
+    assert CroppableCache(cache).wraps(cache)
+    assert not CroppableCache(cache).wraps(other)
 
 
 class OtherLayer(layers.DynamicLayer):
-    """Keeps what nobody knows."""
+    """A subclass, whose states are unknown."""
 
 
 class OtherCache(DynamicCache):
-    """Keeps what nobody knows."""
+    """A subclass, whose states are unknown."""
 
 
 def with_prompt(cache: Any) -> Any:
@@ -151,20 +151,20 @@ def with_quantised_layer() -> Any:
 REASONS: dict[str, tuple[Callable[[], Any], str | None]] = {
     "none": (lambda: None, "there is no KV cache"),
     "empty": (lambda: cache_of("dynamic"), "there is no KV cache"),
-    "offloaded": (offloaded, "its DynamicCache cannot be rolled back"),
-    "of a class derived": (of_other_class, "its OtherCache cannot be rolled back"),
+    "offloaded": (offloaded, "its DynamicCache cannot be cropped"),
+    "of a class derived": (of_other_class, "its OtherCache cannot be cropped"),
     "encoder-decoder": (
         lambda: EncoderDecoderCache(with_prompt(cache_of("dynamic")), with_prompt(cache_of("dynamic"))),
-        "its EncoderDecoderCache cannot be rolled back",
+        "its EncoderDecoderCache cannot be cropped",
     ),
-    "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be rolled back"),
-    "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be rolled back"),
+    "a layer derived": (with_other_layer, "a OtherLayer in its cache cannot be cropped"),
+    "quantised": (with_quantised_layer, "a QuantoQuantizedLayer in its cache cannot be cropped"),
     "dynamic": (lambda: with_prompt(cache_of("dynamic", "dynamic window")), None),
     "static": (lambda: with_prompt(cache_of("static", "static window")), None),
 }
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_says_why_not(name: str) -> None:
+def test_reasons_against_cropping(name: str) -> None:
     make, reason = REASONS[name]
-    assert why_not_rolled_back(make()) == reason
+    assert why_not_croppable(make()) == reason

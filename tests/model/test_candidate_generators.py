@@ -1,4 +1,4 @@
-"""What Transformers looks at before it drafts for a target: the name of its class, its head, and its checkpoint."""
+"""Candidate generators that Transformers chooses by the class, head and checkpoint of the target."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ CHOICES = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_
 
 
 def converted(dense: PreTrainedModel, experts: int = 6) -> TopKExpertsForCausalLM:
-    """With all 6 experts picked it is the dense model, with one it is not."""
+    """A converted model; it is the dense model if all 6 experts are picked."""
     return tiny_converted(dense, num_experts_per_tok=experts, head_mode="sparse")
 
 
@@ -39,7 +39,7 @@ def generate(model: Any, **choices: Any) -> Tensor:
 
 
 def check_target(dense: PreTrainedModel, **assisted: Any) -> None:
-    """Greedily, assisted decoding gives the target's own tokens; sampling, those of the dense model's drafts."""
+    """Check that greedy tokens are the target's own, and sampled ones those of the dense model with the same drafts."""
     expected = generate(dense)
     assert generate(dense, **assisted).equal(expected)
     assert generate(converted(dense), **assisted).equal(expected)
@@ -50,13 +50,13 @@ def check_target(dense: PreTrainedModel, **assisted: Any) -> None:
     assert generate(few, **assisted, lossless=True).equal(expected)
 
 
-def test_drafting_with_the_first_layers() -> None:
+def test_early_exit_drafting() -> None:
     dense = tiny_dense(tied=False)
     check_target(dense, assistant_early_exit=1)
     assert dense.config.num_hidden_layers == 2
 
 
-def test_a_block_at_once_through_the_target_s_head() -> None:
+def test_block_drafting_with_the_target_s_head() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.for_model(
         "muse_glimmer_assistant",
@@ -73,8 +73,8 @@ def test_a_block_at_once_through_the_target_s_head() -> None:
     check_target(tiny_dense(tied=False), assistant_model=assistant, speculation_type="dflash")
 
 
-class Gemma4AssistantStandIn(nn.Module):
-    """In the place of a Gemma 4 assistant, which Transformers 5.23 cannot build: drafts by the target's last state."""
+class Gemma4AssistantDrafter(nn.Module):
+    """Replaces a Gemma 4 assistant, which Transformers 5.23 cannot build; drafts from the target's hidden state."""
 
     device = torch.device("cpu")
 
@@ -93,7 +93,7 @@ class Gemma4AssistantStandIn(nn.Module):
 
 def test_assistant_for_classes_of_gemma_4_alone() -> None:
     dense = tiny_model(AutoModelForImageTextToText, "gemma4")
-    assistant = Gemma4AssistantStandIn(dense)
+    assistant = Gemma4AssistantDrafter(dense)
     expected = generate(dense)
     for experts, choices in ((6, {}), (1, {"lossless": True})):
         before = assistant.drafts
@@ -103,7 +103,7 @@ def test_assistant_for_classes_of_gemma_4_alone() -> None:
 
 @pytest.fixture(scope="module")
 def with_further_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense checkpoint with weights of a layer that predicts the token after the next one."""
+    """Save a dense checkpoint with a multi-token prediction layer."""
     folder = tmp_path_factory.mktemp("mtp") / "dense"
     dense = tiny_model(AutoModelForCausalLM, "glm4_moe")
     dense.save_pretrained(folder)
@@ -120,7 +120,7 @@ def with_further_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_saved(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of all experts is one for each of them on disk, and two where it is of two layers."""
+    """The tensors as on disk, where experts and layers are separate tensors."""
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: tensor}
     before, _, kind = name.rpartition(".")
@@ -132,8 +132,10 @@ def as_saved(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def test_layers_for_further_tokens(with_further_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the dense checkpoint, which come along into the folder of the converted one."""
+def test_multi_token_prediction_layers(
+    with_further_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the dense checkpoint, copied to the folder of the converted model."""
     monkeypatch.setattr(Glm4MoePreTrainedModel, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*"])
     dense = AutoModelForCausalLM.from_pretrained(with_further_layers)
     check_target(dense, use_mtp=True)
@@ -147,6 +149,6 @@ def test_layers_for_further_tokens(with_further_layers: Path, tmp_path: Path, mo
     assert model.state_dict().keys() == names
 
 
-def test_a_model_without_such_layers_says_so() -> None:
+def test_a_model_without_prediction_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="num_mtp_layers"):
         generate(converted(tiny_dense(tied=False)), use_mtp=True)

@@ -1,4 +1,4 @@
-"""Compiled decoding: no graph break, no recompilation once it is warm, and the tokens of eager mode."""
+"""Compiled decoding: no graph break, no recompilation after warm-up, and the tokens of eager mode."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def converted(model_type: str = "llama", **choices: object) -> TopKExpertsForCausalLM:
-    """One that screens, with a packed router, as conversion makes them."""
+    """A converted model with a screen and a packed router."""
     chosen = {"num_rescored": 5, "router_packed": True, "sparse_max_positions": 2, **choices}
     return tiny_converted(tiny_dense(model_type), **chosen)
 
@@ -35,7 +35,7 @@ def generate(model: TopKExpertsForCausalLM, **choices: object) -> torch.Tensor:
 
 
 def compiled_choices() -> dict[str, object]:
-    """As Transformers compiles by itself on a GPU, but with a backend that takes no time."""
+    """The choices with which `generate` compiles, with a fast backend."""
     config = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     config._compile_all_devices = True
     return {"cache_implementation": "static", "compile_config": config, "disable_compile": False}
@@ -77,7 +77,7 @@ def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eage
     assert not counters["graph_break"]
 
 
-def test_a_model_compiled_as_a_whole_generates_the_tokens_of_eager_mode() -> None:
+def test_a_compiled_model_generates_the_tokens_of_eager_mode() -> None:
     model = converted()
     expected, dense = generate(model), model.base.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")

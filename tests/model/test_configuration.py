@@ -1,4 +1,4 @@
-"""What a converted model's configuration holds, refuses, and leaves on disk."""
+"""The configuration of a converted model: its entries, refused values, and its file."""
 
 import json
 from dataclasses import fields
@@ -82,7 +82,7 @@ def test_dense_configuration_as_a_dictionary() -> None:
         ({"expert_size": 1.5}, "expert_size"),
     ],
 )
-def test_refuses_what_is_out_of_range(choices: dict, cause: str) -> None:
+def test_refuses_values_out_of_range(choices: dict, cause: str) -> None:
     with pytest.raises((ValueError, StrictDataclassError), match=cause):
         TopKExpertsConfig(**choices)
 
@@ -102,13 +102,13 @@ def test_takes_the_ends_of_ranges(choices: dict) -> None:
 
 
 def test_no_field_is_a_sampling_parameter() -> None:
-    """Transformers moves such fields into the generation configuration."""
+    """Transformers would move such an entry to the generation config."""
     own = {field.name for field in fields(TopKExpertsConfig)} - {field.name for field in fields(LlamaConfig)}
     assert own >= CHOICES.keys()
     assert not own & GenerationConfig().to_dict().keys()
 
 
-def test_generation_configuration_stays_the_dense_model_s(tmp_path: Path) -> None:
+def test_the_generation_config_is_the_dense_model_s(tmp_path: Path) -> None:
     dense = tiny_dense()
     dense.generation_config.update(max_new_tokens=7, temperature=0.5, do_sample=True)
     converted = tiny_converted(dense)
@@ -153,7 +153,7 @@ SETTINGS: dict[str, dict] = {
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A dense model, and what it was converted to, with all experts picked."""
+    """The folders of a dense model and of its converted model, with all experts picked."""
     folder = tmp_path_factory.mktemp(request.param)
     dense = tiny_dense(request.param)
     dense.save_pretrained(folder / "dense")
@@ -200,7 +200,7 @@ def test_settings_of_the_dense_model_reach_it_later(setting: dict, saved: dict[s
     assert outputs(converted).keys() == before
 
 
-def test_settings_of_neither_are_refused(saved: dict[str, Path]) -> None:
+def test_unknown_settings_are_refused(saved: dict[str, Path]) -> None:
     with pytest.raises(TypeError, match="no_such_setting"):
         AutoModelForCausalLM.from_pretrained(saved["converted"], no_such_setting=1)
     config, unused = AutoConfig.from_pretrained(
@@ -210,7 +210,7 @@ def test_settings_of_neither_are_refused(saved: dict[str, Path]) -> None:
     assert config.dense_config.use_cache is False
 
 
-def test_a_size_is_the_same_in_both_configurations(saved: dict[str, Path]) -> None:
+def test_sizes_are_equal_in_both_configurations(saved: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(saved["converted"], max_position_embeddings=64)
     assert config.max_position_embeddings == config.dense_config.max_position_embeddings == 64
     config.max_position_embeddings = 32

@@ -1,4 +1,4 @@
-"""Head mode "auto" runs sparse where that is the faster way, whatever the clock shows."""
+"""Head mode "auto" runs sparse where that is measured to be faster; the tests set the measured times."""
 
 import copy
 
@@ -14,14 +14,14 @@ from hf_topk.model import crossover
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> TopKExpertsHead:
-    """In mode "auto", of which nothing was measured yet."""
+    """A head in mode "auto", without measurements."""
     monkeypatch.setattr(crossover, "_measured", {})
     return copy.deepcopy(make_head(head_mode="auto", sparse_max_positions=None))
 
 
 @pytest.mark.parametrize(("sparse", "is_sparse"), [(0.01, True), (0.9, True), (0.97, False), (2.0, False)])
 @torch.no_grad()
-def test_sparse_where_it_gains_more_than_noise(
+def test_sparse_is_chosen_if_it_gains_more_than_noise(
     head: TopKExpertsHead, sparse: float, is_sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crossover, "SECONDS", 1e9)
@@ -50,7 +50,7 @@ def test_sparse_where_it_gains_more_than_noise(
 
 
 @torch.no_grad()
-def test_what_is_measured_is_of_one_setting(head: TopKExpertsHead) -> None:
+def test_a_measurement_is_of_one_setting(head: TopKExpertsHead) -> None:
     head.runs_sparse(1)
     head.runs_sparse(1, head.score)
     head.num_experts_per_tok = 3
@@ -59,7 +59,7 @@ def test_what_is_measured_is_of_one_setting(head: TopKExpertsHead) -> None:
 
 
 @torch.no_grad()
-def test_a_number_that_was_set_is_not_measured(head: TopKExpertsHead) -> None:
+def test_a_set_crossover_is_not_measured(head: TopKExpertsHead) -> None:
     head.sparse_max_positions = 3
     assert [head.runs_sparse(positions) for positions in (1, 3, 4)] == [True, True, False]
     assert not crossover._measured
@@ -73,13 +73,13 @@ def test_nothing_is_measured_while_code_is_compiled(head: TopKExpertsHead, monke
 
 
 @torch.no_grad()
-def test_measuring_leaves_random_numbers_alone(head: TopKExpertsHead) -> None:
+def test_measuring_does_not_change_the_random_state(head: TopKExpertsHead) -> None:
     state = torch.get_rng_state()
     head.runs_sparse(2)
     assert torch.get_rng_state().equal(state)
 
 
-def test_lossless_decoding_drafts_only_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lossless_decoding_drafts_only_where_sparse_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompt = tiny_converted(), torch.tensor([[5, 17, 42]])
     model.sparse_max_positions = None
 
@@ -95,7 +95,7 @@ def test_lossless_decoding_drafts_only_where_that_pays(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("chosen", [None, 3])
-def test_conversion_leaves_it_open_unless_it_is_chosen(chosen: int | None) -> None:
+def test_conversion_leaves_the_crossover_to_be_measured_unless_it_is_set(chosen: int | None) -> None:
     recipe = Recipe(**{**QUICK, "sparse_max_positions": chosen})
     model = convert(tiny_dense(), None, recipe, windows=some_windows()).model
     assert model.config.sparse_max_positions == model.head.sparse_max_positions == chosen

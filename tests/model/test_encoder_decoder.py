@@ -1,4 +1,4 @@
-"""Converted models that read one thing and write another: they write what the dense model does."""
+"""Converted encoder-decoders: their output is the dense model's."""
 
 import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' routers are unsure throughout: let them draft nevertheless."""
+    """Draft everywhere, as the routers of tiny models are always unsure."""
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
@@ -71,8 +71,8 @@ def test_saved_and_loaded_it_is_the_dense_model_with_all_experts(
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_writes_as_the_dense_model_does(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], way: str) -> None:
-    """With all experts of itself, and with half of them lossless, while the encoder reads once."""
+def test_output_is_the_dense_model_s(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], way: str) -> None:
+    """With all experts, and lossless with half of them; the encoder runs once."""
     dense, inputs = dense_and_inputs
     if way == "static cache" and not dense._can_compile_fullgraph:
         pytest.skip(f"{type(dense).__name__} has no static cache")
@@ -106,7 +106,7 @@ def test_the_likeliest_token_is_the_same_without_logits_of_all(
     assert [row[-NEW_TOKENS:] for row in written(model, inputs)] == whole["sequences"][:, -NEW_TOKENS:].tolist()
 
 
-def test_a_bias_after_the_head_counts_where_tokens_are_compared() -> None:
+def test_a_bias_added_after_the_head_is_part_of_token_comparisons() -> None:
     dense, inputs = tiny_model("marian")
     model = tiny_converted(dense, num_experts_per_tok=2, head_mode="sparse", num_rescored=16)
     sparse, expected = logits_of(model, inputs), logits_of(dense, inputs)
@@ -119,7 +119,7 @@ def test_a_bias_after_the_head_counts_where_tokens_are_compared() -> None:
     assert copy.deepcopy(model).head.later_bias is not model.head.later_bias
 
 
-def test_resized_it_has_a_bias_for_each_token() -> None:
+def test_a_resized_model_has_a_bias_for_each_token() -> None:
     dense, inputs = tiny_model("marian")
     model = tiny_converted(dense, head_mode="sparse")
     model.resize_token_embeddings(110)

@@ -1,4 +1,4 @@
-"""`torch.export` with static shapes: what was exported runs as the model does, without this package's code."""
+"""`torch.export` with static shapes: the exported program gives the model's logits, without this package."""
 
 import io
 from typing import Any
@@ -30,7 +30,7 @@ def convert(model_type: str = "llama", **choices: Any) -> TopKExpertsForCausalLM
 
 
 def written_and_read(program: torch.export.ExportedProgram) -> Any:
-    """The exported program as a machine gets it that has nothing but torch."""
+    """The exported program, saved and loaded."""
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -47,7 +47,7 @@ def written_and_read(program: torch.export.ExportedProgram) -> Any:
         ("dense", 5, "exact", 5),
     ],
 )
-def test_a_call_without_a_cache(mode: str, num_rescored: int, combine: str, length: int) -> None:
+def test_forward_pass_without_a_cache(mode: str, num_rescored: int, combine: str, length: int) -> None:
     model = convert(num_rescored=num_rescored, combine=combine, head_mode=mode)
     example = {"input_ids": IDS[:, :length], "attention_mask": torch.ones(1, length, dtype=torch.long)}
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_a_call_without_a_cache(mode: str, num_rescored: int, combine: str, leng
             torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits, **ROUNDED)
 
 
-def test_auto_is_what_it_is_for_the_exported_shape() -> None:
+def test_exported_auto_is_decided_by_the_exported_shape() -> None:
     model = convert(head_mode="auto", sparse_max_positions=1)
     found = {}
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_decoding_with_a_static_cache(model_type: str, mode: str) -> None:
     assert tokens == expected[0].tolist()
 
 
-def test_reading_a_prompt_into_a_static_cache() -> None:
+def test_prefill_of_a_static_cache() -> None:
     model = convert()
     model.generation_config.cache_implementation = "static"
     exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16)

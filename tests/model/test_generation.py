@@ -1,4 +1,4 @@
-"""Every way to generate: with all experts the dense model's own tokens, with a few experts finite scores."""
+"""The decoding strategies of `generate`: with all experts the dense model's tokens, with few experts finite scores."""
 
 import threading
 from typing import Any
@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 class RecordingStreamer(BaseStreamer):
-    """Keeps what `generate` hands over."""
+    """Records the tokens that `generate` streams."""
 
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -60,19 +60,19 @@ def convert(dense: PreTrainedModel, **choices: Any) -> TopKExpertsForCausalLM:
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def dense(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Untied, for tied tiny models repeat the last token for ever."""
+    """Untied, as tied tiny models repeat the last token."""
     return tiny_dense(request.param, tied=False)
 
 
 @pytest.fixture(scope="module")
 def whole(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """All experts picked."""
+    """A converted model with all experts picked."""
     return convert(dense, num_experts_per_tok=6)
 
 
 @pytest.fixture(scope="module")
 def small(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """One expert of six picked."""
+    """A converted model with one expert of six picked."""
     return convert(dense, num_experts_per_tok=1)
 
 
@@ -134,7 +134,7 @@ def test_few_experts_score_every_token_finite(way: str, small: TopKExpertsForCau
 
 @pytest.mark.parametrize("way", ["greedy", "beams", "static cache"])
 def test_left_padding_changes_nothing(way: str, either: TopKExpertsForCausalLM) -> None:
-    """Each row of a batch goes on as it does alone."""
+    """Each row of a padded batch has the tokens that it has alone."""
     choices = {**WAYS[way], "num_return_sequences": 1}
     prompts = [[5, 17, 42, 8, 23], [3, 64], [77]]
     alone = [generate(either, torch.tensor([prompt]), **choices)[0, len(prompt) :].tolist() for prompt in prompts]
@@ -143,7 +143,7 @@ def test_left_padding_changes_nothing(way: str, either: TopKExpertsForCausalLM) 
     assert generate(either, padded, attention_mask=mask, **choices)[:, 5:].tolist() == alone
 
 
-def test_embeddings_stand_for_a_prompt(dense: PreTrainedModel, whole: TopKExpertsForCausalLM) -> None:
+def test_a_prompt_can_be_given_as_embeddings(dense: PreTrainedModel, whole: TopKExpertsForCausalLM) -> None:
     theirs, ours = (
         model.generate(inputs_embeds=model.get_input_embeddings()(PROMPT), pad_token_id=1, do_sample=False, **NO_END)
         for model in (dense, whole)
@@ -200,7 +200,7 @@ def test_logits_processor_sees_every_token(small: TopKExpertsForCausalLM) -> Non
 
 
 def test_auto_is_sparse_for_one_row_and_dense_for_two(dense: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
-    """Of a prompt `generate` asks for the last position alone."""
+    """In prefill `generate` computes logits of the last position only."""
     model = convert(dense, num_experts_per_tok=1, head_mode="auto", sparse_max_positions=1)
     assert generate(model, PROMPT[:1], do_sample=False).equal(generate(small, PROMPT[:1], do_sample=False))
     assert generate(model, do_sample=False).equal(generate(dense, do_sample=False))  # two rows are dense

@@ -1,4 +1,4 @@
-"""The head's laws: what all experts give, what scored tokens get, what the tail gets, and what is read."""
+"""The head: logits with all experts, of scored tokens and of the tail, and bytes read."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from hf_topk.model.token_chooser import Candidates, likeliest
 
 
 def exact_mass(head: TopKExpertsHead, logits: Tensor, experts: list[int]) -> Tensor:
-    """Log-sum-exp of one position's logits over the experts, each of their tokens once."""
+    """Log-sum-exp of a position's logits over the tokens of some experts."""
     return logits.double()[torch.cat([unique_ids(head, expert) for expert in experts])].logsumexp(-1)
 
 
@@ -138,7 +138,7 @@ def test_combiner_shifts_and_gates() -> None:
 
 @pytest.mark.parametrize("combine", COMBINES)
 def test_positions_do_not_depend_on_one_another(combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they are batched, shaped, or worked off in turns."""
+    """For any batching, shape and chunking."""
     sparse, hidden = make_head(combine=combine), make_hidden(0, 12)
     together = sparse(hidden)
     one_by_one = torch.cat([sparse(one) for one in hidden.split(1)])
@@ -163,7 +163,7 @@ def test_runs_under_autocast(combine: str) -> None:
 
 
 @torch.no_grad()
-def test_auto_is_sparse_up_to_its_most_positions() -> None:
+def test_auto_is_sparse_up_to_sparse_max_positions() -> None:
     head = make_head(head_mode="auto", sparse_max_positions=4)
     hidden = make_hidden(0, 5)
     assert head(hidden).equal(dense_logits(head, hidden))
@@ -182,7 +182,7 @@ def test_auto_is_dense_while_gradients_are_on() -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 40])
-def test_dense_and_sparse_hold_whatever_the_positions(positions: int) -> None:
+def test_dense_and_sparse_do_not_depend_on_the_number_of_positions(positions: int) -> None:
     head, hidden = make_head(head_mode="dense"), make_hidden(0, positions)
     with torch.no_grad():
         assert head(hidden).equal(dense_logits(head, hidden))
@@ -204,7 +204,7 @@ BASIS = 6 * 32 + 4 * (6 + 6)
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_bytes_read(router_packed: bool, router_bytes: int, bias: bool) -> None:
-    """The screen's rows are not read where all tokens of the picked experts are scored."""
+    """Rows of the screen are not read if all tokens of the picked experts are rescored."""
     head = make_head(bias=bias, router_packed=router_packed)
     row, prior, screen = 4 * (32 + bias), 4 * 6 * 16, 6 * 16 * (2 + 4)
     assert head.bytes_read() == (8 + 2 * 16) * row + router_bytes + BASIS + prior
@@ -215,7 +215,7 @@ def test_bytes_read(router_packed: bool, router_bytes: int, bias: bool) -> None:
 
 
 def test_bytes_read_in_half_the_bytes() -> None:
-    """As it is stored, whatever it computes in."""
+    """Bytes are those of the stored dtype."""
     head = make_head(router_packed=True)
     whole = head.bytes_read(), head.dense_bytes()
     integers = 2 * 6 * 32 + 6 * 2
@@ -245,7 +245,7 @@ def resized(head: TopKExpertsHead, vocab_size: int) -> nn.Linear:
     positions=st.sampled_from([1, 4]),
     seed=seeds,
 )
-def test_taking_over_a_resized_head(
+def test_take_over_of_a_resized_head(
     sizes: dict[str, int], bias: bool, vocab_size: int, positions: int, seed: int
 ) -> None:
     head, hidden = copy.deepcopy(make_head(bias=bias, **sizes)), make_hidden(seed, positions)
@@ -266,13 +266,13 @@ def test_taking_over_a_resized_head(
 
 
 def screen_of_tokens(head: TopKExpertsHead, hidden: Tensor) -> dict[int, list[float]]:
-    """What the screen has for each routed token at each position, before it is normalised."""
+    """The screen's logits of all routed tokens, not normalised."""
     screened = head.tail.screen(hidden, torch.arange(head.num_experts).expand(len(hidden), -1)).flatten(1)
     return dict(zip(head.expert_ids.flatten().tolist(), screened.t().tolist(), strict=True))
 
 
 @pytest.mark.parametrize("vocab_size", [70, 99])
-def test_shrinking_keeps_the_tail_of_the_tokens_left(vocab_size: int) -> None:
+def test_shrinking_keeps_the_tail_of_the_remaining_tokens(vocab_size: int) -> None:
     head, hidden = make_head(), make_hidden(0, 3)
     before, screened = head(hidden)[:, :vocab_size].log_softmax(-1), screen_of_tokens(head, hidden)
     picked, scored = picked_experts(head, hidden), scored_mask(head, hidden)[:, :vocab_size]
@@ -308,7 +308,7 @@ def test_the_likeliest_token_is_that_of_the_sparse_logits(
     assert likeliest(head, head.score(hidden)).equal(head.sparse_logits(hidden).argmax(-1))
 
 
-def test_estimates_are_looked_at_only_where_they_could_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tail_is_computed_only_where_it_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden = copy.deepcopy(make_head()), make_hidden(0, 1)
     runs: list[int] = []
     best = Candidates.best
@@ -323,7 +323,7 @@ def test_estimates_are_looked_at_only_where_they_could_win(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_drafts_know_how_much_lies_outside_of_what_was_scored(combine: str) -> None:
+def test_share_outside_is_the_probability_of_unscored_tokens(combine: str) -> None:
     head, hidden = make_head(combine=combine), make_hidden(0, 20) * 0.3
     logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
     for row, state, share_outside in zip(logits, hidden, outside, strict=True):

@@ -1,4 +1,4 @@
-"""Models that look at images: converted as a whole, they write what the dense model does."""
+"""Vision-language models: their output is the dense model's."""
 
 import re
 from pathlib import Path
@@ -15,14 +15,16 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     CLIPImageProcessorPil,
+    Florence2Config,
     LlavaProcessor,
     PreTrainedModel,
     pipeline,
 )
 
-from hf_topk import TopKExpertsForCausalLM
+from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.model import drafting
+from hf_topk.model.dense_model import dense_class_of
 from hf_topk.model.hub_card import named
 
 NEW_TOKENS = 24
@@ -38,7 +40,7 @@ def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[lis
 
 
 @torch.no_grad()
-def test_writes_about_an_image_as_the_dense_model_does(
+def test_text_about_an_image_is_the_dense_model_s(
     dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
@@ -60,14 +62,14 @@ def test_writes_about_an_image_as_the_dense_model_does(
     assert again(**inputs).logits.equal(expected)
 
 
-def test_the_image_is_looked_at(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]]) -> None:
+def test_the_output_depends_on_the_image(dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]]) -> None:
     dense, inputs = dense_and_inputs
     model = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
     other = {**inputs, "pixel_values": -inputs["pixel_values"]}
     assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-2)
 
 
-def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_names_the_auto_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, _ = tiny_llava()
     tiny_checkpoint(tmp_path / "model", dense)
     recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), num_experts_per_tok=2, **QUICK)
@@ -85,7 +87,7 @@ def test_the_card_says_what_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_pipelines(tmp_path: Path) -> None:
-    """Transformers has a list of classes for each, and an Auto class to load them with."""
+    """Pipelines load a model with their own Auto class."""
     image = pytest.importorskip("PIL.Image").new("RGB", (8, 8), (200, 10, 30))
     dense, _ = tiny_llava()
     tokenizer = tiny_tokenizer()
@@ -111,3 +113,9 @@ def test_pipelines(tmp_path: Path) -> None:
         for model in (dense, converted, str(tmp_path))
     ]
     assert plain[0] == plain[1] == plain[2]
+
+
+def test_encoder_decoders_that_read_images_are_refused() -> None:
+    config = Florence2Config(architectures=["Florence2ForConditionalGeneration"])
+    with pytest.raises(InputError, match="no causal language model for model type 'florence2'"):
+        dense_class_of(config)

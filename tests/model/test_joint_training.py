@@ -1,4 +1,4 @@
-"""Router and combiner learn with the model: what is added to the loss, what it trains, and what is left behind."""
+"""Joint training: the terms added to the loss, the trained parameters, and the model afterwards."""
 
 import copy
 import logging
@@ -54,7 +54,7 @@ def test_masses_are_those_of_the_dense_head(sizes: dict[str, int], bias: bool, m
     assert dense_masses(head, hidden[:0]).shape == (0, head.num_experts + bool(head.num_always_on))
 
 
-def test_nothing_is_trained_but_the_dense_model_unless_asked_for(tmp_path: Path) -> None:
+def test_only_the_dense_model_is_trained_by_default(tmp_path: Path) -> None:
     model = converted(combine="learned")
     model.save_pretrained(tmp_path)
     for one in (model, AutoModelForCausalLM.from_pretrained(tmp_path).train()):
@@ -62,7 +62,7 @@ def test_nothing_is_trained_but_the_dense_model_unless_asked_for(tmp_path: Path)
         assert trained == {name for name, _ in tiny_dense().named_parameters()}
 
 
-def test_distillation_comes_on_top_of_the_loss() -> None:
+def test_the_distillation_term_is_added_to_the_loss() -> None:
     model = converted()
     plain, hidden = loss_of(model), hidden_of(model)
     target, scores = masses_one_by_one(model.head, hidden), model.head.router(hidden).double()
@@ -74,7 +74,7 @@ def test_distillation_comes_on_top_of_the_loss() -> None:
     assert loss_of(model).equal(plain)
 
 
-def test_terms_train_router_and_combiner_alone() -> None:
+def test_terms_train_only_router_and_combiner() -> None:
     model = converted(combine="learned")
     loss_of(model).backward()
     plain = {name: parameter.grad for name, parameter in model.base.named_parameters() if parameter.grad is not None}
@@ -91,8 +91,8 @@ def test_terms_train_router_and_combiner_alone() -> None:
 
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 4])
-def test_combiner_learns_what_makes_the_sparse_logits_right(num_experts_per_tok: int) -> None:
-    """Its gradient is that of the KL divergence of all sparse from all dense logits, less the offs of the level."""
+def test_the_combiner_s_gradient_is_that_of_the_kl_divergence(num_experts_per_tok: int) -> None:
+    """Of the sparse logits from the dense logits, with the term of the level."""
     model = converted(combine="learned", num_experts_per_tok=num_experts_per_tok, num_always_on=4)  # none is short
     hidden, parameters = hidden_of(model), list(model.head.combiner.parameters())
     for number, parameter in enumerate(parameters):
@@ -108,7 +108,7 @@ def test_combiner_learns_what_makes_the_sparse_logits_right(num_experts_per_tok:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_balance_is_one_where_all_experts_are_alike_and_more_where_one_is_preferred() -> None:
+def test_balance_is_one_for_equal_experts_and_more_otherwise() -> None:
     model = converted()
     for parameter in model.head.router.parameters():
         torch.nn.init.zeros_(parameter)
@@ -122,8 +122,8 @@ def test_balance_is_one_where_all_experts_are_alike_and_more_where_one_is_prefer
     assert model.head.num_experts_per_tok == 2
 
 
-def test_batches_that_are_put_together_weigh_as_one() -> None:
-    """As trainers accumulate gradients: every part is given how many items there are in all."""
+def test_accumulated_batches_have_the_loss_of_one_batch() -> None:
+    """With `num_items_in_batch` of all parts, as trainers accumulate gradients."""
     model, count = converted(), (LABELS[:, 1:] != -100).sum()
     with model.joint_training():
         whole = loss_of(model)
@@ -133,14 +133,14 @@ def test_batches_that_are_put_together_weigh_as_one() -> None:
         torch.testing.assert_close(loss_of(model, shift_labels=shifted), whole)
 
 
-def test_a_batch_without_labels_adds_nothing_and_has_a_gradient() -> None:
+def test_a_batch_without_labels_adds_no_loss_but_has_a_gradient() -> None:
     model = converted(combine="learned")
     with model.joint_training():
         loss_of(model, labels=torch.full_like(IDS, -100), num_items_in_batch=4).backward()
         assert all(not parameter.grad.any() for parameter in model.head.combiner.parameters())
 
 
-def test_evaluation_is_of_the_dense_head_alone() -> None:
+def test_evaluation_uses_the_dense_head() -> None:
     model = converted(sparse_max_positions=16)
     plain = loss_of(model)
     with model.joint_training():
@@ -150,7 +150,7 @@ def test_evaluation_is_of_the_dense_head_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_router_is_in_floats_meanwhile(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_packed_router_is_in_floats_inside_the_context(dtype: torch.dtype, tmp_path: Path) -> None:
     model = pack_router_of(tiny_converted(tiny_dense().to(dtype)).train())
     before, hidden = copy.deepcopy(model.head.router.state_dict()), make_hidden(2, 5, dtype)
     scores = model.head.router(hidden)
@@ -173,7 +173,7 @@ def test_a_packed_router_is_in_floats_meanwhile(dtype: torch.dtype, tmp_path: Pa
         assert loaded.head.router(hidden).equal(expected)
 
 
-def test_a_packed_router_that_was_not_trained_is_as_it_was() -> None:
+def test_an_untrained_packed_router_is_unchanged() -> None:
     model = pack_router_of(converted(**MANY))
     before = {name: tensor.clone() for name, tensor in model.head.router.state_dict().items()}
     with model.joint_training():
@@ -184,7 +184,7 @@ def test_a_packed_router_that_was_not_trained_is_as_it_was() -> None:
         torch.testing.assert_close(tensor, before[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_router_keeps_most_of_what_it_learned() -> None:
+def test_packing_keeps_most_of_the_training() -> None:
     torch.manual_seed(0)
     model = pack_router_of(converted(**MANY))
     hidden = hidden_of(model)
@@ -264,7 +264,7 @@ def test_router_follows_a_head_that_moves() -> None:
     assert divergences[1] < 0.5 * divergences[0]
 
 
-def test_says_when_the_optimizer_lacks_the_router(caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_if_the_optimizer_lacks_the_router(caplog: pytest.LogCaptureFixture) -> None:
     model = converted()
     optimizer = torch.optim.Adam(one for one in model.parameters() if one.requires_grad)
     logging.getLogger("hf_topk").setLevel(logging.WARNING)
@@ -275,7 +275,7 @@ def test_says_when_the_optimizer_lacks_the_router(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("coefs", [(-1.0, 2.0), (1.0, -0.1), (0.0, 0.0)])
-def test_refuses_weights_that_train_nothing(coefs: tuple[float, float]) -> None:
+def test_refuses_coefficients_that_train_nothing(coefs: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="cannot be negative"), converted().joint_training(*coefs):
         pass
 
@@ -321,7 +321,7 @@ def test_loads_a_checkpoint_s_tensors_as_trainers_do(tmp_path: Path) -> None:
 
 
 def test_refuses_a_router_in_the_other_form() -> None:
-    """As trainers would load it that resume outside of the context what was saved inside, or the other way round."""
+    """If it was saved inside the context and is loaded outside, or the reverse."""
     floats, packed = converted(), pack_router_of(converted())
     with pytest.raises(InputError, match="in floats in the model and packed in the checkpoint: load it inside"):
         floats.load_state_dict(packed.state_dict(), strict=False)

@@ -1,4 +1,4 @@
-"""The inner loops of the sparse head against plain references."""
+"""The kernels of the sparse head, against plain references."""
 
 import math
 
@@ -24,7 +24,7 @@ def int8_rows(seed: int, *shape: int) -> Tensor:
 
 
 def assert_products(found: Tensor, inputs: Tensor, rows: Tensor) -> None:
-    """Right to what inputs and sums lose in bfloat16; exact up to the rounding of fp32 beyond a few positions."""
+    """Check products up to the rounding of bfloat16 for few positions, else of fp32."""
     expected = inputs.double() @ rows.double().t()
     loss = 2.0**-7 if len(inputs) <= kernels.FEW_POSITIONS else 2.0**-18
     most = inputs.double().abs() @ rows.double().abs().t()
@@ -52,7 +52,7 @@ def test_int8_products(
 
 
 def moved(tensor: Tensor, by: int) -> Tensor:
-    """The same some bytes further on in memory."""
+    """A copy at an unaligned address."""
     size = tensor.element_size()
     room = torch.empty(tensor.numel() + 128 // size, dtype=tensor.dtype)
     start = (-room.data_ptr() % 64 + by) // size
@@ -62,8 +62,8 @@ def moved(tensor: Tensor, by: int) -> Tensor:
 
 @pytest.mark.parametrize("by", [0, 2, 8, 24, 32, 48])
 @pytest.mark.parametrize("positions", [1, 2, 3, 4])
-def test_int8_products_wherever_tensors_lie(positions: int, by: int) -> None:
-    """As they do in a mapped file, where torch's kernel would crash, and in views of others."""
+def test_int8_products_of_unaligned_tensors(positions: int, by: int) -> None:
+    """As in memory-mapped files, with which torch's kernel would crash, and in views."""
     inputs, rows = normal(0, positions, 64).bfloat16(), int8_rows(1, 33, 64)
     for some, others in ((moved(inputs, by), rows), (inputs, moved(rows, by)), (inputs.t().contiguous().t(), rows)):
         assert_products(kernels.int8_products(some, others, ONES[:33]), inputs, rows)
@@ -72,7 +72,7 @@ def test_int8_products_wherever_tensors_lie(positions: int, by: int) -> None:
 
 @pytest.mark.parametrize("positions", [1, 5, 12])
 def test_int8_products_of_picked_experts(positions: int) -> None:
-    """In eager mode, where each expert is read once, and compiled."""
+    """In eager mode, which reads each expert once, and compiled."""
     inputs, rows = normal(0, positions, 16), int8_rows(1, 7, 3, 16)
     experts = torch.randint(0, 7, (positions, 4), generator=torch.Generator().manual_seed(2))
     found = kernels.expert_int8_products(inputs, rows, experts, ONES)
@@ -138,7 +138,7 @@ def test_expert_dot_equals_gather_dot(
     whole: float,
     data: st.DataObject,
 ) -> None:
-    """On all its paths: one position, several that share experts, rows in blocks, and through the whole head."""
+    """On all its paths: one position, positions that share experts, blocks of rows, and the whole head."""
     generator = torch.Generator().manual_seed(seed)
     vocab_size = num_shared + num_experts * expert_size
     hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, vocab_size, 8).to(dtype)
@@ -160,7 +160,7 @@ def test_expert_dot_equals_gather_dot(
     assert_exact_logits(logits.flatten(1), hidden, weight, bias, expert_ids[experts].flatten(1))
 
 
-def test_an_expert_that_several_positions_chose_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expert_picked_at_several_positions_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[int] = []
     shared = kernels.shared_rows_dot
     monkeypatch.setattr(kernels, "shared_rows_dot", lambda *inputs: gathered.append(len(inputs[3])) or shared(*inputs))
@@ -179,7 +179,7 @@ def assert_exact_logits(logits: Tensor, hidden: Tensor, weight: Tensor, bias: Te
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, bits=st.sampled_from([1, 2, 4]), rows=st.integers(1, 9), width=st.integers(1, 9))
-def test_unpacking_gives_what_was_packed(seed: int, bits: int, rows: int, width: int) -> None:
+def test_unpacking_restores_packed_numbers(seed: int, bits: int, rows: int, width: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 2**bits, (rows, width * 8 // bits), generator=generator)
     assert kernels.unpack(kernels.pack(numbers, bits), bits).equal(numbers.to(torch.int8))

@@ -1,4 +1,4 @@
-"""Wherever a converted model lies, and however it is called: it loads, with the package or with its own code."""
+"""Converted models load by every kind of name, with the package or with their own code."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def tokens_of(model: TopKExpertsForCausalLM) -> list[int]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, TopKExpertsForCausalLM]:
-    """Two converted models that write different tokens."""
+    """Two converted models that generate different tokens."""
     one = tiny_converted(tiny_dense(tied=False), head_mode="sparse")
     two = tiny_converted(tiny_dense("gpt2", tied=False), head_mode="sparse")
     assert tokens_of(one) != tokens_of(two)
@@ -67,7 +67,7 @@ def models() -> dict[str, TopKExpertsForCausalLM]:
 
 @pytest.fixture(scope="module")
 def place(models: dict[str, TopKExpertsForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The two folders, of which the second has another version's code, and the first once more in a Hub cache."""
+    """The two folders, the second with code of another version, and the first also in a Hub cache."""
     place = tmp_path_factory.mktemp("place")
     for name, model in models.items():
         model.save_pretrained(place / name)
@@ -78,7 +78,7 @@ def place(models: dict[str, TopKExpertsForCausalLM], tmp_path_factory: pytest.Te
 
 
 def in_hub_cache(folder: Path, home: Path) -> None:
-    """Lay a folder out as `huggingface_hub` does: files by their hashes, and links to them by name."""
+    """Copy a folder to a cache of `huggingface_hub`: files by hash, and links by name."""
     repository = home / "hub" / REPOSITORY
     for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
         (repository / part).mkdir(parents=True)
@@ -90,7 +90,7 @@ def in_hub_cache(folder: Path, home: Path) -> None:
 
 
 def command_of(how: str, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """A command that loads, without the package where it is to be the code that lies beside the weights."""
+    """A command that loads a model, with the package or with the code beside the weights."""
     bare = folder / "bare" / "bin" / "python"
     if how == "remote" and not bare.exists():
         python_without_the_package(folder / "bare")
@@ -104,7 +104,7 @@ def command_of(how: str, folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def load(how: str, folder: Path, *cases: tuple[Path, ...], within: tuple[str, ...] = ()) -> list[list[dict[str, Any]]]:
-    """What each case gives: a folder to be in, and what is loaded there."""
+    """The current folder and the name of each case."""
     command, environment = command_of(how, folder)
     lines = "".join(json.dumps([str(part) for part in case]) + "\n" for case in cases)
     done = subprocess.run(
@@ -142,7 +142,7 @@ def test_two_models_load_in_one_process(how: str, place: Path, models: dict[str,
 
 @pytest.fixture
 def ordinary_user() -> tuple[str, ...]:
-    """What has a command run as a user that may not write in the folders of a test, but read them."""
+    """A prefix of commands that runs them as a user who may read the test's folders, but not write to them."""
     if os.geteuid() != 0:
         return ()
     user = ("--reuid=65534", "--regid=65534", "--clear-groups")
@@ -155,7 +155,7 @@ def ordinary_user() -> tuple[str, ...]:
 
 @pytest.fixture
 def read_only(place: Path) -> Iterator[Path]:
-    """The same, not to be written by whoever is not root."""
+    """The same, writable only by root."""
     python_without_the_package(place / "bare")
     shutil.rmtree(place / "modules", ignore_errors=True)
     (place / "modules").mkdir()
@@ -172,7 +172,7 @@ WRITES = "import os, sys; sys.exit(os.access(sys.argv[1], os.W_OK))"
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_loads_offline_where_nothing_may_be_written(
+def test_loads_offline_from_a_read_only_cache(
     how: str, read_only: Path, ordinary_user: tuple[str, ...], models: dict[str, TopKExpertsForCausalLM]
 ) -> None:
     home = read_only / "home" / "hub" / REPOSITORY
@@ -190,7 +190,7 @@ print(json.dumps([result(model) for model in [*models, *map(load, go_on)]]), flu
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_loaded_model_stays_what_it_is_when_its_folder_is_overwritten(
+def test_a_loaded_model_is_unchanged_when_its_folder_is_overwritten(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

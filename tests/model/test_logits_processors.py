@@ -1,4 +1,4 @@
-"""Top-p by selection keeps what sorting all tokens keeps."""
+"""The faster top-p keeps the tokens of Transformers' sorting version."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from hf_topk.model.logits_processors import SelectingTopPLogitsWarper
     banned=st.sampled_from([0.0, 0.5, 0.99]),
     seed=st.integers(0, 2**16),
 )
-def test_keeps_what_sorting_keeps(
+def test_keeps_the_tokens_of_the_sorting_version(
     rows: int, vocab_size: int, spread: float, top_p: float, least: int, banned: float, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -45,7 +45,7 @@ def test_keeps_what_sorting_keeps(
         assert ours.sum() >= min(least, int(scores[row].isfinite().sum()))
 
 
-def test_by_hand() -> None:
+def test_small_examples() -> None:
     scores = torch.tensor([[0.5, 0.05, 0.3, 0.15], [0.97, 0.015, 0.01, 0.005]]).log()
     kept = SelectingTopPLogitsWarper(0.9)(None, scores).isfinite()
     assert kept.tolist() == [[True, False, True, True], [True, False, False, False]]
@@ -53,13 +53,13 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("score", [-torch.inf, torch.inf])
-def test_where_nothing_is_allowed_it_does_as_sorting_does(score: float) -> None:
+def test_equals_the_sorting_version_for_infinite_scores(score: float) -> None:
     scores = torch.full((2, 50), score)
     assert SelectingTopPLogitsWarper(0.9)(None, scores).shape == TopPLogitsWarper(0.9)(None, scores).shape
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-def test_generate_uses_it_but_not_where_the_dense_tokens_are_promised(
+def test_generate_uses_the_faster_top_p_except_in_lossless_decoding(
     lossless: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []

@@ -1,4 +1,4 @@
-"""Lossless decoding returns the dense model's own tokens, whatever the sparse head drafts."""
+"""Lossless decoding returns the dense model's own tokens, for any draft tokens."""
 
 from typing import Any
 
@@ -62,11 +62,18 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny models' routers are unsure throughout: let them draft nevertheless."""
+    """Draft everywhere, as the routers of tiny models are always unsure."""
     monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# Of the quick ones, one has a plain cache, one has sliding windows, and one starts a new cache.
+QUICK_MODELS = ("llama", "gemma3_text", "phi3")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in QUICK_MODELS else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 def dense(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_dense(request.param, tied=False, **MODELS[request.param])
 
@@ -117,7 +124,7 @@ def test_unsure_router_ends_a_block(monkeypatch: pytest.MonkeyPatch, small: TopK
     assert stats_of(small) == LosslessStats(NEW_TOKENS, NEW_TOKENS, NEW_TOKENS, 0, 0)
 
 
-def test_other_ways_to_make_logits(llama: PreTrainedModel) -> None:
+def test_other_settings_of_vllm_for_logits(llama: PreTrainedModel) -> None:
     expected = generate(llama, **SAMPLED)
     for choices in ({"num_rescored": 256}, {"router_packed": False}, {"combine": "router"}, {"combine": "learned"}):
         model = convert(llama, **choices)
@@ -127,7 +134,9 @@ def test_other_ways_to_make_logits(llama: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("padding", [1, 0])
 @pytest.mark.parametrize("way", ["greedy", "sampling", "static cache"])
-def test_rows_end_apart(way: str, padding: int, dense: PreTrainedModel, model: TopKExpertsForCausalLM) -> None:
+def test_rows_end_at_different_steps(
+    way: str, padding: int, dense: PreTrainedModel, model: TopKExpertsForCausalLM
+) -> None:
     prompts = [[5, 17, 42, 8, 23], [3, 64], [77], [9, 11, 30]]
     padded = torch.tensor([[1] * (5 - len(prompt)) + prompt for prompt in prompts])
     choices = {**WAYS[way], "attention_mask": (padded != 1).long(), "pad_token_id": padding}
@@ -140,7 +149,7 @@ def test_rows_end_apart(way: str, padding: int, dense: PreTrainedModel, model: T
     assert stats_of(model).tokens == expected.shape[1] - 5
 
 
-def test_rows_end_for_reasons_of_their_own(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
+def test_rows_end_by_different_criteria(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
     class SecondRowEnds(StoppingCriteria):
         eos_token_id = 0  # a number, where Transformers' own have a tensor
 
@@ -155,7 +164,7 @@ def test_rows_end_for_reasons_of_their_own(llama: PreTrainedModel, small: TopKEx
 
 
 class Recording(BaseStreamer):
-    """A streamer and a logits processor with state that keep what they are shown."""
+    """A streamer and logits processor that record their arguments."""
 
     def __init__(self) -> None:
         self.streamed: list[list[int]] = []
@@ -175,7 +184,7 @@ class Recording(BaseStreamer):
 
 
 @pytest.mark.parametrize("choices", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampling"])
-def test_processors_see_each_prefix_once(
+def test_custom_processors_see_each_prefix_once(
     choices: dict[str, Any], llama: PreTrainedModel, small: TopKExpertsForCausalLM
 ) -> None:
     theirs, ours = Recording(), Recording()
@@ -194,7 +203,7 @@ def test_streams_each_token_once(small: TopKExpertsForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("way", ["greedy", "sampling", "static cache"])
-def test_returned_parts_are_the_dense_ones(way: str, dense: PreTrainedModel, model: TopKExpertsForCausalLM) -> None:
+def test_returned_outputs_are_the_dense_ones(way: str, dense: PreTrainedModel, model: TopKExpertsForCausalLM) -> None:
     names = ("scores", "logits", "hidden_states")
     asked = {"return_dict_in_generate": True, **{f"output_{name}": True for name in names}}
     theirs = generate(dense, **WAYS[way], **asked)
@@ -206,7 +215,7 @@ def test_returned_parts_are_the_dense_ones(way: str, dense: PreTrainedModel, mod
     assert int(ours.past_key_values.get_seq_length()) == int(theirs.past_key_values.get_seq_length())
 
 
-def test_drafts_are_possible_where_nothing_is_allowed_that_was_scored(llama: PreTrainedModel) -> None:
+def test_drafting_works_if_no_scored_token_is_allowed(llama: PreTrainedModel) -> None:
     model = convert(llama, num_experts_per_tok=1, num_rescored=2, num_always_on=0, num_experts=7)
     choices = {"bad_words_ids": [[token] for token in range(10, 98)]}
     for more in (SAMPLED, {**SAMPLED, "top_h": 0.5}, {"do_sample": False}):
@@ -225,7 +234,7 @@ def test_second_turn_on_the_same_cache(dense: PreTrainedModel, model: TopKExpert
     assert turns[0].equal(turns[1])
 
 
-def test_goes_no_further_than_the_model_can(llama: PreTrainedModel) -> None:
+def test_drafting_stops_at_the_maximum_length(llama: PreTrainedModel) -> None:
     dense = tiny_dense("gpt2", tied=False, n_positions=16)
     model = convert(dense, num_experts_per_tok=6)
     for new_tokens in range(1, 12):
@@ -257,14 +266,14 @@ def test_default_in_the_generation_config(tmp_path: Any, small: TopKExpertsForCa
     assert model.last_generation_stats is None
 
 
-def test_generation_config_of_ones_own(small: TopKExpertsForCausalLM) -> None:
+def test_a_user_s_generation_config(small: TopKExpertsForCausalLM) -> None:
     small.generate(PROMPT, generation_config=GenerationConfig(max_new_tokens=5, pad_token_id=1, lossless=True))
     assert stats_of(small).tokens <= 5
     small.generate(PROMPT, generation_config=GenerationConfig(max_new_tokens=5, pad_token_id=1))
     assert small.last_generation_stats is None
 
 
-def test_a_generation_loop_of_ones_own_gets_dense_logits(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
+def test_a_custom_generation_loop_gets_dense_logits(llama: PreTrainedModel, small: TopKExpertsForCausalLM) -> None:
     def own_loop(model: Any, input_ids: Tensor, stopping_criteria: StoppingCriteriaList, **_: Any) -> Tensor:
         while not stopping_criteria(input_ids, None).all():
             logits = model(input_ids).logits[:, -1]
@@ -289,7 +298,7 @@ def test_pipeline(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["mamba", "qwen3_next"])
-def test_states_that_cannot_be_rolled_back(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_with_recurrent_states_are_not_drafted(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = {} if model_type == "mamba" else {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
     dense = tiny_dense(model_type, tied=False, **choices)
     model = convert(dense)
@@ -302,7 +311,7 @@ def test_states_that_cannot_be_rolled_back(model_type: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("rows", "has_room"), [(64, True), (65, False)])
-def test_batches_that_leave_no_room_for_drafts(
+def test_large_batches_are_not_drafted(
     rows: int, has_room: bool, llama: PreTrainedModel, small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
@@ -314,14 +323,14 @@ def test_batches_that_leave_no_room_for_drafts(
     assert has_room or "a batch of more than 64 rows leaves no room for draft tokens" in warnings[0]
 
 
-def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_the_model_unchanged(small: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("stop")
 
     before = generate(small)
     with pytest.raises(RuntimeError, match="stop"):
         generate(small, lossless=True, logits_processor=[fail])
-    assert small.head.stand_in is None
+    assert small.head.replacement is None
     assert small.head_mode == "auto"
     assert generate(small).equal(before)
     small.head_mode = "dense"
@@ -330,14 +339,14 @@ def test_leaves_the_model_as_it_was(small: TopKExpertsForCausalLM, monkeypatch: 
     small.head_mode = "auto"
 
 
-def test_refuses_what_is_no_truth_value(small: TopKExpertsForCausalLM) -> None:
+def test_refuses_a_lossless_that_is_not_a_bool(small: TopKExpertsForCausalLM) -> None:
     with pytest.raises(InputError, match="lossless is 'yes', must be true or false"):
         small.generate(PROMPT, lossless="yes")
 
 
 def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
-    """What a block must not do: go on whatever token the loop chose."""
-    return block.served < len(block.block.outputs)
+    """Replaces the comparison: a wrong implementation that accepts every draft token."""
+    return block.returned < len(block.block.outputs)
 
 
 @pytest.mark.slow
@@ -347,12 +356,12 @@ def accept_all(block: lossless.BlockReader, _: Tensor) -> bool:
 def test_distribution_of_two_tokens(
     experts: int, is_broken: bool, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second and third token come from one block: the third is right only if the draft of the second was."""
+    """The second and third token are of one block, so the third depends on the draft of the second."""
     model, stats = convert(llama, num_experts_per_tok=experts), LosslessStats()
     for module in (lossless, drafting):
         monkeypatch.setattr(module, "MOST_POSITIONS", 1 << 20)
     if is_broken:
-        monkeypatch.setattr(lossless.BlockReader, "goes_on_with", accept_all)
+        monkeypatch.setattr(lossless.BlockReader, "continues_with", accept_all)
     prompt, choices = PROMPT[:1], {**SAMPLED, "max_new_tokens": 3, "num_return_sequences": 2000, "lossless": True}
     draws = []
     for seed in range(100):  # 200 000 draws
@@ -371,7 +380,7 @@ def test_distribution_of_two_tokens(
 
 @torch.no_grad()
 def law_of_two_tokens(dense: PreTrainedModel, prompt: Tensor) -> Tensor:
-    """The probability that tokens v and w follow after the next one, at 100 v + w: [10000]."""
+    """The probability of tokens v and w at the second and third place, at index 100 v + w: [10000]."""
     every = torch.arange(100)
     first = dense(prompt).logits[0, -1].softmax(-1)
     second = dense(torch.cat([prompt.expand(100, -1), every[:, None]], dim=1)).logits[:, -1].softmax(-1)

@@ -1,4 +1,4 @@
-"""The dense model with its head swapped: what is shared, saved, resized, imported and compiled."""
+"""The converted model: sharing, saving, resizing, imports and compilation."""
 
 import copy
 import json
@@ -80,7 +80,7 @@ def test_tied_embeddings_stay_tied(model_type: str, dtype: torch.dtype, tmp_path
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_bf16_on_disk(tied: bool, tmp_path: Path) -> None:
-    """Dense tensors keep their names, types and bytes; the folder still loads as the dense model."""
+    """Dense tensors keep their names, dtypes and bytes; the folder still loads as the dense model."""
     tiny_dense(tied=tied).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert dense.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def test_bf16_on_disk(tied: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> None:
-    """Old GPT-2 folders name their tensors as the model without a head does."""
+    """Old GPT-2 checkpoints name their tensors as the model without a head does."""
     dense = tiny_dense("gpt2", tied=tied)
     converted = tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse")
     converted.save_pretrained(tmp_path)
@@ -125,7 +125,7 @@ def test_old_names_without_the_model_s_prefix(tied: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
-def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> None:
+def test_user_mappings_of_names_are_applied(model_type: str, tmp_path: Path) -> None:
     converted = tiny_converted(tiny_dense(model_type))
     converted.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -137,8 +137,8 @@ def test_names_are_mapped_as_the_user_says(model_type: str, tmp_path: Path) -> N
     assert logits_of(loaded).equal(logits_of(converted))
 
 
-def test_additions_in_a_shard_of_their_own(tmp_path: Path) -> None:
-    """The dense checkpoint's file as it was, a second one with the rest, and an index."""
+def test_additions_load_from_a_separate_shard(tmp_path: Path) -> None:
+    """The dense checkpoint's own file, a second one with the added tensors, and an index."""
     dense = tiny_dense(tied=False)
     converted = tiny_converted(dense)
     converted.save_pretrained(tmp_path)
@@ -191,20 +191,21 @@ def test_unknown_head_mode_is_refused() -> None:
     assert converted.head_mode == "sparse"
 
 
-def test_how_much_is_scored_is_set_and_saved(tmp_path: Path) -> None:
+def test_k_and_r_are_set_and_saved(tmp_path: Path) -> None:
     converted = tiny_converted(head_mode="sparse")
     two = logits_of(converted)
-    converted.num_experts_per_tok, converted.sparse_max_positions = 5, 0
+    converted.num_experts_per_tok, converted.num_rescored, converted.sparse_max_positions = 5, 7, 0
     assert converted.head.num_experts_per_tok == converted.config.num_experts_per_tok == 5
+    assert converted.head.num_rescored == converted.config.num_rescored == 7
     assert converted.head.sparse_max_positions == converted.config.sparse_max_positions == 0
     assert not logits_of(converted).equal(two)
     again = save_and_load(converted, tmp_path)
-    assert (again.num_experts_per_tok, again.sparse_max_positions) == (5, 0)
+    assert (again.num_experts_per_tok, again.num_rescored, again.sparse_max_positions) == (5, 7, 0)
     assert logits_of(again).equal(logits_of(converted))
 
 
-def test_what_is_set_in_the_configuration_of_a_loaded_model_counts() -> None:
-    """As users of other mixtures of experts do it."""
+def test_changes_of_a_loaded_model_s_configuration_take_effect() -> None:
+    """As users set `num_experts_per_tok` of mixtures of experts."""
     converted, other = tiny_converted(head_mode="sparse"), tiny_converted(head_mode="sparse")
     converted.config.num_experts_per_tok = other.num_experts_per_tok = 5
     assert converted.num_experts_per_tok == converted.head.num_experts_per_tok == 5
@@ -229,7 +230,7 @@ def test_what_is_set_in_the_configuration_of_a_loaded_model_counts() -> None:
         ("sparse_max_positions", -1, "is -1, cannot be negative"),
     ],
 )
-def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> None:
+def test_k_and_r_are_bounded(name: str, value: int, cause: str) -> None:
     converted = tiny_converted()
     before = getattr(converted, name)
     with pytest.raises(InputError, match=f"{name} {cause}"):
@@ -237,7 +238,7 @@ def test_how_much_is_scored_has_its_ends(name: str, value: int, cause: str) -> N
     assert getattr(converted, name) == getattr(converted.head, name) == getattr(converted.config, name) == before
 
 
-def test_an_argument_that_the_dense_model_does_not_take_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_argument_is_passed_on_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     converted = tiny_converted()
     forward = converted.base.forward
     monkeypatch.setattr(converted.base, "forward", lambda input_ids, logits_to_keep: forward(input_ids))
@@ -283,7 +284,7 @@ def test_head_that_is_not_linear_is_refused() -> None:
 @pytest.mark.parametrize("vocab_size", [70, 99, 100, 103, 128])
 @pytest.mark.parametrize("num_rescored", [5, 256])
 @pytest.mark.parametrize(("model_type", "tied"), [("llama", True), ("llama", False), ("gpt2", True), ("phi", False)])
-def test_resized(model_type: str, tied: bool, num_rescored: int, vocab_size: int, tmp_path: Path) -> None:
+def test_resized_embeddings(model_type: str, tied: bool, num_rescored: int, vocab_size: int, tmp_path: Path) -> None:
     dense = copy.deepcopy(tiny_dense(model_type, tied=tied, bias=model_type == "phi"))
     converted = tiny_converted(dense, num_rescored=num_rescored, num_experts_per_tok=6, head_mode="sparse")
     always = converted.head.always_on_ids.tolist()
@@ -316,7 +317,7 @@ def test_resized(model_type: str, tied: bool, num_rescored: int, vocab_size: int
 
 
 def test_importing_the_runtime_imports_no_converter() -> None:
-    """What Transformers brings in itself does not count."""
+    """Apart from the modules that Transformers imports itself."""
     code = """
 import sys
 import torch, transformers.conversion_mapping, transformers.core_model_loading
@@ -346,10 +347,10 @@ print(*sorted(set(sys.modules) - before), sep="\\n")
     ("num_rescored", "combine", "backend"),
     [
         (5, "exact", "eager"),
-        (5, "exact", "aot_eager"),
-        (256, "exact", "aot_eager"),
+        pytest.param(5, "exact", "aot_eager", marks=pytest.mark.slow),
+        pytest.param(256, "exact", "aot_eager", marks=pytest.mark.slow),
         (256, "router", "eager"),
-        (256, "learned", "aot_eager"),
+        pytest.param(256, "learned", "aot_eager", marks=pytest.mark.slow),
         (256, "learned", "eager"),
     ],
 )
@@ -370,7 +371,13 @@ def test_sparse_head_compiles_to_one_graph(
 
 @pytest.mark.parametrize(
     ("num_rescored", "mode"),
-    [(5, "auto"), (5, "sparse"), (256, "auto"), (256, "sparse"), (5, "dense")],
+    [
+        (5, "auto"),
+        (5, "sparse"),
+        pytest.param(256, "auto", marks=pytest.mark.slow),
+        pytest.param(256, "sparse", marks=pytest.mark.slow),
+        pytest.param(5, "dense", marks=pytest.mark.slow),
+    ],
 )
 def test_decode_step_compiles_to_one_graph(num_rescored: int, mode: str) -> None:
     torch.compiler.reset()

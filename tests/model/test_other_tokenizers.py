@@ -1,4 +1,4 @@
-"""As an assistant of targets with other tokenizers, and what is left of that afterwards."""
+"""Assisted generation of targets with other tokenizers, and the assistant afterwards."""
 
 import copy
 from typing import Any
@@ -18,7 +18,7 @@ SAMPLED = {"do_sample": True, "top_k": 0}
 
 
 class OrderedTokenizer(PreTrainedTokenizerFast):
-    """Transformers numbers the tokens that two tokenizers share in the order in which these list them."""
+    """A tokenizer with ordered tokens: Transformers numbers shared tokens in the order of the vocabulary."""
 
     def get_vocab(self) -> dict[str, int]:
         return dict(sorted(super().get_vocab().items(), key=lambda entry: entry[1]))
@@ -33,7 +33,7 @@ def tokenizer_of(words: list[str]) -> OrderedTokenizer:
 
 
 class Target:
-    """A dense target, with the tokenizers of both that are its own: Transformers keeps what it finds out by them."""
+    """A dense target with its own pair of tokenizers, by which Transformers caches the shared tokens."""
 
     def __init__(self, first: int, past: int) -> None:
         self.tokenizers = {
@@ -56,7 +56,7 @@ def dense() -> PreTrainedModel:
 
 
 def convert(dense: PreTrainedModel, experts: int = 6) -> TopKExpertsForCausalLM:
-    """With all 6 experts picked it is the dense model."""
+    """A converted model; it is the dense model if all 6 experts are picked."""
     return tiny_converted(dense, num_experts_per_tok=experts, head_mode="sparse")
 
 
@@ -65,7 +65,7 @@ def alone(model: Any, **choices: Any) -> Tensor:
     return model.generate(PROMPT, **{**CHOICES, "do_sample": False, **choices})
 
 
-def test_it_drafts_as_the_dense_model_would(dense: PreTrainedModel) -> None:
+def test_its_drafts_are_those_of_the_dense_model(dense: PreTrainedModel) -> None:
     expected, found = (
         [target.generate(assistant), target.generate(assistant), target.generate(assistant, top_p=0.7)]
         for target, assistant in ((Target(30, 110), copy.deepcopy(dense)), (Target(30, 110), convert(dense)))
@@ -78,8 +78,8 @@ def test_it_drafts_with_few_experts(dense: PreTrainedModel) -> None:
     assert Target(30, 110).generate(convert(dense, 1)).shape == (1, 25)
 
 
-def test_it_generates_by_itself_afterwards(dense: PreTrainedModel) -> None:
-    """Dense assistants are left with the pruned head and without a repetition penalty."""
+def test_it_generates_on_its_own_afterwards(dense: PreTrainedModel) -> None:
+    """Of dense assistants Transformers prunes the head and removes the repetition penalty."""
     for experts in (1, 6):
         model = convert(dense, experts)
         model.generation_config.repetition_penalty = 1.3
@@ -95,8 +95,9 @@ def test_it_generates_by_itself_afterwards(dense: PreTrainedModel) -> None:
         assert model.generation_config.repetition_penalty == 1.3
 
 
+@pytest.mark.slow
 def test_targets_in_turn(dense: PreTrainedModel) -> None:
-    """Two with other tokenizers, one with the same tokenizer, and a greedy one: drafts are as for each alone."""
+    """With two other tokenizers, the same one, and greedy decoding: each target has the drafts that it has alone."""
     one, other = Target(30, 110), Target(10, 80)
     same = tiny_dense(tied=False, num_hidden_layers=1)
 
@@ -122,8 +123,8 @@ def test_targets_in_turn(dense: PreTrainedModel) -> None:
     assert not expected[one.generate].equal(expected[other.generate])
 
 
-def test_as_a_target(dense: PreTrainedModel) -> None:
-    """Of a dense assistant and of a converted one, sparse and lossless."""
+def test_as_target_of_assisted_generation(dense: PreTrainedModel) -> None:
+    """With a dense and a converted assistant, sparse and lossless."""
     other = tokenizer_of([f"w{number}" for number in range(30, 110)])
     assistant = Target(30, 110).model
     tokenizers = {"tokenizer": tokenizer_of(WORDS), "assistant_tokenizer": other}

@@ -1,4 +1,4 @@
-"""Converted models where this package is not installed: the code that lies beside the weights."""
+"""Converted models without this package: the code in their folder."""
 
 import json
 import os
@@ -75,7 +75,8 @@ def test_loads_with_its_own_code(converted: Path, tmp_path: Path) -> None:
     check_loads_without_the_package(converted, tmp_path / "modules")
 
 
-def test_a_saved_model_brings_its_code_along(converted: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_saved_model_contains_its_code(converted: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(converted).save_pretrained(tmp_path / "saved")
     check_loads_without_the_package(tmp_path / "saved", tmp_path / "modules")
     own = {file.name for file in Path(configuration_topk_experts.__file__).parent.glob("*.py")} - {"__init__.py"}

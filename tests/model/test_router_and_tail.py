@@ -1,4 +1,4 @@
-"""Router and tail, and the packed rows that both are made of."""
+"""Router and tail, and their packed rows."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from support.heads import dense_logits, make_head, make_hidden, seeds
 from support.tiny_models import randomise
 from torch import Tensor, nn
 
-from hf_topk.convert.steps.fit_packed_rows import fit_tail, metric_of, pack_router
+from hf_topk.convert.steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from hf_topk.model.packed_rows import PackedRows, round_to_levels
 from hf_topk.model.router import Router
 from hf_topk.model.tail import Tail
@@ -39,14 +39,14 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def random_router(seed: int, dtype: torch.dtype = torch.float32, *, is_packed: bool = False) -> Router:
-    """Of 16 dimensions and 5 experts."""
+    """A router of 16 dimensions and 5 experts."""
     router = Router(16, 5, 7, is_packed)
     randomise(router, seed)
     return router.to(dtype).requires_grad_(False)
 
 
 def packed_from(rows: Tensor, states: Tensor, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Router, Router]:
-    """A learned router, and the same packed for some states."""
+    """A router with these rows, and a packed copy for some states."""
     routers = []
     for _ in range(2):
         router = Router(rows.shape[1], len(rows), rank).requires_grad_(False)
@@ -58,7 +58,7 @@ def packed_from(rows: Tensor, states: Tensor, rank: int, dtype: torch.dtype = to
 
 
 def error_share(scores: Tensor, exact: Tensor) -> float:
-    """The mean square error, as a share of the variance of scores from state to state."""
+    """The mean square error, as a share of the variance of the scores over states."""
     return float(((scores - exact).square().mean() / exact.var(dim=0).mean()).detach())
 
 
@@ -82,9 +82,7 @@ def test_rounds_to_the_nearest_level(seed: int, rows: int, rank: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seed=seeds, experts=st.integers(1, 5), size=st.integers(1, 5), rank=st.integers(1, 40))
-def test_a_third_of_the_directions_have_4_bits_and_bytes_are_full(
-    seed: int, experts: int, size: int, rank: int
-) -> None:
+def test_a_third_of_the_directions_have_4_bits_in_full_bytes(seed: int, experts: int, size: int, rank: int) -> None:
     packed = PackedRows(3, (experts, size), rank)
     bits = packed.bits.tolist()
     assert rank <= len(bits) <= rank + 5
@@ -100,7 +98,9 @@ def test_a_third_of_the_directions_have_4_bits_and_bytes_are_full(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, dtype=float_types, scale=st.sampled_from([1e-2, 1.0, 30.0]))
-def test_basis_is_near_and_its_coordinates_are_zero_at_the_mean(seed: int, dtype: torch.dtype, scale: float) -> None:
+def test_basis_is_approximated_and_coordinates_are_zero_at_the_mean(
+    seed: int, dtype: torch.dtype, scale: float
+) -> None:
     packed, basis, mean = PackedRows(16, (3,), 7), normal(seed, 12, 16) * scale, normal(seed + 1, 16)
     packed.set_basis(basis, mean, dtype)
     # A scale that is stored in few digits can be less than the largest number takes.
@@ -112,7 +112,7 @@ def test_basis_is_near_and_its_coordinates_are_zero_at_the_mean(seed: int, dtype
 
 
 def exact_products(packed: PackedRows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """In floats [N, rows], and how far off rounding to bfloat16 four times may be."""
+    """Products in floats, [N, rows], and the tolerance of four roundings to bfloat16."""
     basis, hidden = packed.float_basis(), hidden.float()
     codes = packed.coordinates().flatten(0, -2)
     projected = hidden @ basis.T - packed.center.float()
@@ -175,7 +175,7 @@ def test_scores_are_fp32(seed: int, dtype: torch.dtype, stored: torch.dtype, pos
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_router_of_nothing_scores_zero(is_packed: bool) -> None:
+def test_an_unset_router_scores_zero(is_packed: bool) -> None:
     router = random_router(0, is_packed=is_packed)
     router.reset_parameters()
     assert router(normal(0, 2, 16)).equal(torch.zeros(2, 5))
@@ -185,7 +185,7 @@ def test_router_of_nothing_scores_zero(is_packed: bool) -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, dtype=float_types, magnitude=st.sampled_from([0.1, 1.0, 20.0]))
 def test_packed_scores_are_near(seed: int, dtype: torch.dtype, magnitude: float) -> None:
-    """Of normal numbers 16 levels leave 1.2 % of the variance and 4 levels 11.7 %, and a third have 16."""
+    """Of normal numbers 16 levels lose 1.2 % of the variance and 4 levels 11.7 %; a third have 16."""
     states = normal(seed, 600, 24) * magnitude + normal(seed + 1, 24)
     router, packed = packed_from(normal(seed + 2, 300, 24) / magnitude, states, 24, dtype)
     scores = packed(states)
@@ -196,8 +196,8 @@ def test_packed_scores_are_near(seed: int, dtype: torch.dtype, magnitude: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_rank_above_the_hidden_size_does_no_harm(dtype: torch.dtype) -> None:
-    """As the default has it for small models; all directions that there are can then have 4 bits."""
+def test_a_rank_above_the_hidden_size_is_allowed(dtype: torch.dtype) -> None:
+    """As the default rank for small models; all directions can then have 4 bits."""
     states, rows = normal(0, 600, 24), normal(1, 300, 24)
     router, packed = packed_from(rows, states, 72, dtype)
     assert error_share(packed(states), router(states)) < 0.03
@@ -205,8 +205,8 @@ def test_a_rank_above_the_hidden_size_does_no_harm(dtype: torch.dtype) -> None:
     assert error_share(packed(states), router(states)) < 0.03
 
 
-def test_keeps_the_directions_that_states_have() -> None:
-    """Those that they have little of need not be right."""
+def test_the_basis_has_the_directions_of_largest_variance() -> None:
+    """Errors in directions of little variance do not matter."""
     spread = torch.cat([torch.ones(6), torch.full((18,), 0.05)])
     states, rows = normal(0, 800, 24) * spread, normal(1, 200, 24)
     errors = []
@@ -220,7 +220,7 @@ def test_keeps_the_directions_that_states_have() -> None:
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, experts=st.integers(2, 60), rank=st.integers(1, 40))
 def test_packed_scores_are_exact_at_the_mean_state(seed: int, experts: int, rank: int) -> None:
-    """However few numbers are kept. The mean is one that int8 has exactly."""
+    """For any rank. The mean is representable in int8."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randint(-127, 128, (24,), generator=generator).float()
     mean[0] = 127
@@ -251,7 +251,7 @@ def test_unpacked_scores_are_the_packed_ones(seed: int, dtype: torch.dtype, rank
 
 @settings(max_examples=20, deadline=None)
 @given(seed=seeds, experts=st.integers(30, 90), rank=st.integers(1, 40))
-def test_what_is_packed_twice_is_rounded_once(seed: int, experts: int, rank: int) -> None:
+def test_packing_twice_rounds_once(seed: int, experts: int, rank: int) -> None:
     states = normal(seed, 300, 24)
     _, packed = packed_from(normal(seed + 1, experts, 24), states, rank)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
@@ -269,8 +269,8 @@ def test_what_is_packed_twice_is_rounded_once(seed: int, experts: int, rank: int
     assert used.equal(packed.coordinates()[:, in_use])
 
 
-def test_repacking_keeps_what_was_learned_meanwhile() -> None:
-    """By least squares in the basis there is; what all experts have in common is kept as it is."""
+def test_repacking_keeps_the_training() -> None:
+    """By least squares in the same basis; the common part of all rows is kept exactly."""
     states = normal(0, 400, 24)
     _, packed = packed_from(normal(1, 80, 24), states, 24)
     packed.unpack()
@@ -284,7 +284,7 @@ def test_repacking_keeps_what_was_learned_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_what_is_learned_reaches_the_scores(is_packed: bool) -> None:
+def test_the_trained_parameters_have_gradients(is_packed: bool) -> None:
     router = random_router(0, is_packed=is_packed).requires_grad_()
     router(normal(1, 4, 16)).square().sum().backward()
     assert {name for name, _ in router.named_parameters()} == ({"bias"} if is_packed else {"rows", "bias"})
@@ -303,7 +303,7 @@ def test_screen_by_hand() -> None:
     torch.testing.assert_close(screened, (PRODUCTS + torch.tensor([0.0, 10.0])).unsqueeze(1), atol=ROUNDING, rtol=0)
 
 
-def test_tokens_of_an_expert_are_alike_to_a_tail_of_nothing() -> None:
+def test_an_unset_tail_makes_tokens_of_an_expert_equally_likely() -> None:
     tail = Tail(8, 3, 4, 2)
     experts = torch.tensor([[2, 0]])
     assert tail.screen(normal(0, 1, 8), experts).equal(torch.zeros(1, 2, 4))
@@ -317,7 +317,7 @@ def test_a_tail_has_no_parameters_to_train() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_always_on", [8, 4])  # the last expert is short, or full
 def test_fitted_tail_is_near_the_dense_head(bias: bool, num_always_on: int) -> None:
-    """The screen within each expert, and the prior as the sample has it, tempered."""
+    """The screen within each expert, and the tempered prior."""
     head, states = make_head(bias=bias, num_always_on=num_always_on, tail_rank=32), make_hidden(0, 500) * 0.4
     dense = dense_logits(head, states)
     probabilities = dense.softmax(dim=-1).mean(dim=0)

@@ -13,7 +13,7 @@ from hf_topk.model.token_chooser import likeliest
 
 
 def estimates_of(head: TopKExpertsHead, hidden: Tensor, experts: list[int]) -> dict[int, float]:
-    """What the screen has for each token of some experts, the likeliest first: [1, d]."""
+    """The screen's estimates of the tokens of some experts, the likeliest first, of a hidden state [1, d]."""
     scores, estimates = head.router(hidden)[0], {}
     within = head.tail.screen(hidden, torch.arange(head.num_experts).expand(1, -1))[0]
     for expert in experts:
@@ -25,7 +25,7 @@ def estimates_of(head: TopKExpertsHead, hidden: Tensor, experts: list[int]) -> d
 
 
 def expected_logits(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
-    """Worked out position by position, expert by expert."""
+    """The logits, position by position and expert by expert."""
     dense, scores = dense_logits(head, hidden), head.router(hidden)
     expected = torch.full_like(dense, -torch.inf)
     for position, picked in enumerate(picked_experts(head, hidden)):
@@ -44,7 +44,7 @@ def expected_logits(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
 
 @settings(max_examples=50, deadline=None)
 @given(seed=seeds, positions=st.integers(1, 4), bias=st.booleans(), choices=sizes(), num_rescored=st.integers(1, 40))
-def test_logits_are_those_worked_out(
+def test_logits_equal_the_worked_example(
     seed: int, positions: int, bias: bool, choices: dict[str, int], num_rescored: int
 ) -> None:
     head, hidden = make_head(bias=bias, num_rescored=num_rescored, **choices), make_hidden(seed, positions)
@@ -61,10 +61,10 @@ def test_logits_are_those_worked_out(
     bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_laws(
+def test_invariants(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    """Rescored tokens have their dense logits, the likeliest one is that of the sparse ones, all experts are dense."""
+    """Rescored tokens have dense logits, the likeliest token is the sparse argmax, all experts are the dense head."""
     head = make_head(bias=bias, dtype=dtype, num_rescored=num_rescored, **choices)
     hidden = make_hidden(seed, positions, dtype)
     logits, dense = head.sparse_logits(hidden), dense_logits(head, hidden)
@@ -83,10 +83,8 @@ def test_laws(
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, choices=sizes(), num_rescored=st.integers(1, 60))
-def test_exact_logits_go_to_the_likeliest_and_to_no_token_twice(
-    seed: int, choices: dict[str, int], num_rescored: int
-) -> None:
-    """However short the last expert is: what repeats there takes the place of none."""
+def test_the_likeliest_tokens_get_exact_logits_once_each(seed: int, choices: dict[str, int], num_rescored: int) -> None:
+    """Also if the last expert is short: its repeated ids are not rescored."""
     head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, 1)
     assume(head.screens)
     estimates = estimates_of(head, hidden, picked_experts(head, hidden)[0])
@@ -96,7 +94,7 @@ def test_exact_logits_go_to_the_likeliest_and_to_no_token_twice(
     assert min(estimates[token] for token in rescored) >= max(left, default=-torch.inf) - 1e-4
 
 
-def test_as_many_as_are_picked_need_no_screen() -> None:
+def test_rescoring_all_picked_tokens_needs_no_screen() -> None:
     few, many, hidden = make_head(num_rescored=2 * 16 - 1), make_head(num_rescored=2 * 16), make_hidden(0, 3)
     assert few.screens
     assert not many.screens
@@ -105,14 +103,14 @@ def test_as_many_as_are_picked_need_no_screen() -> None:
 
 
 @pytest.mark.parametrize("combine", ["router", "learned"])
-def test_what_combines_needs_all_exact_logits(combine: str) -> None:
+def test_other_combines_need_all_exact_logits(combine: str) -> None:
     head, hidden = make_head(num_rescored=3, combine=combine), make_hidden(0, 3)
     assert not head.screens
     assert head(hidden).equal(make_head(combine=combine)(hidden))
 
 
 def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However they are batched, or worked off in turns."""
+    """For any batching and chunking."""
     sparse, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(0, 12)
     together = sparse(hidden)
     for _ in range(2):
@@ -122,7 +120,7 @@ def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)
 
 
-def test_share_outside_of_what_was_picked() -> None:
+def test_share_outside_the_picked_experts() -> None:
     head, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(1, 6)
     logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
     picked = torch.zeros_like(logits, dtype=torch.bool)
@@ -141,7 +139,7 @@ def test_compiles_to_one_graph(router_packed: bool) -> None:
 
 
 def test_gradients_reach_the_hidden_states() -> None:
-    """Through exact logits, and through the rounding of the router and of the screen."""
+    """Through exact logits, router and screen."""
     head, hidden = make_head(num_rescored=5, router_packed=True), make_hidden(3, 2).requires_grad_()
     logits, ids = head.sparse_logits(hidden), head.score(hidden.detach()).ids
     gradient = torch.autograd.grad(logits.gather(1, ids).sum(), hidden, retain_graph=True)[0]

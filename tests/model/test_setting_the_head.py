@@ -1,4 +1,4 @@
-"""What may be set as the output embeddings of a converted model, and what is left of the model where it may not."""
+"""Layers set as output embeddings of a converted model; refused ones leave the model unchanged."""
 
 import copy
 from typing import Any
@@ -16,21 +16,21 @@ PROMPT = torch.tensor([[5, 17, 42, 8, 23]])
 
 
 class Scaled(nn.Linear):
-    """Linear, but not by its weight alone."""
+    """A linear layer that scales its outputs."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return 0.5 * super().forward(hidden)
 
 
 class Capped(nn.Linear):
-    """As Gemma 2 caps its logits, which the dense model does by itself."""
+    """A layer that caps its logits."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(hidden).tanh()
 
 
 class OfItsOwn(nn.Module):
-    """Linear, of a class that has nothing to do with PyTorch's."""
+    """A linear layer that is not an `nn.Linear`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class OfItsOwn(nn.Module):
 
 
 class OfInt8(OfItsOwn):
-    """Its rows are whole numbers, which nothing could gather exact logits from."""
+    """A linear layer with int8 rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class OfInt8(OfItsOwn):
 
 
 class WithoutWeight(nn.Module):
-    """Linear as well, but with nothing to gather rows from."""
+    """A linear layer without a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WithoutWeight(nn.Module):
 
 
 class TwoResults(nn.Linear):
-    """Returns more than logits."""
+    """A layer that returns a tuple."""
 
     def forward(self, hidden: Tensor) -> Any:
         return super().forward(hidden), hidden
@@ -80,7 +80,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def with_head(model: TopKExpertsForCausalLM, head: nn.Module) -> Any:
-    """The dense model with this head in place, as Transformers would set it."""
+    """The dense model with this head."""
     dense = copy.deepcopy(model.base)
     dense.lm_head = copy.deepcopy(head)
     return dense
@@ -138,7 +138,7 @@ def test_a_plain_layer_is_shared() -> None:
         (lambda: nn.Linear(32, 1), "a head of 1 rows leaves no token to route"),
     ],
 )
-def test_what_is_no_linear_layer_is_refused_and_nothing_changes(make: Any, reason: str) -> None:
+def test_a_layer_that_is_not_linear_is_refused(make: Any, reason: str) -> None:
     model, layer = converted(), make()
     head = model.head
     with torch.no_grad():  # the first token is in no expert
@@ -156,7 +156,7 @@ def test_what_is_no_linear_layer_is_refused_and_nothing_changes(make: Any, reaso
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_was_set_is_saved(tied: bool, tmp_path: Any) -> None:
+def test_a_replaced_head_is_saved(tied: bool, tmp_path: Any) -> None:
     model = tiny_converted(tiny_dense(tied=tied), num_experts_per_tok=6, head_mode="sparse")
     embeddings = model.get_input_embeddings().weight.clone()
     layer = nn.Linear(32, 100, bias=False)

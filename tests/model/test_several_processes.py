@@ -1,4 +1,4 @@
-"""Models that several processes run in parts: the answers are those of one process, or one line says why not."""
+"""Models sharded over several processes: the tokens of one process, or an error of one line."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def test_joint_training_of_a_head_of_empty_shards_is_refused() -> None:
         model(input_ids=PROMPT, labels=PROMPT)
 
 
-def test_the_sizes_of_empty_shards_are_known() -> None:
+def test_the_sizes_of_empty_shards_are_found() -> None:
     dense, head = tiny_dense(tied=False), make_head()
     shard(dense.get_output_embeddings().weight)
     with torch.device("meta"):

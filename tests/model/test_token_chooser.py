@@ -1,4 +1,4 @@
-"""Tokens chosen without logits of the whole vocabulary are distributed as those chosen with them."""
+"""Tokens chosen without logits of the whole vocabulary have the distribution of those chosen with them."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ choices_of_warpers = st.lists(st.sampled_from(list(WARPERS)), unique=True).flatm
 
 
 def choose_from(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) -> Candidates:
-    """Candidates as a generation with these processors has them before it draws."""
+    """The candidates after these logits processors, before sampling."""
     chooser = TokenChooser(head, found, does_sample=True)
     left: list[Candidates] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +47,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     places = torch.arange(logits.shape[1]).expand_as(logits)
     tokens = torch.stack([candidates._tokens(place.unsqueeze(1)) for place in places.unbind(1)], dim=1)
     masses = torch.full((len(logits), head.num_experts), -torch.inf)
-    if not candidates._are_others_out:
+    if not candidates._rest_is_removed:
         masses = candidates._masses()
     shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
     probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
@@ -57,7 +57,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     return probabilities.scatter_add_(1, head.expert_ids.flatten().expand(len(logits), -1), of_others.flatten(1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=seeds,
     positions=st.integers(1, 2),
@@ -70,7 +70,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
 def test_probabilities_are_those_of_the_sparse_logits(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, chosen: Any
 ) -> None:
-    """After any of the usual processors, worked out from all logits by those of Transformers."""
+    """After any of the usual processors, against Transformers' own on all logits."""
     head, hidden = make_head(num_rescored=num_rescored, combine=combine, **choices), make_hidden(seed, positions)
     hidden = hidden * spread
     found = [WARPERS[name](value) for name, value in chosen]
@@ -92,7 +92,7 @@ def test_probabilities_are_those_of_the_sparse_logits(
 
 @settings(max_examples=100, deadline=None)
 @given(seed=seeds, positions=st.integers(1, 3), choices=sizes(), num_rescored=st.integers(1, 60))
-def test_the_best_is_that_of_the_sparse_logits(
+def test_the_best_candidate_is_the_sparse_argmax(
     seed: int, positions: int, choices: dict[str, int], num_rescored: int
 ) -> None:
     head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, positions)
@@ -102,7 +102,7 @@ def test_the_best_is_that_of_the_sparse_logits(
 
 
 def p_value(counts: Tensor, probabilities: Tensor) -> float:
-    """Of a chi-square test; tokens that are expected fewer than ten times count as one."""
+    """The p-value of a chi-square test; tokens expected fewer than ten times are one category."""
     expected = probabilities * counts.sum()
     is_rare = expected < 10
     cells = [torch.cat([one[~is_rare], one[is_rare].sum()[None]]) for one in (counts.double(), expected)]
@@ -117,7 +117,7 @@ def p_value(counts: Tensor, probabilities: Tensor) -> float:
 def test_distribution_of_200_000_draws(
     chosen: dict[str, float], is_broken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rule that forgets the mass of what was not scored fails it."""
+    """Fails if the mass of unscored tokens is left out."""
     head, hidden = make_head(num_rescored=20), make_hidden(3, 1) / 3
     scores = head.sparse_logits(hidden)
     found = []
@@ -127,7 +127,7 @@ def test_distribution_of_200_000_draws(
         scores = one(PREFIX[:1], scores)
     if is_broken:
         monkeypatch.setattr(Candidates, "_masses", lambda self: torch.full_like(self._scored.tail_scores, -torch.inf))
-        monkeypatch.setattr(Candidates, "_take_apart_above", lambda *_: False)
+        monkeypatch.setattr(Candidates, "_expand_above", lambda *_: False)
     torch.manual_seed(0)
     many = hidden.expand(2000, -1)
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)
@@ -139,8 +139,8 @@ def test_distribution_of_200_000_draws(
     assert (found_p < 1e-6) if is_broken else (found_p > 1e-4)
 
 
-def test_draws_of_one_and_of_none() -> None:
-    """What has no probability is never drawn, wherever it stands."""
+def test_tokens_without_probability_are_never_drawn() -> None:
+    """At any place of the row."""
     logits = torch.tensor([[-torch.inf, 2.0, -torch.inf], [-torch.inf, -torch.inf, 0.0]])
     for _ in range(100):
         assert draw(logits).tolist() == [[1], [2]]
@@ -162,7 +162,7 @@ def generate(model: TopKExpertsForCausalLM, **choices: Any) -> Tensor:
 
 
 def whole_steps(model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, **choices: Any) -> int:
-    """How many steps of a generation made logits of all tokens."""
+    """The number of steps that computed the logits of all tokens."""
     steps: list[int] = []
     logits = model.head.logits
     monkeypatch.setattr(model.head, "logits", lambda hidden: steps.append(1) or logits(hidden))
@@ -181,7 +181,7 @@ def whole_steps(model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, 
         {"do_sample": True, "top_k": 0, "min_p": 0.1},
     ],
 )
-def test_only_the_prompt_has_logits_of_all_tokens(
+def test_logits_of_all_tokens_are_computed_only_in_prefill(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
     assert whole_steps(model, monkeypatch, **choices) == 1
@@ -196,7 +196,7 @@ def test_only_the_prompt_has_logits_of_all_tokens(
         {"do_sample": True, "logits_processor": [lambda ids, scores: scores]},
     ],
 )
-def test_other_choices_have_them_at_every_step(
+def test_with_other_settings_all_logits_are_computed_at_every_step(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(token_chooser.TokenChooser, "__init__", None)
@@ -207,7 +207,7 @@ def test_other_choices_have_them_at_every_step(
     assert len(steps) == 8
 
 
-def test_greedy_tokens_are_those_of_whole_logits(
+def test_greedy_tokens_are_the_argmax_of_all_logits(
     model: TopKExpertsForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [generate(model, do_sample=False), generate(model, do_sample=False, repetition_penalty=1.4)]
@@ -216,8 +216,8 @@ def test_greedy_tokens_are_those_of_whole_logits(
     assert chosen[1].equal(generate(model, do_sample=False, repetition_penalty=1.4))
 
 
-def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And draws from what the cap leaves."""
+def test_a_model_that_caps_its_logits_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And samples from the capped logits."""
     model = tiny_converted(tiny_dense("gemma2", final_logit_softcapping=0.5), head_mode="sparse", num_rescored=20)
     assert whole_steps(model, monkeypatch, do_sample=True, top_k=0) == 8
     chosen = generate(model, do_sample=False)
@@ -225,8 +225,8 @@ def test_a_model_that_caps_its_logits_has_them_at_every_step(monkeypatch: pytest
     assert chosen.equal(generate(model, do_sample=False))
 
 
-def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some do with the tokens of images."""
+def test_a_model_that_masks_logits_in_place_computes_all_logits_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some models do with image tokens."""
     model = tiny_converted(tiny_dense(), head_mode="sparse", num_rescored=20)
     forward = model.base.forward
 
@@ -240,8 +240,8 @@ def test_a_model_that_masks_logits_in_place_has_them_at_every_step(monkeypatch: 
         assert (generate(model, **choices)[:, PREFIX.shape[1] :] >= 50).all()
 
 
-def test_all_experts_are_left_to_transformers() -> None:
-    """So that the same seed gives the dense model's tokens."""
+def test_with_all_experts_transformers_samples() -> None:
+    """So the same seed gives the dense model's tokens."""
     head = make_head(num_experts_per_tok=6)
     assert head.num_experts == 6
     assert not can_choose(head, [], GenerationConfig(do_sample=True))

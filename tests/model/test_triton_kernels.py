@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: in Triton's interpreter, through its compiler, and when they are chosen at all."""
+"""The Triton kernels without a GPU: in Triton's interpreter, compiled, and when they are called."""
 
 import os
 import subprocess
@@ -26,13 +26,13 @@ TYPES = {
 
 
 class OnCuda(Tensor):
-    """A tensor that says it is on CUDA."""
+    """A tensor that claims to be on CUDA."""
 
     is_cuda = True
 
 
 def calls(kind: type[Tensor] = Tensor, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], Tensor]]:
-    """A call of every function that has a kernel, at sizes of which all bytes of a load are full."""
+    """A call of every function with a kernel, at sizes that need no masking."""
     hidden, weight = (torch.ones(rows, 640, dtype=dtype).as_subclass(kind) for rows in (2, 1000))
     rows = torch.zeros(2, 48, dtype=torch.int64)
     codes = torch.zeros(60, 16, 64, dtype=torch.uint8)
@@ -50,7 +50,7 @@ def calls(kind: type[Tensor] = Tensor, dtype: torch.dtype = torch.bfloat16) -> d
 @pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: see the file that it runs."""
+    """In another process; see the file that it runs."""
     file = Path(__file__).with_name("interpreted_triton_kernels.py")
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", str(file)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
@@ -60,7 +60,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
-    """The kernels that would have been launched, and with what."""
+    """The kernels that would have been launched, with their arguments."""
     from hf_topk.model import triton_kernels
 
     recorded: list[tuple[Any, tuple, dict]] = []
@@ -81,7 +81,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
 
 
 def compile_for_cuda(kernel: Any, args: tuple, constants: dict, capability: int) -> str:
-    """What Triton compiles at such a launch, as PTX."""
+    """The PTX that Triton compiles for a launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -123,15 +123,15 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were called."""
     names: list[str] = []
 
-    def stand_in(name: str) -> Callable[..., Tensor]:
+    def fake(name: str) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
             names.append(name)
             return torch.empty(0)
 
         return call
 
-    stand_ins = SimpleNamespace(**{name: stand_in(name) for name in calls()})
-    monkeypatch.setitem(sys.modules, "hf_topk.model.triton_kernels", stand_ins)
+    fakes = SimpleNamespace(**{name: fake(name) for name in calls()})
+    monkeypatch.setitem(sys.modules, "hf_topk.model.triton_kernels", fakes)
     monkeypatch.setattr(kernels, "HAS_TRITON", True)
     return names
 

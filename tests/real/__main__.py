@@ -90,7 +90,7 @@ def _evaluate(converted: Path, text: str | Path, *options: object) -> dict[str, 
 
 
 def _chat(converted: Path) -> Metrics:
-    """Agreement along the model's own answers; empty for a model without a chat template."""
+    """Agreement on the model's own answers; empty for a model without a chat template."""
     model, tokenizer = load_converted(str(converted), dtype=DTYPE)
     if tokenizer.chat_template is None:
         return {}

@@ -1,4 +1,4 @@
-"""Agreement of the sparse head along the dense model's own answers."""
+"""Agreement of the sparse head on the dense model's own answers."""
 
 import json
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class ChatAgreement:
-    """Agreement of the sparse head along greedy answers of the dense model.
+    """Agreement of the sparse head on greedy answers of the dense model.
 
     Attributes:
         agreement: share of the answers' tokens that are the sparse argmax, given the tokens before them.
@@ -39,7 +39,7 @@ def read_prompts() -> list[str]:
 
 
 def chat_agreement(model: TopKExpertsForCausalLM, prompts: list[Tensor], new_tokens: int = NEW_TOKENS) -> ChatAgreement:
-    """Answer prompts greedily with the dense head, and compare the sparse argmax along the answers.
+    """Answer prompts greedily with the dense head, and compare the sparse argmax at each of their tokens.
 
     Args:
         model: a converted model; its head mode is set to "sparse".

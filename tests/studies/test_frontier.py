@@ -1,4 +1,4 @@
-"""The frontier: its points beside a count by hand, and the command that prints them."""
+"""The frontier: its points against plain references, and the command that prints them."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def of(points: list[Point], method: str) -> list[Point]:
 
 
 @pytest.mark.parametrize("method", [OURS, FLASHHEAD])
-def test_every_level_is_reached_for_no_fewer_bytes_than_a_lower_one(points: list[Point], method: str) -> None:
+def test_a_higher_level_reads_no_fewer_bytes(points: list[Point], method: str) -> None:
     found = of(points, method)
     assert len(found) == len(LEVELS)
     for level, point in zip(LEVELS, found, strict=True):
@@ -49,7 +49,7 @@ def test_every_level_is_reached_for_no_fewer_bytes_than_a_lower_one(points: list
     assert read[0] > 0
 
 
-def test_a_point_of_ours_agrees_as_often_as_the_head_that_is_set_so(
+def test_a_point_has_the_agreement_of_the_head_with_its_k_and_r(
     head: TopKExpertsHead, choices: DenseArgmax, points: list[Point]
 ) -> None:
     for point in of(points, OURS):

@@ -1,4 +1,4 @@
-"""Whether a target agreement is kept on documents that nothing has seen: `make study NAME=promise`."""
+"""The study of target agreements on unseen documents: `make study NAME=promise`."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def random_argmax(model: object, documents: int) -> DenseArgmax:
     return DenseArgmax(states, best, torch.arange(documents).repeat_interleave(40))
 
 
-def test_the_promise_is_summed_up_over_splits() -> None:
+def test_the_summary_covers_all_splits() -> None:
     outcomes = [promise.Outcome(3, 20, 0.91, 0.94, 10), promise.Outcome(5, 20, 0.9, 0.88, 10)]
     assert promise.summary(outcomes, 0.9) == {
         "splits": 2,
@@ -35,7 +35,7 @@ def test_the_promise_is_summed_up_over_splits() -> None:
     }
 
 
-def test_a_split_is_measured_on_documents_that_nothing_was_chosen_on() -> None:
+def test_a_split_is_measured_on_other_documents_than_it_was_chosen_on() -> None:
     model = tiny_converted(num_always_on=4)
     dense = random_argmax(model, 8)
     ranks = rank_argmax(model.head, dense)

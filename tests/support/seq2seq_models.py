@@ -1,4 +1,4 @@
-"""Tiny models that read one thing and write another, each with something to read."""
+"""Tiny encoder-decoders, each with inputs."""
 
 import json
 import wave
@@ -53,7 +53,7 @@ SPEECH: dict[str, dict[str, Any]] = {
 
 
 def tiny_translator(model_type: str = "marian", **choices: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A random model of 100 tokens that reads and writes text, and two sentences for it, one of them padded."""
+    """A random text-to-text model of 100 tokens, with two sentences, one of them padded."""
     config = AutoConfig.for_model(model_type, **{**TEXT[model_type], **SPECIAL, **choices}, vocab_size=VOCAB_SIZE)
     dense = _random(AutoModelForSeq2SeqLM, config)
     if hasattr(dense, "final_logits_bias"):
@@ -63,7 +63,7 @@ def tiny_translator(model_type: str = "marian", **choices: Any) -> tuple[PreTrai
 
 
 def tiny_listener(model_type: str = "whisper", **choices: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A random model of 100 tokens that hears speech, and two sounds for it."""
+    """A random speech model of 100 tokens, with two inputs."""
     config = AutoConfig.for_model(model_type, **{**SPEECH[model_type], **SPECIAL, **choices}, vocab_size=VOCAB_SIZE)
     dense = _random(AutoModelForSpeechSeq2Seq, config)
     generator = torch.Generator().manual_seed(6)
@@ -86,7 +86,7 @@ def _random(auto_class: Any, config: Any) -> PreTrainedModel:
 
 
 def tiny_model(model_type: str, **choices: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """One of these by its type."""
+    """A tiny encoder-decoder by model type."""
     return (tiny_translator if model_type in TEXT else tiny_listener)(model_type, **choices)
 
 
@@ -107,7 +107,7 @@ TIMESTAMPS_FROM = 60  # token ids of the tiny Whisper from which on they are tim
 
 
 def tiny_whisper_checkpoint(folder: Path) -> Path:
-    """Save a tiny Whisper that hears a second at once and writes times, with all that is read beside it."""
+    """Save a tiny Whisper with inputs of a second and timestamps, with tokenizer and feature extractor."""
     dense, _ = tiny_listener("whisper")
     generation = dense.generation_config
     generation.no_timestamps_token_id = TIMESTAMPS_FROM - 1
@@ -121,7 +121,7 @@ def tiny_whisper_checkpoint(folder: Path) -> Path:
 
 
 def words_of_whisper() -> WhisperTokenizer:
-    """A tokenizer of one character a token, with the tiny Whisper's times."""
+    """A tokenizer of single characters, with the tiny Whisper's timestamps."""
     characters = {chr(33 + number): 2 + number for number in range(TIMESTAMPS_FROM - 3)}
     times = {f"<|{number / 50:.2f}|>": TIMESTAMPS_FROM + number for number in range(VOCAB_SIZE - TIMESTAMPS_FROM)}
     vocabulary = {"<|endoftext|>": 0, "<pad>": 1, **characters, "<|notimestamps|>": TIMESTAMPS_FROM - 1, **times}
@@ -130,7 +130,7 @@ def words_of_whisper() -> WhisperTokenizer:
 
 
 def sound(seconds: float, seed: int = 0) -> Any:
-    """Noise that comes and goes: fp32 [n]."""
+    """Modulated noise: fp32 [n]."""
     generator = torch.Generator().manual_seed(seed)
     samples = torch.randn(int(seconds * RATE), generator=generator) * 0.2
     return (samples * torch.linspace(0, 20, len(samples)).sin()).clamp(-1, 1).numpy()

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
-from hf_topk.convert.steps.fit_packed_rows import metric_of, pack_router
+from hf_topk.convert.steps.pack_router_and_tail import metric_of, pack_router
 from hf_topk.model.encoder_decoder import converted_class
 from hf_topk.windows import Window
 

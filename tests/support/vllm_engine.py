@@ -50,7 +50,7 @@ LONGER = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
 
 
 def tokens_of(llm: Any, params: Any = GREEDY, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
-    """What an engine writes after each prompt, greedily unless told otherwise."""
+    """The new tokens of an engine for each prompt, greedy by default."""
     answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
@@ -66,7 +66,7 @@ def head_of(llm: Any) -> Any:
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
+    """Run code in another process."""
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )

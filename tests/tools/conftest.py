@@ -1,4 +1,4 @@
-"""Warnings that tools raise about one another are theirs; this package's own stay errors."""
+"""Ignores warnings of the tools; this package's own stay errors."""
 
 from pathlib import Path
 

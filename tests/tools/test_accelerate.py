@@ -1,4 +1,4 @@
-"""accelerate: parts of a converted model in main memory and on disk, and several processes that train one."""
+"""accelerate: offloading to RAM and disk, and training with several processes."""
 
 import json
 import os

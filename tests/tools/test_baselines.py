@@ -1,4 +1,4 @@
-"""The heads that the bench takes from other packages: hnswlib's index and torchao's int8."""
+"""The baseline heads of other packages: hnswlib's index and torchao's int8."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from studies.frontier import measure_frontier
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_hnsw_finds_the_dense_argmax_when_it_looks_everywhere(has_bias: bool) -> None:
+def test_hnsw_finds_the_dense_argmax_in_an_exhaustive_search(has_bias: bool) -> None:
     weight, bias = torch.randn(300, 16), torch.randn(300) if has_bias else None
     hidden = torch.randn(7, 16)
     dense, logits = F.linear(hidden, weight, bias), HnswHead(weight, bias, ef=300, candidates=40)(hidden)

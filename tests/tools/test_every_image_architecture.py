@@ -1,4 +1,4 @@
-"""Every model of images and text that Transformers has, as `test_every_architecture.py` has those of text alone."""
+"""Every image-text-to-text model of Transformers, as `test_every_architecture.py` for causal language models."""
 
 from pathlib import Path
 

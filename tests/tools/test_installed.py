@@ -9,5 +9,5 @@ PROJECT = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").rea
 
 
 @pytest.mark.parametrize("requirement", PROJECT["dependency-groups"]["tools"])
-def test_what_the_group_names_is_there(requirement: str) -> None:
+def test_packages_of_the_tools_group_are_installed(requirement: str) -> None:
     assert version(re.match(r"[\w.-]+", requirement).group())

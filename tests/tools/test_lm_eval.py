@@ -1,4 +1,4 @@
-"""lm-eval on task files of one's own: the scores of the dense, the sparse and the lossless head side by side."""
+"""lm-eval with own task files: the scores of dense, sparse and lossless decoding."""
 
 import json
 import math
@@ -45,7 +45,7 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted model and task files; what goes on is what the dense model goes on with."""
+    """A converted model, and task files whose continuations are the dense model's."""
     folder = tmp_path_factory.mktemp("lm-eval")
     dense, tokenizer = tiny_dense(tied=False), tiny_tokenizer()
     for name, model in (("dense", dense), ("out", tiny_converted(dense, num_experts_per_tok=1))):
@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> dict[str, dict[str, Any]]:
-    """For each head, what lm-eval asked of the model and was answered, and its scores."""
+    """For each head mode, lm-eval's requests with the model's responses, and the scores."""
     return {head: ask(folder, str(folder / "out"), *choices) for head, choices in HEADS.items()}
 
 
@@ -108,7 +108,7 @@ def test_sparse_scores_are_its_own(answers: dict[str, dict[str, Any]]) -> None:
 
 
 def test_command_line(answers: dict[str, dict[str, Any]], folder: Path) -> None:
-    """As users call it: the folder brings its code along."""
+    """With the code in the model's folder."""
     arguments = f"pretrained={folder / 'out'},trust_remote_code=True,head_mode=sparse"
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu"]
     command += ["--include_path", str(folder), "--tasks", ",".join(TASKS), "--output_path", str(folder / "scores.json")]

@@ -79,7 +79,9 @@ def test_saved_loaded_and_merged(targets: Any, expected: set[str], tmp_path: Pat
 
 
 @pytest.mark.parametrize(("model_type", "targets"), [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"])])
-def test_an_adapter_of_the_model_s_own_is_saved_and_loaded(model_type: str, targets: list[str], tmp_path: Path) -> None:
+def test_an_adapter_of_the_wrapped_model_is_saved_and_loaded(
+    model_type: str, targets: list[str], tmp_path: Path
+) -> None:
     tiny_converted(tiny_dense(model_type)).save_pretrained(tmp_path / "model")
     model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=False)
@@ -126,7 +128,7 @@ def test_an_adapted_head_works_once_merged(tmp_path: Path) -> None:
     assert loaded.generate(PROMPT, **CHOICES).equal(merged.generate(PROMPT, **CHOICES))
 
 
-def test_adapters_around_ends_that_the_part_about_text_ties_are_refused() -> None:
+def test_adapters_around_ends_tied_by_the_text_configuration_are_refused() -> None:
     dense = tiny_model(AutoModelForImageTextToText, "llama4")
     config = AutoConfig.for_model(**dense.config.to_dict())
     config.text_config.tie_word_embeddings = True
@@ -139,7 +141,7 @@ def test_adapters_around_ends_that_the_part_about_text_ties_are_refused() -> Non
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_is_trained_whole_is_merged(tied: bool, tmp_path: Path) -> None:
+def test_a_fully_trained_head_is_merged(tied: bool, tmp_path: Path) -> None:
     dense = tiny_dense(tied=tied)
     model = adapted(["q_proj"], tiny_converted(dense), modules_to_save=["lm_head"])
     losses = train(model, steps=3)
@@ -160,7 +162,7 @@ def test_a_head_that_is_trained_whole_is_merged(tied: bool, tmp_path: Path) -> N
 @pytest.mark.filterwarnings("ignore:Model with .tie_word_embeddings=True:UserWarning")
 @pytest.mark.parametrize("choices", [{}, {"ensure_weight_tying": True}])
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"]])
-def test_refuses_to_adapt_what_is_tied(targets: list[str], choices: dict[str, Any]) -> None:
+def test_refuses_adapters_around_tied_ends(targets: list[str], choices: dict[str, Any]) -> None:
     model = adapted(targets, **choices)
     with pytest.raises(InputError, match="tied in this model"):
         train(model)

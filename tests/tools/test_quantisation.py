@@ -1,4 +1,4 @@
-"""Decoders in 8 and 4 bits: the head and its added tensors are left alone, and the folder loads again."""
+"""Decoders in 8 and 4 bits: head and added tensors are not quantised, and the folder loads again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -137,8 +137,8 @@ def test_a_quantised_folder_loads_as_the_dense_model(kind: str, folder: Path, tm
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int4"])
-def test_a_folder_that_torchao_wrote_is_refused_as_the_dense_model(kind: str, folder: Path, tmp_path: Path) -> None:
-    """Its files name the tensors of this class; what could not be read must not be made up."""
+def test_a_folder_written_by_torchao_is_refused_as_dense_model(kind: str, folder: Path, tmp_path: Path) -> None:
+    """Its tensor names are the converted class's; missing tensors must not be initialised at random."""
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=KINDS[kind][0]()).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         AutoModelForCausalLM.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path).text_config)
@@ -190,7 +190,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
 def test_a_quantised_linear_layer_becomes_the_head(kind: str) -> None:
-    """Its rows, as it computes with them."""
+    """With its dequantised rows."""
     torch.manual_seed(0)
     layer = LAYERS[kind]()
     dense = tiny_dense(tied=False, hidden_size=64, intermediate_size=128).to(torch.bfloat16)

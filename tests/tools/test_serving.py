@@ -1,4 +1,4 @@
-"""`hf-topk serve` over a socket, talked to by the `openai` client."""
+"""`hf-topk serve` with the `openai` client."""
 
 import json
 import os
@@ -117,7 +117,7 @@ def test_completion(client: openai.OpenAI, folder: Path) -> None:
     assert answer.choices[0].text == expected(folder)
 
 
-def test_response(client: openai.OpenAI, folder: Path) -> None:
+def test_responses_endpoint(client: openai.OpenAI, folder: Path) -> None:
     asked: dict[str, Any] = {"model": "out", "input": MESSAGES, "max_output_tokens": NEW_TOKENS, "temperature": 0}
     assert client.responses.create(**asked, stream=False).output_text == expected(folder)
     events = list(client.responses.create(**asked, stream=True))
@@ -140,7 +140,7 @@ def test_two_requests_at_once(client: openai.OpenAI, folder: Path) -> None:
 
 
 def test_lossless_chat(client: openai.OpenAI, folder: Path) -> None:
-    """Asked for in the request, by the field in which Transformers' server takes a generation config."""
+    """By the field of the request for a generation config."""
     config = {"lossless": True, "max_new_tokens": NEW_TOKENS, "eos_token_id": 0, "pad_token_id": 1}
     answer = chat(client, extra_body={"generation_config": json.dumps(config)})
     dense = expected(folder, lossless=True)
@@ -164,11 +164,11 @@ def check_images_are_refused(client: openai.OpenAI) -> None:
         client.responses.create(model="out", input=[image], stream=False)
 
 
-def test_images_are_refused_and_not_left_out(client: openai.OpenAI) -> None:
+def test_images_in_requests_are_refused(client: openai.OpenAI) -> None:
     check_images_are_refused(client)
 
 
-def test_a_model_that_looks_at_images_answers_text_and_refuses_images(tmp_path: Path) -> None:
+def test_a_vision_language_model_answers_text_and_refuses_images(tmp_path: Path) -> None:
     dense, _ = tiny_llava()
     tiny_converted(dense).save_pretrained(tmp_path / "out")
     tokenizer, address = tiny_tokenizer(), free_address()
@@ -184,7 +184,7 @@ def test_a_model_that_looks_at_images_answers_text_and_refuses_images(tmp_path: 
         check_images_are_refused(client)
 
 
-def test_model_outlives_a_reset(client: openai.OpenAI, address: str) -> None:
+def test_a_model_survives_a_reset_of_the_compiler(client: openai.OpenAI, address: str) -> None:
     before = chat(client).choices[0].message.content
     client.with_options(base_url=f"http://{address}").post("/reset", cast_to=object)
     assert chat(client).choices[0].message.content == before

@@ -1,4 +1,4 @@
-"""Trainer and TRL's SFTTrainer: the bundled model is trained on text of another kind, and its router follows it."""
+"""Trainer and TRL's SFTTrainer: the bundled model and its router are trained on another kind of text."""
 
 import argparse
 import ast
@@ -51,7 +51,7 @@ def rows_of(windows: list[Window]) -> list[dict[str, list[int]]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model, converted in a hurry."""
+    """The bundled model, converted with few steps."""
     out = tmp_path_factory.mktemp("books") / "out"
     recipe = Recipe(text=str(PROSE), positions=8_000, distill_steps=200, num_experts_per_tok=8, sparse_max_positions=16)
     convert_checkpoint(None, out, recipe)
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Run:
-    """A model that is trained on Python sources, and measured on others."""
+    """A model, trained on Python sources and measured on others."""
 
     def __init__(self, folder: Path) -> None:
         self.model: TopKExpertsForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -75,7 +75,7 @@ class Run:
         return found
 
     def train(self, by: type[Trainer], jointly: bool, folder: Path) -> tuple[float, float]:
-        """Train; the trainer's `eval_loss` before and after."""
+        """Train, and return the trainer's `eval_loss` before and after."""
         torch.manual_seed(0)
         data = [rows_of(windows_of(TO_TRAIN_ON, self.tokenizer)), rows_of(self.held_out)]
         if by is SFTTrainer:
@@ -97,7 +97,7 @@ def before(folder: Path) -> Fidelity:
 
 @pytest.fixture(scope="module")
 def without(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fidelity:
-    """Trained by a trainer that knows nothing of the router."""
+    """The model trained without joint training."""
     run = Run(folder)
     first, last = run.train(Trainer, False, tmp_path_factory.mktemp("run"))
     assert last < first - 1
@@ -123,7 +123,7 @@ def test_router_follows_the_model(
 
 
 def test_resumes_where_it_was(tmp_path: Path) -> None:
-    """What a trainer saves inside the context it loads there, by the names on disk."""
+    """A trainer loads inside the context what it saved there."""
     ids = torch.randint(2, 98, (32, 12), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": row, "labels": row} for row in ids]
 

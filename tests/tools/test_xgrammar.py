@@ -1,4 +1,4 @@
-"""JSON held to a schema by xgrammar, which masks logits: what is allowed need not be what was scored."""
+"""JSON by a schema with xgrammar, which masks logits; allowed tokens need not be scored."""
 
 import json
 from typing import Any
@@ -39,12 +39,12 @@ def dense() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def model(dense: PreTrainedModel) -> TopKExpertsForCausalLM:
-    """One expert of six is scored."""
+    """A converted model with one expert of six picked."""
     return tiny_converted(dense, num_experts_per_tok=1, head_mode="sparse")
 
 
 class Recording(LogitsProcessor):
-    """Keeps the scores that were masked."""
+    """Records the masked scores."""
 
     def __init__(self, grammar: Any) -> None:
         super().__init__(grammar)

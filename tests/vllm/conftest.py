@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dense_tokens(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """What vLLM's own dense model writes, 30 tokens after each prompt."""
+    """30 new tokens of vLLM's own dense model for each prompt."""
     folder = tmp_path_factory.mktemp("dense") / "dense"
     small_dense().save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a converted model gives in vLLM, beside Transformers and beside vLLM's own dense model: a table.
+"""A table of a converted model in vLLM, against Transformers and against vLLM's own dense model.
 
 .venv-vllm/bin/python -P tests/vllm/figures.py OUT --text convert/demo/kwaidan.txt
 """
@@ -34,7 +34,7 @@ def prompts_from(text: Path, tokenizer: Any, count: int) -> Tokens:
 
 
 def in_vllm(folder: str, prompts: Tokens, *, scores: bool = False, **options: Any) -> tuple[Tokens, list[Any], float]:
-    """Greedy tokens, log-probabilities of some prompts, and the share of drafts that was accepted, if any."""
+    """Greedy tokens, log-probabilities of some prompts, and the share of draft tokens accepted, if any."""
     common = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256, "disable_log_stats": False}
     llm = LLM(folder, **{**common, **options})
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -68,7 +68,7 @@ def in_transformers(model: Any, prompts: Tokens) -> Tokens:
 
 @torch.no_grad()
 def differences(model: Any, prompts: Tokens, scored: list[Any]) -> torch.Tensor:
-    """How far vLLM's log-probabilities of the prompts' tokens are from those of the model in Transformers."""
+    """Differences of vLLM's log-probabilities of the prompts' tokens from Transformers'."""
     found = []
     for prompt, logprobs in zip(prompts, scored, strict=False):
         expected = model(torch.tensor([prompt])).logits[0].float().log_softmax(dim=-1)
@@ -77,7 +77,7 @@ def differences(model: Any, prompts: Tokens, scored: list[Any]) -> torch.Tensor:
 
 
 def same(some: Tokens, others: Tokens) -> str:
-    """The share of tokens that are the same at the same place."""
+    """The share of equal tokens."""
     equal = sum(a == b for left, right in zip(some, others, strict=True) for a, b in zip(left, right, strict=True))
     return f"{equal} of {sum(map(len, some))}"
 

@@ -1,4 +1,4 @@
-"""vLLM writes what Transformers writes with a converted model."""
+"""A converted model generates the same tokens in vLLM as in Transformers."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or mismatched, and what is not served: one clear error each."""
+"""Damaged checkpoints and unsupported models: one clear error each."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ TENSORS = "model.safetensors"
         ("lm_head.expert_ids", torch.zeros(6, 16, dtype=torch.long), "not those of a vocabulary of 100"),
     ],
 )
-def test_additions_that_do_not_fit(folder: Path, name: str, to: torch.Tensor | None, message: str) -> None:
+def test_additions_of_wrong_shape_are_refused(folder: Path, name: str, to: torch.Tensor | None, message: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tensors = load_file(folder / TENSORS)
     tensors.pop(name)
@@ -60,20 +60,20 @@ def test_an_incomplete_folder_is_refused_in_one_line(tmp_path: Path, start: Call
         start(tmp_path)
 
 
-def test_a_file_that_is_cut_off(tmp_path: Path, start: Callable[..., Any]) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, start: Callable[..., Any]) -> None:
     file = save_converted(tmp_path) / TENSORS
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(InputError, match=r"damaged.*convert or fetch the model again"):
         start(tmp_path)
 
 
-def test_a_configuration_of_another_vocabulary(tmp_path: Path, start: Callable[..., Any]) -> None:
+def test_a_configuration_for_another_vocabulary_size_is_refused(tmp_path: Path, start: Callable[..., Any]) -> None:
     save_converted(tmp_path)
     with pytest.raises(InputError, match="do not cover a vocabulary of 100"):
         start(tmp_path, hf_overrides={"num_experts": 3})
 
 
-def test_a_head_in_another_number_type_is_refused(folder: Path, start: Callable[..., Any]) -> None:
+def test_a_head_of_another_dtype_is_refused(folder: Path, start: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=r'head_dtype.*"head_mode": "dense"'):
         start(folder, hf_overrides={"head_dtype": "bfloat16"})
 
@@ -81,12 +81,12 @@ def test_a_head_in_another_number_type_is_refused(folder: Path, start: Callable[
 @pytest.mark.parametrize(
     ("dense_class", "model_type", "message"),
     [
-        (MambaForCausalLM, "mamba", "keeps a state"),
-        (type("LooksAtImages", (nn.Module,), {"supports_multimodal": True}), "some", "looks at images"),
-        (FalconForCausalLM, "falcon", "by its name alone"),
+        (MambaForCausalLM, "mamba", "has a state besides"),
+        (type("TakesImages", (nn.Module,), {"supports_multimodal": True}), "some", "takes images"),
+        (FalconForCausalLM, "falcon", "settings of its own"),
     ],
 )
-def test_models_that_are_not_served(dense_class: Any, model_type: str, message: str) -> None:
+def test_unsupported_models_are_refused(dense_class: Any, model_type: str, message: str) -> None:
     config = SimpleNamespace(model_type=model_type, architectures=[dense_class.__name__])
     model_config = SimpleNamespace(hf_config=config)
     with pytest.raises(InputError, match=f"{dense_class.__name__}.*{message}"):

@@ -30,7 +30,7 @@ def test_tokens_are_the_dense_models_and_drafts_are_sparse(
     assert draft["hf_topk:dense_steps"] == 0
 
 
-def test_a_sparse_head_does_not_verify_its_own_drafts(folder: Path, start: Callable[..., Any]) -> None:
+def test_draft_tokens_are_not_verified_with_the_sparse_head(folder: Path, start: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="verified with the dense head: serve it with"):
         start(folder, **drafting(folder))
 

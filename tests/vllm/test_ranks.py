@@ -1,4 +1,4 @@
-"""Two ranks of tensor parallelism, each with half of the rows, write what one does."""
+"""Two ranks of tensor parallelism, each with half of the rows, generate the tokens of one."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from support.vllm_engine import NEW_TOKENS, save_converted, small_dense, tokens_
 
 
 @pytest.mark.parametrize("choices", [{"num_rescored": 5}, {"head_mode": "auto", "sparse_max_positions": None}])
-def test_two_ranks_write_what_one_does(
+def test_two_ranks_generate_the_tokens_of_one(
     tmp_path: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, choices: dict[str, Any]
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else each rank asks for a NUMA node

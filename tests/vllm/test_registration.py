@@ -1,4 +1,4 @@
-"""What the entry point does, and what it leaves alone."""
+"""The entry point registers the model, and changes nothing of vLLM's."""
 
 import vllm
 from support.vllm_engine import run_python

@@ -18,7 +18,7 @@ from hf_topk import TopKExpertsForCausalLM
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Any]:
-    """One for all of these tests."""
+    """One engine for all of these tests."""
     started = LLM(str(folder), **OPTIONS, max_logprobs=-1)
     yield started
     end(started)

@@ -1,4 +1,4 @@
-"""`vllm serve` on a converted model, talked to by the `openai` client."""
+"""`vllm serve` of a converted model with the `openai` client."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_json_by_a_schema(client: openai.OpenAI) -> None:
         assert found.keys() == {"a", "b"}
 
 
-def test_many_at_once_and_one_who_hangs_up(client: openai.OpenAI) -> None:
+def test_concurrent_requests_and_a_disconnected_client(client: openai.OpenAI) -> None:
     prompts = [f"{number} times {number}" for number in range(32)]
     alone = [complete(client, prompt).choices[0].text for prompt in prompts[:4]]
     stream = chat(client, stream=True, max_tokens=100)

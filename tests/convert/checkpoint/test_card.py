@@ -1,4 +1,4 @@
-"""The model card: what it says is what was measured, in words that the Hub reads."""
+"""The model card: its metrics are the measured ones, and its metadata is valid on the Hub."""
 
 import dataclasses
 import json
@@ -77,12 +77,12 @@ def test_the_snippets_run(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
         assert ("model" in found) != ("dense" in found)
 
 
-def test_a_local_folder_is_no_base_model(made: SimpleNamespace) -> None:
+def test_a_local_folder_is_not_named_as_base_model(made: SimpleNamespace) -> None:
     assert made.card.data.base_model is None
     assert (made.card.data.license, made.card.data.language) == ("mit", "en")
 
 
-def test_the_base_model_of_the_dense_card_is_taken_over(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_base_model_comes_from_the_dense_card(made: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "dense").mkdir()
     shutil.copytree(made.folder / "model", tmp_path / "dense", dirs_exist_ok=True)
     metadata = "license: other\nlicense_name: gemma\nlicense_link: https://x.org/terms\nbase_model: them/first"
@@ -95,7 +95,7 @@ def test_the_base_model_of_the_dense_card_is_taken_over(made: SimpleNamespace, t
 
 @pytest.mark.parametrize("name", ["them/first", None])
 def test_a_repository_is_the_base_model(made: SimpleNamespace, tmp_path: Path, name: str | None) -> None:
-    """By its name, or by where the client keeps it."""
+    """Given by name, or as a folder in the Hub's cache."""
     card = card_of(made, tmp_path / "models--them--first" / "snapshots" / "0123", name)
     assert card.data.base_model == "them/first"
     assert "[them/first](https://huggingface.co/them/first)" in card.text
@@ -103,9 +103,7 @@ def test_a_repository_is_the_base_model(made: SimpleNamespace, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("readme", [None, "no metadata", "---\n- a list\n---\n", "---\nlicense: [\n---\n"])
-def test_a_dense_card_that_cannot_be_read_is_no_matter(
-    made: SimpleNamespace, tmp_path: Path, readme: str | None
-) -> None:
+def test_an_unreadable_dense_card_is_ignored(made: SimpleNamespace, tmp_path: Path, readme: str | None) -> None:
     dense = shutil.copytree(made.folder / "model", tmp_path / "dense")
     (dense / "README.md").unlink()
     if readme:
@@ -133,7 +131,7 @@ def test_the_curve_is_measured_around_k(made: SimpleNamespace) -> None:
     assert [Point(**point) for point in metrics["curve"]] == curve
 
 
-def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> None:
+def test_each_point_equals_fidelity_at_its_k(made: SimpleNamespace) -> None:
     from hf_topk.evaluation.fidelity import measure_fidelity
 
     model = made.report.model
@@ -144,7 +142,7 @@ def test_each_point_is_what_measuring_at_its_k_gives(made: SimpleNamespace) -> N
     model.num_experts_per_tok = 2
 
 
-def test_a_long_text_is_measured_in_part(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_a_long_text_a_sample_is_measured(made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     total = made.report.fidelity.positions
     monkeypatch.setattr(agreement_plot, "POSITIONS", total // 3)
     curve = measure_around(made.report.model, made.report.dense_argmax)

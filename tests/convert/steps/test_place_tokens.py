@@ -1,4 +1,4 @@
-"""What tokens are always on, and which share an expert: beside the plainest way to compute the same."""
+"""The always-on tokens and the experts, against plain references."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def some_states(count: int = 40) -> Tensor:
 
 
 def placed(seed: int = 0) -> tuple[TopKExpertsHead, TokenStatistics]:
-    """A head of 5 always-on tokens, which leaves 95: 6 experts of 16, the last of them one short."""
+    """A head of 5 always-on tokens and 6 experts of 16; the last expert has 15 tokens."""
     head = tiny_converted(num_always_on=5).head
     statistics = token_statistics(some_states(), head.weight, None)
     place_tokens(head, [0, 98], [], statistics, seed)
@@ -35,7 +35,7 @@ def test_every_routed_token_is_in_one_expert() -> None:
     assert sorted([*experts[kept].tolist(), *head.always_on_ids.tolist()]) == list(range(VOCAB_SIZE))
 
 
-def test_experts_are_kmeans_on_the_contexts_of_the_routed_tokens() -> None:
+def test_experts_are_k_means_clusters_of_contexts() -> None:
     for seed in (0, 1):
         head, statistics = placed(seed)
         routed = torch.tensor([token for token in range(VOCAB_SIZE) if token not in head.always_on_ids])
@@ -44,7 +44,7 @@ def test_experts_are_kmeans_on_the_contexts_of_the_routed_tokens() -> None:
 
 
 def test_tokens_that_are_likely_in_the_same_contexts_share_an_expert() -> None:
-    """Tokens of four kinds, whose rows differ in length and which are likely where the others are not."""
+    """Four groups of tokens, of different row norms, each likely in contexts of its own."""
     head = tiny_converted(num_always_on=0, num_experts=4, expert_size=25).head
     kinds = torch.arange(VOCAB_SIZE) % 4
     generator = torch.Generator().manual_seed(6)
@@ -68,7 +68,7 @@ def test_contexts_are_mean_states_weighted_by_probability(has_bias: bool, monkey
     torch.testing.assert_close(token_statistics(states, weight, bias).contexts, expected.float())
 
 
-def test_a_token_that_is_likely_nowhere_has_a_context() -> None:
+def test_a_token_without_probability_has_a_finite_context() -> None:
     bias = torch.zeros(VOCAB_SIZE)
     bias[5] = -1e4  # its probability is 0 in any float type
     assert token_statistics(some_states(), torch.ones(VOCAB_SIZE, 32), bias).contexts.isfinite().all()
@@ -85,7 +85,7 @@ def test_special_tokens_are_always_on_before_likely_ones() -> None:
 
 
 @pytest.mark.parametrize("num_always_on", [0, 1, 2, 8, 20])
-def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on: int) -> None:
+def test_every_token_is_placed_once_and_end_tokens_are_always_on(num_always_on: int) -> None:
     num_experts = Recipe(num_always_on=num_always_on).resolve(VOCAB_SIZE).num_experts
     head = tiny_converted(num_experts=num_experts, num_always_on=num_always_on).head
     specials = [7, 0, 1]
@@ -96,8 +96,8 @@ def test_every_token_has_one_place_and_ends_of_text_are_always_on(num_always_on:
 
 
 @pytest.mark.parametrize("num_unused", [1, 16, 33, 90])
-def test_ids_that_no_text_has_are_in_experts_of_their_own(num_unused: int) -> None:
-    """But for the rarest other tokens, which fill them up."""
+def test_unused_ids_have_experts_of_their_own(num_unused: int) -> None:
+    """Together with the rarest other tokens, which complete them."""
     head = tiny_converted(num_always_on=4).head
     statistics = token_statistics(some_states(), head.weight, None)
     rarest = statistics.probabilities.argsort()

@@ -1,4 +1,4 @@
-"""Tokens that end a text are always on, or none are; special ones follow, with a name or without."""
+"""Special tokens: end tokens come first, then named and unnamed ones."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def converted(dense: Any, tokenizer: Any, num_always_on: int, text: Path) -> Top
     return convert(dense, tokenizer, recipe).model
 
 
-def test_tokens_that_end_a_text_come_first(tmp_path: Path) -> None:
+def test_end_tokens_come_first(tmp_path: Path) -> None:
     dense, tokenizer = tiny_dense(), tiny_tokenizer()
     dense.generation_config.eos_token_id = [7, 0, 42]
     assert special_ids(dense, tokenizer, 8) == [7, 0, 42, 1]
@@ -32,7 +32,7 @@ def test_tokens_that_end_a_text_come_first(tmp_path: Path) -> None:
     assert special_ids(dense, tokenizer, 8) == [0, 1]
 
 
-def test_special_tokens_without_a_name_come_last_and_are_not_too_many(tmp_path: Path) -> None:
+def test_unnamed_special_tokens_come_last_and_are_limited(tmp_path: Path) -> None:
     dense, tokenizer = tiny_dense(), tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(f"w{number}", special=True) for number in range(20, 60)])
     tokenizer.add_tokens([AddedToken("w70", special=False)])
@@ -44,7 +44,7 @@ def test_special_tokens_without_a_name_come_last_and_are_not_too_many(tmp_path: 
     assert {0, 1, 22, 23, 24, 25} <= set(always_on)
 
 
-def test_some_of_the_ends_alone_are_refused(tmp_path: Path) -> None:
+def test_always_on_tokens_for_only_some_end_tokens_are_refused(tmp_path: Path) -> None:
     dense, text = tiny_dense(), tiny_text(tmp_path / "text.jsonl")
     dense.generation_config.eos_token_id = [7, 0, 42]
     with pytest.raises(InputError, match=r"num_always_on is 2, fewer than the 3 tokens that end a text.*or 0 for none"):
@@ -52,7 +52,7 @@ def test_some_of_the_ends_alone_are_refused(tmp_path: Path) -> None:
     assert converted(dense, tiny_tokenizer(), 0, text).head.num_always_on == 0
 
 
-def test_ids_that_no_text_has_are_those_without_a_token() -> None:
+def test_unused_ids_are_those_without_a_token() -> None:
     tokenizer = tiny_tokenizer()
     assert unused_ids(tokenizer, 100) == []
     assert unused_ids(tokenizer, 98) == []  # some tokens are beyond the head
@@ -63,14 +63,14 @@ def test_ids_that_no_text_has_are_those_without_a_token() -> None:
     assert unused_ids(None, 104) == []
 
 
-def test_ends_beyond_the_vocabulary_do_not_count() -> None:
+def test_end_tokens_outside_the_vocabulary_are_ignored() -> None:
     check_ends_always_on(1, [7, 7, -1, 100], vocab_size=100)
     with pytest.raises(InputError):
         check_ends_always_on(1, [7, 99], vocab_size=100)
 
 
 @pytest.mark.parametrize("is_written", [True, False], ids=["generation_config.json", "config.json"])
-def test_they_are_refused_before_weights_are_read(
+def test_refused_before_weights_are_read(
     is_written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

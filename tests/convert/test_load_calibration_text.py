@@ -1,0 +1,48 @@
+"""The calibration text: bundled texts and prompts, or a user's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_models import (
+    CHAT_TEMPLATE,
+    tiny_text,
+    tiny_tokenizer,
+)
+
+from hf_topk.convert import Recipe
+from hf_topk.convert.load_calibration_text import PROMPTS, TEXTS, bundled_documents, calibration_windows
+from hf_topk.documents import read_documents
+
+
+@pytest.mark.parametrize("chats", [False, True])
+def test_models_with_a_chat_template_also_read_the_prompts(chats: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE if chats else None
+    texts, prompts = read_documents(str(TEXTS)), read_documents(str(PROMPTS))
+    assert bundled_documents(tokenizer) == [*texts, *(prompts if chats else [])]
+    windows, fingerprint = calibration_windows(tokenizer, Recipe(positions=9000, window_length=32))
+    assert 8999 <= sum(len(window.token_ids) for window in windows) <= 9000
+    documents = {window.document for window in windows}
+    assert set(range(len(texts))) <= documents  # each has a window
+    assert (max(documents) >= len(texts)) == chats
+    assert fingerprint == calibration_windows(tokenizer, Recipe(positions=99))[1]
+    tokenizer.chat_template = None if chats else CHAT_TEMPLATE
+    assert fingerprint != calibration_windows(tokenizer, Recipe(positions=99))[1]
+
+
+def test_a_user_s_text_replaces_the_bundled_texts(tmp_path: Path) -> None:
+    recipe = Recipe(text=str(tiny_text(tmp_path / "text.jsonl")), positions=200, window_length=32)
+    windows, _ = calibration_windows(tiny_tokenizer(), recipe)
+    assert {window.document for window in windows} == {0, 1, 2, 3}
+    assert sum(len(window.token_ids) for window in windows) == 200
+
+
+def test_conversations_are_read_through_the_chat_template(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": turns, "source": "w9"})] * 3))
+    recipe = Recipe(text=str(tmp_path / "chats.jsonl"), positions=200, window_length=32)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}<pad> {{ message.content }} {% endfor %}"
+    windows, _ = calibration_windows(tokenizer, recipe)
+    assert [tokenizer.decode(window.token_ids) for window in windows] == ["<pad> w5 w6 <pad> w7"] * 3
