@@ -21,6 +21,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from hf_topk.evaluation.observations import OBSERVATIONS_FILE, Observations
+from hf_topk.inspection.page import REPORT_FILE
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.errors import INTERRUPTED, InputError, TopKExpertsError, one_line
 from hf_topk.model.hub_card import CARD_FILE, named
@@ -234,24 +236,28 @@ def _check_owner(name: str, user: dict[str, Any]) -> None:
 
 
 def _files(folder: Path, repository: str) -> list[CommitOperationAdd]:
-    """The files to upload: all but hidden files, such as caches and work folders, and byte code."""
+    """The files to upload: all but hidden files, such as caches and work folders, byte code and the HTML report."""
     files = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") or part in CACHES for part in place.parts):
+        is_left_out = any(part.startswith(".") or part in CACHES for part in place.parts) or place == Path(REPORT_FILE)
+        if path.is_file() and not is_left_out:
             content = _for_the_hub(path, repository) if place.parent == Path() else None
             files.append(CommitOperationAdd(place.as_posix(), content or str(path.absolute())))
     return files
 
 
 def _for_the_hub(path: Path, repository: str) -> bytes | None:
-    """The content to upload where it differs from the file: local names are replaced by public ones."""
+    """The content to upload where it differs from the file: without local names, and quotes of the calibration text."""
     if path.name == CARD_FILE:
         return named(path.read_text(encoding="utf-8"), repository).encode()
     if path.name == RECIPE_FILE:
         with suppress(yaml.YAMLError, KeyError, TypeError):  # another file of that name
             choices = yaml.safe_load(path.read_text(encoding="utf-8"))
             return yaml.safe_dump({**choices, "text": public_name(choices["text"])}, sort_keys=False).encode()
+    if path.name == OBSERVATIONS_FILE:
+        with suppress(ValueError, TypeError, KeyError):
+            return Observations.from_json(path.read_text(encoding="utf-8")).without_text().to_json().encode()
     return None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_topk.evaluation.fidelity import measure_fidelity
+from hf_topk.evaluation.observations import Observer
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.encoder_decoder import converted_class
 from hf_topk.model.head import TopKExpertsHead
@@ -20,7 +21,7 @@ from hf_topk.windows import Window, readable_length
 
 from .load_calibration_text import Sample, check_windows, read_calibration_text
 from .processes import ALONE, Processes
-from .recipe import Recipe, ResolvedRecipe
+from .recipe import Recipe, ResolvedRecipe, calibration_text_name
 from .report import Report, StepClock
 from .steps.choose_operating_point import (
     DenseArgmax,
@@ -134,13 +135,15 @@ def convert_checked(
         if recipe.combine == "learned":
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
-        fidelity = measure_fidelity(converted, held_out)
+        observer = Observer(converted.head)
+        fidelity = measure_fidelity(converted, held_out, observer)
         if recipe.target_agreement is not None:
             check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
+        observations=observer.observations(f"held-out documents of {calibration_text_name(recipe.text)}"),
         dense_argmax=dense,
         num_experts=converted.head.num_experts,
         added_bytes=converted.head.added_bytes(),

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from hf_topk.evaluation.fidelity import Fidelity
+from hf_topk.evaluation.observations import Observations
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.windows import Window
 
 from .checkpoint.agreement_plot import Point
 from .hub import Uploaded
-from .recipe import ResolvedRecipe
+from .recipe import ResolvedRecipe, calibration_text_name
 from .steps.choose_operating_point import DenseArgmax, Target, is_reached
 
 
@@ -24,6 +25,7 @@ class Report:
         model: the converted model, in memory.
         recipe: every choice; k and R as the user gave them.
         fidelity: measured on held-out documents of the calibration text.
+        observations: of the same positions.
         dense_argmax: of the same positions.
         num_experts: M.
         added_bytes: that conversion adds to the model on disk.
@@ -40,6 +42,7 @@ class Report:
     model: TopKExpertsForCausalLM
     recipe: ResolvedRecipe
     fidelity: Fidelity
+    observations: Observations
     dense_argmax: DenseArgmax
     num_experts: int
     added_bytes: int
@@ -67,6 +70,23 @@ class Report:
             "router_kl": self.router_kl,
             "seconds": round(self.seconds, 1),
             "curve": [dataclasses.asdict(point) for point in self.curve],
+        }
+
+    def summary(self) -> dict[str, str]:
+        """The metrics that people look at first, by name."""
+        metrics = self.metrics()
+        return {
+            "experts": f"{metrics['num_experts']:,} of {self.recipe.expert_size} tokens, "
+            f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "
+            f"{self.recipe.num_always_on} always-on tokens",
+            "top-1 agreement": f"{metrics['agreement']:.2%}, at least {metrics['agreement_lower_bound']:.2%} with 95 % "
+            f"confidence, on {metrics['positions']:,} held-out positions of the calibration text "
+            f"({calibration_text_name(self.recipe.text)})"
+            + (": the target is not reached" if metrics["target_reached"] is False else ""),
+            "perplexity": f"{metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse",
+            "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
+            "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
+            "time": f"{metrics['seconds']:.0f} s",
         }
 
 

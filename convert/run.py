@@ -1,10 +1,14 @@
 """A conversion from folder to folder: preflight, convert, write, resumable."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from hf_topk.console import as_json
+from hf_topk.inspection.facts import Facts
+from hf_topk.inspection.page import make_page
 from hf_topk.model.errors import InputError, TopKExpertsError
 
 from .checkpoint.agreement_plot import measure_around
@@ -31,6 +35,7 @@ def convert_checkpoint(
     resume: bool = False,
     device_map: DeviceMap | None = None,
     destination: Destination | None = None,
+    html_report: bool = False,
 ) -> Report:
     """Convert a dense checkpoint into a folder that loads with `AutoModelForCausalLM.from_pretrained`.
 
@@ -45,6 +50,7 @@ def convert_checkpoint(
         resume: continue an interrupted conversion of the same model, text and recipe.
         device_map: of the dense model, as `from_pretrained` takes it; RAM if None.
         destination: on the Hub; None to upload nothing.
+        html_report: whether to write the report as one HTML page, `report.html`, beside the card.
 
     Returns:
         The converted model and its metrics.
@@ -57,7 +63,9 @@ def convert_checkpoint(
     """
     check_device_map(device_map)
     with launched_processes() as processes:
-        return _convert_checkpoint(model, Path(out), recipe, overwrite, resume, device_map, destination, processes)
+        return _convert_checkpoint(
+            model, Path(out), recipe, overwrite, resume, device_map, destination, html_report, processes
+        )
 
 
 def _convert_checkpoint(
@@ -68,6 +76,7 @@ def _convert_checkpoint(
     resume: bool,
     device_map: DeviceMap | None,
     destination: Destination | None,
+    html_report: bool,
     processes: Processes,
 ) -> Report:
     if not out.name or ".." in out.parts:  # '.', 'a/../b': the work folder beside it needs its real name
@@ -106,11 +115,18 @@ def _convert_checkpoint(
         raise TopKExpertsError(
             f"cannot write to {work}: {error.strerror}; fix this and run the same command with --resume"
         ) from error
-    write_checkpoint(report, plan.source, plan.out, place)
+    write_checkpoint(report, plan.source, plan.out, place, _page(report, plan) if html_report else None)
     shutil.rmtree(work)
     if plan.destination:
         report.uploaded = upload(plan.out, plan.destination)
     return report
+
+
+def _page(report: Report, plan: Plan) -> str:
+    """The report as HTML, with the metrics as they are in the folder."""
+    metrics = json.loads(as_json(report.metrics()))
+    facts = Facts(plan.out.name, report.model, plan.tokenizer, metrics, report.recipe.to_dict(), report.observations)
+    return make_page(facts)
 
 
 def work_folder(out: Path) -> Path:

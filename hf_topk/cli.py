@@ -1,7 +1,6 @@
 """The command line: `hf-topk`. Commands import their code when they run, except for the recipe, for its options."""
 
 import dataclasses
-import inspect as signatures
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from .console import print_json, print_table, quiet
-from .convert.recipe import Recipe, calibration_text_name, read_yaml
-from .model.configuration_topk_experts import CombineType
+from .convert.options import takes_choices
+from .convert.recipe import Recipe, read_yaml
 from .model.errors import INTERRUPTED, InputError, TopKExpertsError
 
 app = typer.Typer(
@@ -40,28 +39,6 @@ Lossless = Annotated[
     ),
 ]
 Directory = Annotated[str, typer.Argument(metavar="DIR", help="A converted model: a folder, or a Hub repository.")]
-
-
-def takes_choices(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of the recipe; it receives them by name, None if not given."""
-    signature = signatures.signature(command, eval_str=True)
-    options = []
-    for field in dataclasses.fields(Recipe):
-        if (flags := field.metadata["flags"]) is None:
-            continue
-        what, default = field.metadata["what"], field.metadata["unset"] or field.default
-        about = f"{what[0].upper()}{what[1:]}." + (f" [default: {default}]" if default is not False else "")
-        kind: Any = str if field.type == CombineType else field.type
-        option = typer.Option(f"--{field.name.replace('_', '-')}", *flags, help=about)
-        options.append(
-            signatures.Parameter(
-                field.name, signatures.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-            )
-        )
-    own = [one for one in signature.parameters.values() if one.kind is not signatures.Parameter.VAR_KEYWORD]
-    own = [one.replace(kind=signatures.Parameter.KEYWORD_ONLY) for one in own]
-    command.__signature__ = signature.replace(parameters=[*own[:1], *options, *own[1:]])  # type: ignore[attr-defined]
-    return command
 
 
 @app.command()
@@ -94,6 +71,9 @@ def convert(
     create_pr: CreatePr = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted conversion.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier converted model.")] = False,
+    html_report: Annotated[
+        bool, typer.Option("--html-report", help="Write OUT/report.html, the report that `inspect --html` makes.")
+    ] = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -125,6 +105,7 @@ def convert(
         resume=resume,
         device_map=device_map,
         destination=Destination(push_to_hub, private, revision, create_pr) if push_to_hub else None,
+        html_report=html_report,
     )
     on_the_hub, metrics = {"url": report.uploaded.url} if report.uploaded else {}, report.metrics()
     if as_json:
@@ -133,17 +114,8 @@ def convert(
     print_table(
         f"Wrote {out}",
         {
-            "experts": f"{metrics['num_experts']:,} of {report.recipe.expert_size} tokens, "
-            f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "
-            f"{report.recipe.num_always_on} always-on tokens",
-            "top-1 agreement": f"{metrics['agreement']:.2%}, at least {metrics['agreement_lower_bound']:.2%} with 95 % "
-            f"confidence, on {metrics['positions']:,} held-out positions of the calibration text "
-            f"({calibration_text_name(report.recipe.text)})"
-            + (": the target is not reached" if metrics["target_reached"] is False else ""),
-            "perplexity": f"{metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse",
-            "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
-            "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
-            "time": f"{metrics['seconds']:.0f} s",
+            **report.summary(),
+            **({"report": str(Path(out) / "report.html")} if html_report else {}),
             **on_the_hub,
         },
     )
@@ -226,13 +198,45 @@ def evaluate(
 
 
 @app.command()
-def inspect(directory: Directory) -> None:
-    """Show the experts with some of their tokens, the recipe, and the metrics of the conversion."""
-    from .inspection import describe
+def inspect(
+    directory: Directory,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page instead of tables.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure on this text, as `evaluate` does. [default: what the conversion measured, on held-out "
+            "documents of the calibration text]"
+        ),
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="With --text: a random sample of this many tokens. [default: all of the text]")
+    ] = None,
+    bench: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Show the speed that `hf-topk bench DIR --json > FILE` measured."),
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Experts to list in the table, the most used first.")] = 20,
+) -> None:
+    """Report on a converted model: agreement against bytes read, router, use of the experts, misses, recipe."""
+    from .inspection.facts import measure_on, read_facts
+    from .inspection.page import check_page, write_page
+    from .inspection.tables import print_tables
 
     quiet()
-    for line in describe(directory):
-        print(line)
+    if html is not None:
+        check_page(html)
+    if positions is not None and text is None:
+        raise InputError("--positions needs --text FILE")
+    facts = read_facts(directory, bench, runs=text is not None)
+    if text is not None:
+        facts = measure_on(facts, text, positions)
+    if html is not None:
+        write_page(facts, html)
+        print(f"Wrote {html}")
+        return
+    print_tables(facts, experts)
 
 
 @app.command()

@@ -91,8 +91,11 @@ def run_script(folder: Path, *arguments: object) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_converts_and_evaluates(here: Path) -> None:
-    done = run_script(here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json")
+    done = run_script(
+        here, "convert", "model", "new", "--text", "text.jsonl", "--recipe", "recipe.yaml", "--json", "--html-report"
+    )
     assert done.returncode == 0, done.stderr
+    assert "held-out documents of text.jsonl" in (here / "new" / "report.html").read_text(encoding="utf-8")
     report = json.loads(done.stdout)
     assert report["out"] == "new"
     assert {*EVALUATE_KEYS, "num_experts", "num_experts_per_tok", "added_bytes", "added_bytes_share"} < set(report)
@@ -233,17 +236,41 @@ def test_json_has_null_for_floats_that_are_not_finite(printed: Callable[..., tup
 
 
 def test_inspect_shows_experts_recipe_and_metrics(printed: Callable[..., tuple[str, str]], here: Path) -> None:
-    text, _ = printed("inspect", "out")
+    text, _ = printed("inspect", "out", "--experts", 4)
     lines = text.splitlines()
-    assert "6 experts of 16, 1 picked per position" in text
-    for line in Recipe.from_yaml(here / "out" / "recipe.yaml").to_yaml().splitlines():
-        assert f"  {line}" in lines
+    assert "6 of 16 tokens, 1 picked per position" in text
+    for name, value in Recipe.from_yaml(here / "out" / "recipe.yaml").to_dict().items():
+        if name != "text" and value is not None:
+            assert f"{name}: {value}" in lines
     agreement = json.loads((here / "out" / "figures.json").read_text())["agreement"]
-    assert f"  agreement: {agreement:.6g}" in lines
-    experts = lines[lines.index("Experts") + 1 :]
-    assert len(experts) == 1 + NUM_EXPERTS
+    assert f"top-1 agreement: {agreement:.2%}" in text
+    _, columns, *experts = lines[lines.index("Experts, 4 of 6, the most used first") :]
+    assert columns.split("\t")[:2] == ["expert", "picked at"]
+    assert len(list(filter(None, experts))) == 1 + 4
     assert "'<|endoftext|>'" in experts[0]
-    assert all("'w" in line for line in experts[1:])
+    assert all("'w" in line for line in experts[1:5])
+
+
+def test_inspect_measures_on_another_text(printed: Callable[..., tuple[str, str]]) -> None:
+    text, said = printed("inspect", "out", "--text", "text.jsonl", "--positions", 90)
+    assert "measured on: 90 positions of text.jsonl" in text
+    assert "Comparing the heads" in said
+
+
+def test_inspect_writes_a_page(printed: Callable[..., tuple[str, str]], here: Path) -> None:
+    text, _ = printed("inspect", "out", "--html", "page.html")
+    assert text == "Wrote page.html\n"
+    page = (here / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "held-out documents of text.jsonl" in page
+
+
+def test_inspect_refuses_what_it_cannot_do(refused: Any) -> None:
+    refused("inspect", "out", "--html", "gone/page.html", parts=("gone/page.html cannot be written", "no folder gone"))
+    refused("inspect", "out", "--positions", 100, parts=("--positions needs --text FILE",))
+    refused("inspect", "out", "--text", "gone.txt", parts=("gone.txt",))
+    refused("inspect", "out", "--bench", "gone.json", parts=("cannot read gone.json",))
+    refused("inspect", "out", "--bench", "text.jsonl", parts=("is not what `hf-topk bench DIR --json` prints",))
 
 
 def test_generate_continues_the_prompt(printed: Callable[..., tuple[str, str]]) -> None:

@@ -1,12 +1,12 @@
 """The plot of agreement against bytes read, measured at a few k around the model's own."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from hf_topk.inspection.axes import Scale, ticks
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 
@@ -15,7 +15,6 @@ from ..steps.choose_operating_point import DenseArgmax, agrees
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
 POSITIONS = 2048  # at most, about
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 360, 70, 50, 60, 30  # in pixels; the last four are margins
-TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ def draw(points: list[Point], chosen: int) -> str:
         points: in ascending order of bytes read.
         chosen: the model's own k, which is highlighted.
     """
-    x_ticks = _ticks([100 * point.bytes_read for point in points])
-    y_ticks = _ticks([100 * point.agreement for point in points], most=100)
-    across = _Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
-    up = _Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
+    x_ticks = ticks([100 * point.bytes_read for point in points])
+    y_ticks = ticks([100 * point.agreement for point in points], most=100)
+    across = Scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
+    up = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     places = [(across(100 * point.bytes_read), up(100 * point.agreement), point) for point in points]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, autoescape=True, trim_blocks=True
@@ -87,26 +86,3 @@ def draw(points: list[Point], chosen: int) -> str:
         places=places,
         chosen=chosen,
     )
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Maps values to pixels."""
-
-    low: float
-    high: float
-    first: float
-    last: float
-
-    def __call__(self, value: float) -> float:
-        return round(self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first), 1)
-
-
-def _ticks(values: list[float], most: float = math.inf) -> list[float]:
-    """Evenly spaced round numbers that cover the values."""
-    low, high = min(values), min(most, max(values))
-    rough = max(high - low, 1e-3) / TICKS
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]

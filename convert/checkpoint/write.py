@@ -16,6 +16,8 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from hf_topk.console import as_json
+from hf_topk.evaluation.observations import OBSERVATIONS_FILE
+from hf_topk.inspection.page import REPORT_FILE
 from hf_topk.model.errors import TopKExpertsError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import Advance, progress
@@ -35,7 +37,9 @@ METRICS_FILE = "figures.json"
 PROBE_LENGTH = 8  # tokens to compare the reloaded model on
 
 
-def write_checkpoint(report: Report, source: Source, out: Path, device_map: DeviceMap | None = None) -> None:
+def write_checkpoint(
+    report: Report, source: Source, out: Path, device_map: DeviceMap | None = None, page: str | None = None
+) -> None:
     """Write a converted model to a temporary folder, verify that it reloads, and move it into place.
 
     The dense shards are copied byte for byte and only renumbered; the tensors that conversion added get a shard of
@@ -46,6 +50,7 @@ def write_checkpoint(report: Report, source: Source, out: Path, device_map: Devi
         source: the dense checkpoint.
         out: the folder to write; an existing one is replaced in the last step.
         device_map: that the dense model was loaded with.
+        page: the report as HTML, to write beside the card; None for none.
 
     Raises:
         TopKExpertsError: when writing fails, or the folder does not load as the same model.
@@ -56,6 +61,8 @@ def write_checkpoint(report: Report, source: Source, out: Path, device_map: Devi
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _write_files(report, source, partial)
+        if page is not None:
+            (partial / REPORT_FILE).write_text(page, encoding="utf-8")
         _verify(report, partial, device_map)
         _move(partial, out)
 
@@ -95,6 +102,7 @@ def _write_files(report: Report, source: Source, folder: Path) -> None:
     report.model.config.save_pretrained(folder)
     (folder / RECIPE_FILE).write_text(report.recipe.to_yaml(), encoding="utf-8")
     (folder / METRICS_FILE).write_text(as_json(report.metrics()) + "\n", encoding="utf-8")
+    (folder / OBSERVATIONS_FILE).write_text(report.observations.to_json(), encoding="utf-8")
     write_card(report, source, folder)
 
 

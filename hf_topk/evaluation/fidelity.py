@@ -13,6 +13,7 @@ from ..progress import progress
 from ..targets import inputs_of
 from ..windows import NO_TOKEN, Window
 from .confidence_bound import lower_bound
+from .observations import Observer
 
 TOP = 5
 CONFIDENCE_BINS = 15
@@ -74,7 +75,9 @@ class _Sums:
 
 
 @torch.inference_mode()
-def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
+def measure_fidelity(
+    model: TopKExpertsForCausalLM, windows: list[Window], observer: Observer | None = None
+) -> Fidelity:
     """Measure the sparse head at every position of the windows, whatever the model's head mode.
 
     The decoder runs once; both heads see the same hidden states, and their logits get the same soft-capping and
@@ -83,6 +86,7 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
     Args:
         model: a converted model.
         windows: token ids; each token is a position, and each but the first of a window is predicted.
+        observer: sees all that is compared; None for the metrics alone.
     """
     sums = _Sums()
     total = sum(window.positions for window in windows)
@@ -91,10 +95,13 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
         for window in windows:
             inputs, real = inputs_of([window], model)
             dense, sparse = model(**inputs, use_cache=False).logits[:, real[0]]
-            sums.rank_correlations += _rank_correlations(head, dense, sparse, heads.hidden[real[0]])
-            agreed = _add(sums, dense, sparse, torch.tensor(window.followers, device=dense.device))
-            sums.agreed[window.document] = sums.agreed.get(window.document, 0) + agreed
+            hidden = heads.hidden[real[0]]
+            sums.rank_correlations += _rank_correlations(head, dense, sparse, hidden)
+            agrees = _add(sums, dense, sparse, torch.tensor(window.followers, device=dense.device))
+            sums.agreed[window.document] = sums.agreed.get(window.document, 0) + int(agrees.sum())
             sums.positions[window.document] = sums.positions.get(window.document, 0) + window.positions
+            if observer is not None:
+                observer.see(window, hidden, dense, sparse, agrees)
             advance(window.positions)
     agreed, positions = sum(sums.agreed.values()), sum(sums.positions.values())
     return Fidelity(
@@ -114,16 +121,16 @@ def measure_fidelity(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fi
     )
 
 
-def _add(sums: _Sums, dense: Tensor, sparse: Tensor, followers: Tensor) -> int:
-    """Add the figures of one window, logits [T, V] of both heads, next tokens [T]; returns how many positions agree."""
-    agreed = 0
+def _add(sums: _Sums, dense: Tensor, sparse: Tensor, followers: Tensor) -> Tensor:
+    """Add the figures of one window, logits [T, V] of both heads, next tokens [T]; returns which agree, [T] bool."""
+    agrees = []
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
     parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)
     for some_dense, some_sparse, some_followers in parts:
         log_p, log_q = some_dense.float().log_softmax(dim=-1), some_sparse.float().log_softmax(dim=-1)
         likeliest = log_q.topk(min(TOP, log_q.shape[-1])).indices
         best, best_sparse = (log.argmax(dim=-1, keepdim=True) for log in (log_p, log_q))
-        agreed += int((best_sparse == best).sum())
+        agrees.append((best_sparse == best).squeeze(1))
         # At the argmax, where the difference rounds least.
         log_z = _log_sum_exp_at(some_sparse, log_q, best_sparse) - _log_sum_exp_at(some_dense, log_p, best)
         sums.log_z += float(log_z.sum())
@@ -135,7 +142,7 @@ def _add(sums: _Sums, dense: Tensor, sparse: Tensor, followers: Tensor) -> int:
         sums.loss_dense += float(F.nll_loss(log_p, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
         sums.loss_sparse += float(F.nll_loss(log_q, some_followers, ignore_index=NO_TOKEN, reduction="sum"))
     sums.predicted += int((followers != NO_TOKEN).sum())
-    return agreed
+    return torch.cat(agrees)
 
 
 def _log_sum_exp_at(logits: Tensor, log: Tensor, which: Tensor) -> Tensor:

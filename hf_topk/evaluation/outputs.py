@@ -11,7 +11,7 @@ from ..model.errors import InputError
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..progress import progress
 from ..targets import ROOM_FOR_PROMPT, SOURCES_AT_ONCE, generate_targets, not_empty, windows_of_examples
-from ..windows import readable_length
+from ..windows import Window, readable_length
 from .fidelity import Fidelity, measure_fidelity
 from .lossless_comparison import head_mode
 
@@ -89,6 +89,24 @@ def measure_outputs(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, po
     }
     scores = {} if score is None else _scores(score, examples, texts)
     return Outputs(fidelity, along.agreement, len(examples), same, scores)
+
+
+def target_windows(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, positions: int | None) -> list[Window]:
+    """Windows of the targets of sources; the dense model generates those that are missing.
+
+    Args:
+        model: a converted model with an encoder.
+        tokenizer: its tokenizer, or its processor if it hears speech.
+        text: pairs or source text, or a folder of recordings.
+        positions: of a sample; None takes all.
+
+    Raises:
+        InputError: when the text does not suit the model.
+    """
+    length = readable_length(model.config) - ROOM_FOR_PROMPT
+    examples, _ = read_examples(text, model.config.dense_config, tokenizer, length, seed=0)
+    with head_mode(model, "dense"):
+        return not_empty(windows_of_examples(model, examples, length, positions))
 
 
 def _scores(score: Score, examples: Sequence[Example], texts: dict[str, list[str]]) -> dict[str, dict[str, float]]:

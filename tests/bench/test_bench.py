@@ -26,6 +26,7 @@ from hf_topk.bench.shapes import SHAPES, random_model
 from hf_topk.bench.suite import Choices, bench
 from hf_topk.bench.timing import Spread, TokenClock, interleaved
 from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.inspection.speed import Speed
 from hf_topk.model.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,14 @@ def random_states(models: Competitors) -> Tensor:
 def metrics() -> dict[str, Any]:
     own = tiny_converted(num_rescored=20)
     return bench(own, random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
+
+
+def test_the_report_reads_what_is_printed(metrics: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(metrics))
+    rates = Speed.read(file, tiny_converted(num_rescored=20).head).by_name
+    assert set(rates) == {"dense", "sparse", "lossless", "no head (ceiling)"}
+    assert rates["sparse"].median == metrics["e2e"]["sparse_tok_s"]
 
 
 # The competitors

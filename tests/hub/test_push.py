@@ -1,5 +1,6 @@
 """Uploads and downloads, by the real client in another process, with a local server."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense
 from transformers import AutoModelForCausalLM
 
 from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.evaluation.observations import Miss, Observations
 from hub.fixtures import TOKEN, Run, check_no_token, environment_of
 from hub.server import Commit, Fault, Hub, Repository
 
@@ -179,6 +181,17 @@ def test_the_card_and_the_recipe_contain_no_local_path(run: Run, hub: Hub, here:
     files = hub.files("me/x")
     assert yaml.safe_load(files["recipe.yaml"])["text"] == "text.jsonl"
     assert not any(path.encode() in data for data in files.values())
+
+
+def test_no_quote_of_the_calibration_text_is_pushed(run: Run, hub: Hub, here: Path) -> None:
+    miss = Miss([5, 17], 3, 8, 9, 0.5, 0.25, 0.125, "router")
+    seen = Observations.from_json((here / "out" / "report.json").read_text())
+    (here / "out" / "report.json").write_text(dataclasses.replace(seen, missed=1, misses=[miss]).to_json())
+    (here / "out" / "report.html").write_text("quotes")
+    assert run(*PUSH).code == 0
+    files = hub.files("me/x")
+    assert Observations.from_json(files["report.json"].decode()) == dataclasses.replace(seen, missed=1, misses=[])
+    assert "report.html" not in files
 
 
 def test_a_second_push_changes_nothing(run: Run, hub: Hub) -> None:

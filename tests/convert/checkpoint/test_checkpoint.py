@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_topk import TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
+from hf_topk.evaluation.observations import Observations
 
 TOKEN_IDS = torch.arange(3, 40).unsqueeze(0)
 
@@ -117,6 +118,11 @@ def test_the_added_bytes_are_counted_right(folders: SimpleNamespace) -> None:
     assert metrics["added_bytes_share"] == added / folders.report.model.head.dense_bytes()
     index = json.loads((folders.out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(dense) + added
+
+
+def test_observations_are_kept_beside_the_metrics(folders: SimpleNamespace) -> None:
+    assert Observations.from_json((folders.out / "report.json").read_text()) == folders.report.observations
+    assert not (folders.out / "report.html").exists()  # only if it is asked for
 
 
 def test_companion_files_are_copied(folders: SimpleNamespace) -> None:
