@@ -105,7 +105,7 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     """The probability with which each token is drawn, [B, V], token by token."""
     logits = candidates._logits
     places = torch.arange(logits.shape[1]).expand_as(logits)
-    tokens = torch.stack([candidates._tokens(place.unsqueeze(1)) for place in places.unbind(1)], dim=1)
+    tokens = candidates._tokens(places)
     masses = torch.full((len(logits), head.num_experts), -torch.inf)
     if not candidates._rest_is_removed:
         masses = candidates._masses()
