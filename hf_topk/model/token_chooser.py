@@ -28,7 +28,6 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
-EQUALS = 8  # tokens of the same largest logit to choose from: more are next to impossible
 FIRST_TRIED = 64  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
 
 
@@ -274,7 +273,8 @@ class Candidates:
     def best(self) -> Tensor:
         """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
         self._expand_above(self._logits.amax(dim=-1, keepdim=True))
-        largest, places = self._logits.topk(min(EQUALS, self._logits.shape[1]), dim=-1)
+        equals = (self._logits == self._logits.amax(dim=-1, keepdim=True)).sum(dim=-1)
+        largest, places = self._logits.topk(max(1, int(equals.max())), dim=-1)
         return lowest_of_likeliest(largest, self._tokens(places))
 
     def drawn(self) -> Tensor:

@@ -38,7 +38,7 @@ def test_the_metrics_are_of_a_conversion() -> None:
     metrics = at_size.convert_at_size(VOCAB_SIZE, HIDDEN_SIZE, recipe)
     steps = metrics["step_seconds"]
     assert list(steps) == [
-        "targets", "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail",
+        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail",
         "operating point",
     ]  # fmt: skip
     assert metrics["head_bytes"] == 2 * VOCAB_SIZE * HIDDEN_SIZE
