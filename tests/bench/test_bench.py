@@ -17,14 +17,13 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from hf_topk.bench import head_speed as bench_head
-from hf_topk.bench import timing
 from hf_topk.bench.baselines import HnswHead, MissingPackageError, int8_head, random_flashhead
 from hf_topk.bench.competitors import Competitors, NoHead, recorded_states
 from hf_topk.bench.decode_speed import Decoding
 from hf_topk.bench.random_experts import convert_at_random
 from hf_topk.bench.shapes import SHAPES, random_model
 from hf_topk.bench.suite import Choices, bench
-from hf_topk.bench.timing import Spread, TokenClock, interleaved
+from hf_topk.bench.timing import Spread
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.inspection.speed import Speed
 from hf_topk.model.errors import InputError
@@ -145,32 +144,6 @@ def test_a_baseline_without_its_package_is_skipped(without_packages: None, capsy
 
 
 # Clocks
-
-
-def test_every_round_runs_everything_once_on_the_same_input() -> None:
-    seen: dict[str, list[int]] = {"one": [], "other": []}
-    numbers = iter(range(100))
-
-    def run(name: str) -> Callable[[int], float]:
-        def measured(number: int) -> float:
-            seen[name].append(number)
-            return float(number)
-
-        return measured
-
-    spreads = interleaved({name: run(name) for name in seen}, lambda: next(numbers), 5, "Testing", warm_up_rounds=2)
-    assert seen["one"] == seen["other"] == list(range(7))
-    assert spreads["one"] == spreads["other"] == Spread(4.0, 3.0, 5.0)
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
-
-
-def test_the_clock_excludes_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 10.0, 11.0, 13.0])  # prompt, first token, two more
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
-    clock = TokenClock()
-    for _ in range(4):
-        clock.put(torch.zeros(1))
-    assert clock.seconds_per_token == 1.5
 
 
 def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: pytest.MonkeyPatch) -> None:
