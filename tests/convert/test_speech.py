@@ -161,6 +161,7 @@ def test_bench_and_serve(converted: Path, monkeypatch: pytest.MonkeyPatch, capsy
     options = ("--rounds", 1, "--batches", 1, "--without", "int8", "--without", "hnsw", "--without", "flashhead")
     assert run_main(monkeypatch, "bench", converted / "out", *options) == 0
     assert "of the ceiling" in capsys.readouterr().out
+    monkeypatch.setattr("hf_topk.serving.is_serve_available", lambda: True)
     check_refused(monkeypatch, capsys, "serve", converted / "out", parts=("has an encoder", "hf-topk generate"))
 
 
