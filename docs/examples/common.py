@@ -99,6 +99,19 @@ def write_with_each_head(
     return outputs
 
 
+def print_texts(prompts: Iterable[str], texts: dict[str, list[str]]) -> None:
+    """Print what each head wrote for each prompt.
+
+    Args:
+        prompts: titles.
+        texts: one of each prompt, by head.
+    """
+    for number, prompt in enumerate(prompts):
+        print(f"\n{prompt}")
+        for head, written in texts.items():
+            print(f"  {head}: {' '.join(written[number].split())}")
+
+
 def print_comparison(outputs: dict[str, Output], **columns: dict[str, str]) -> None:
     """Print a row for each head: speed, and what is the same as with the dense head.
 

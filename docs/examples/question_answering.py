@@ -2,7 +2,7 @@
 
 import sys
 
-from common import Output, load, print_comparison, write_with_each_head
+from common import Output, load, print_comparison, print_texts, write_with_each_head
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 PASSAGES = (
@@ -53,10 +53,7 @@ def main(folder: str | None = None, new_tokens: int = 32) -> tuple[dict[str, Out
         head: sum(expected.lower() in answer.lower() for (*_, expected), answer in zip(asked, answers, strict=True))
         for head, answers in texts.items()
     }
-    for number, (_, question, _) in enumerate(asked):
-        print(f"\n{question}")
-        for head, answers in texts.items():
-            print(f"  {head}: {' '.join(answers[number].split())}")
+    print_texts([question for _, question, _ in asked], texts)
     print_comparison(outputs, right={head: f"{count} of {len(asked)}" for head, count in right.items()})
     return outputs, right
 

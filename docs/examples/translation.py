@@ -5,7 +5,7 @@ It scores translations with sacrebleu: pip install 'hf-topk[translation]'.
 
 import sys
 
-from common import Output, load, print_comparison, write_with_each_head
+from common import Output, load, print_comparison, print_texts, write_with_each_head
 from sacrebleu import corpus_chrf
 
 SHOWN = (
@@ -42,10 +42,7 @@ def main(folder: str | None = None, new_tokens: int = 32) -> tuple[dict[str, Out
         for head, output in outputs.items()
     }
     chrf = {head: corpus_chrf(found, [[french for _, french in SENTENCES]]).score for head, found in texts.items()}
-    for number, (sentence, _) in enumerate(SENTENCES):
-        print(f"\n{sentence}")
-        for head, found in texts.items():
-            print(f"  {head}: {found[number]}")
+    print_texts([sentence for sentence, _ in SENTENCES], texts)
     print_comparison(outputs, chrF={head: f"{score:.1f}" for head, score in chrf.items()})
     return outputs, chrf
 
