@@ -1,5 +1,6 @@
 """Loads the calibration text: the recipe's, or else bundled texts of many kinds, and prompts for a chat model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +9,25 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_topk.documents import Document, fingerprint, read_documents
 from hf_topk.examples import Example
 from hf_topk.model.errors import InputError
-from hf_topk.windows import Window, make_windows
+from hf_topk.windows import KIND, Window, make_windows
 
 from .recipe import MIXED, Recipe
 from .steps.generate_targets import examples_of_recipe
 
 Sample = list[Window] | list[Example]  # of an encoder-decoder, which may have to generate the targets first
 TEXTS = Path(__file__).parent / "calibration_text" / "texts"
+CHAT = "chat"
 PROMPTS = Path(__file__).parent / "calibration_text" / "prompts.jsonl"
 
 
-def bundled_documents(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """The bundled texts and, if the tokenizer has a chat template, the bundled prompts.
+def bundled_documents(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Document]]:
+    """The bundled texts by kind and, if the tokenizer has a chat template, the bundled prompts.
 
     Args:
         tokenizer: the model's tokenizer.
     """
-    texts = read_documents(str(TEXTS))
-    return [*texts, *read_documents(str(PROMPTS))] if tokenizer.chat_template else texts
+    texts = {folder.name: read_documents(str(folder)) for folder in sorted(TEXTS.iterdir())}
+    return texts | ({CHAT: read_documents(str(PROMPTS))} if tokenizer.chat_template else {})
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> tuple[list[Window], str]:
@@ -41,9 +43,11 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recip
         raise InputError(
             "the calibration text needs a tokenizer, and the model has none: put the tokenizer's files in its folder"
         )
-    documents = bundled_documents(tokenizer) if recipe.text == MIXED else read_documents(recipe.text)
+    texts = bundled_documents(tokenizer) if recipe.text == MIXED else {KIND: read_documents(recipe.text)}
+    documents = [document for some in texts.values() for document in some]
+    kinds = [kind for kind, some in texts.items() for _ in some]
     windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
-    return windows, fingerprint(documents)
+    return [replace(one, kind=kinds[one.document]) for one in windows], fingerprint(documents)
 
 
 def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Recipe) -> tuple[Sample, str]:

@@ -23,16 +23,7 @@ from .load_calibration_text import Sample, check_windows, read_calibration_text
 from .processes import ALONE, Processes
 from .recipe import Recipe, ResolvedRecipe, calibration_text_name
 from .report import Report, StepClock
-from .steps.choose_operating_point import (
-    DenseArgmax,
-    Target,
-    check_target,
-    choose_num_rescored,
-    choose_operating_point,
-    dense_argmax,
-    rank_argmax,
-    split_by_document,
-)
+from .steps.choose_operating_point import Target, check_target, choose_num_rescored, choose_operating_point, rank_argmax
 from .steps.distill import (
     STATES_FOR_STATISTICS,
     evenly_spaced,
@@ -45,6 +36,7 @@ from .steps.distill import (
 from .steps.find_head import check_causal, check_finite, head_of
 from .steps.fit_combiner import fit_combiner
 from .steps.generate_targets import windows_with_targets
+from .steps.held_out import DenseArgmax, dense_argmax, split_by_document
 from .steps.hidden_states import HiddenStates, collect
 from .steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from .steps.place_tokens import place_tokens

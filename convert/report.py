@@ -14,7 +14,8 @@ from hf_topk.windows import Window
 from .checkpoint.agreement_plot import Point
 from .hub import Uploaded
 from .recipe import ResolvedRecipe, calibration_text_name
-from .steps.choose_operating_point import DenseArgmax, Target, is_reached
+from .steps.choose_operating_point import Target, is_reached
+from .steps.held_out import DenseArgmax
 
 
 @dataclasses.dataclass
@@ -75,6 +76,7 @@ class Report:
     def summary(self) -> dict[str, str]:
         """The metrics that people look at first, by name."""
         metrics = self.metrics()
+        by_kind = metrics["agreement_by_kind"]
         return {
             "experts": f"{metrics['num_experts']:,} of {self.recipe.expert_size} tokens, "
             f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "
@@ -83,11 +85,16 @@ class Report:
             f"confidence, on {metrics['positions']:,} held-out positions of the calibration text "
             f"({calibration_text_name(self.recipe.text)})"
             + (": the target is not reached" if metrics["target_reached"] is False else ""),
+            **({"by kind of text": _shares(by_kind)} if len(by_kind) > 1 else {}),
             "perplexity": f"{metrics['perplexity_dense']:.2f} dense, {metrics['perplexity_sparse']:.2f} sparse",
             "bytes read": f"{metrics['bytes_read']:.1%} of the dense head",
             "added on disk": f"{metrics['added_bytes'] / 1e6:.1f} MB, {metrics['added_bytes_share']:.1%} of the head",
             "time": f"{metrics['seconds']:.0f} s",
         }
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
 
 
 class StepClock:

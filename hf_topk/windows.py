@@ -6,7 +6,7 @@ from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from transformers import PreTrainedConfig
@@ -23,6 +23,7 @@ MIN_WINDOW_LENGTH = 2  # a single token predicts nothing
 CHARACTERS_PER_PIECE = 2**16  # tokenizers need some 200 bytes of RAM per character, too much for a whole book
 PIECES_PER_BATCH = 16  # tokenised in parallel
 PROBE = "a"  # any text
+KIND = "text"  # of a text, unless more is known
 NO_TOKEN = -100  # the index that losses ignore
 
 
@@ -35,10 +36,12 @@ class Window:
     Attributes:
         document: index of the document.
         token_ids: the special tokens that begin a text, then tokens of the document; 2 to `window_length` in all.
+        kind: of text, such as prose or code.
     """
 
     document: int
     token_ids: tuple[int, ...]
+    kind: str = field(default=KIND, kw_only=True)
 
     @property
     def positions(self) -> int:

@@ -10,7 +10,8 @@ from hf_topk.inspection.axes import Scale, ticks
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
 
-from ..steps.choose_operating_point import DenseArgmax, agrees
+from ..steps.choose_operating_point import agrees
+from ..steps.held_out import DenseArgmax
 
 FACTORS = (1 / 4, 1 / 2, 1, 2, 4)  # of the model's own k
 POSITIONS = 2048  # at most, about

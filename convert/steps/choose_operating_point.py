@@ -1,28 +1,23 @@
 """The last step: choose k and R, the operating point, by the agreement with the dense head on held-out documents."""
 
 import math
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hf_topk.evaluation.confidence_bound import lower_bound
 from hf_topk.evaluation.fidelity import Fidelity
-from hf_topk.model.errors import InputError, TopKExpertsError
-from hf_topk.model.head import LOGITS_AT_ONCE, SCORED_AT_ONCE, TopKExpertsHead
+from hf_topk.model.errors import TopKExpertsError
+from hf_topk.model.head import SCORED_AT_ONCE, TopKExpertsHead
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.model.token_chooser import likeliest
 from hf_topk.progress import progress
-from hf_topk.windows import Window, batches_of
 
 from ..recipe import TARGET_AGREEMENT, Recipe
-from .hidden_states import states_of_batch
+from .held_out import DenseArgmax
 
-STATES_AT_ONCE = 256
 ESTIMATES_AT_ONCE = 1 << 22
 GROWTH = 1.15  # ratio of one k tried, or one R tried, to the one before
 FEWEST_RESCORED = 16
@@ -39,7 +34,8 @@ class Target:
     """The agreement that a conversion has to reach.
 
     Attributes:
-        agreement: the least lower bound of the agreement, between 0 and 1.
+        agreement: the least lower bound of the agreement, and the least agreement on each kind of text, between 0
+            and 1.
         max_bytes_read: the most bytes to read per position, as a share of the dense head's; None for no limit.
         or_nearest: whether to take the nearest operating point if none reaches it.
     """
@@ -76,87 +72,6 @@ class OperatingPoint:
         """Set a head's k and R; return the bytes it then reads per position, as a share of the dense head's."""
         head.num_experts_per_tok, head.num_rescored = self.num_experts_per_tok, self.num_rescored
         return head.bytes_read() / head.dense_bytes()
-
-
-def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
-    """Split the windows by document: some to distil on, the rest held out to measure on.
-
-    A single document is cut in two.
-
-    Args:
-        windows: at least two.
-        held_out: share of the documents to hold out; at least one document is.
-        seed: of the random split.
-
-    Returns:
-        The windows to distil on and the held-out windows; neither is empty.
-
-    Raises:
-        InputError: when there is only one window.
-    """
-    if len(windows) < 2:
-        raise InputError("the calibration text fills only one window, which cannot be split: give more text")
-    documents = sorted({window.document for window in windows})
-    if len(documents) == 1:
-        first = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
-        return windows[:first], windows[first:]
-    count = min(len(documents) - 1, max(1, round(len(documents) * held_out)))
-    chosen = set(random.Random(seed).sample(documents, count))
-    return (
-        [window for window in windows if window.document not in chosen],
-        [window for window in windows if window.document in chosen],
-    )
-
-
-@dataclass(frozen=True)
-class DenseArgmax:
-    """The dense head's argmax at each held-out position, computed once for all operating points.
-
-    Attributes:
-        states: hidden states, [N, d].
-        best: argmax of the dense logits, int64 [N].
-        documents: index of each position's document, from 0, int64 [N].
-    """
-
-    states: Tensor
-    best: Tensor
-    documents: Tensor
-
-    def evenly_spaced(self, count: int) -> "DenseArgmax":
-        """A subset of at most `count` positions."""
-        is_kept = torch.zeros_like(self.best, dtype=torch.bool)
-        is_kept[:: -(-len(self.best) // count)] = True
-        return self.part(is_kept)
-
-    def part(self, is_kept: Tensor) -> "DenseArgmax":
-        """The positions where `is_kept`, bool [N], is true."""
-        documents = self.documents[is_kept].unique(return_inverse=True)[1]
-        return DenseArgmax(self.states[is_kept], self.best[is_kept], documents)
-
-    def bound(self, agrees: Tensor) -> float:
-        """The lower bound of the agreement; `agrees` is bool [N]."""
-        positions = self.documents.bincount()
-        return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
-
-
-@torch.inference_mode()
-def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseArgmax:
-    """Run the dense model on the windows and take its argmax at each position.
-
-    Args:
-        model: the converted model.
-        windows: token ids; each token is one position.
-    """
-    head, kept, best = model.head, [], []
-    numbers = {document: number for number, document in enumerate(dict.fromkeys(one.document for one in windows))}
-    documents = [numbers[window.document] for window in windows for _ in range(window.positions)]
-    with progress("Running the dense model", len(documents), "positions") as advance:
-        for batch in batches_of(windows):
-            states = states_of_batch(model.base, batch).to(head.weight.device)
-            best += [argmax(F.linear(some, head.weight, head.full_bias)) for some in states.split(STATES_AT_ONCE)]
-            kept.append(states)
-            advance(len(states))
-    return DenseArgmax(torch.cat(kept), torch.cat(best), torch.tensor(documents, device=best[0].device))
 
 
 @dataclass(frozen=True)
@@ -255,7 +170,7 @@ def choose_operating_point(
     wanted = target.agreement
     while found := list(_candidates(model, dense, ranks, replace(target, agreement=wanted))):
         min(found, key=lambda one: one[0])[1].apply(model)
-        reached = dense.bound(agrees(model.head, dense))
+        reached = dense.reached(agrees(model.head, dense))
         if reached >= target.agreement:
             return
         # The ranks do not show the rare positions where the tail outscores the exact logits: ask for as many more.
@@ -270,12 +185,12 @@ def _candidates(
     for which, k in enumerate(ranks.tried):
         most = k * model.head.expert_size
         rescored = numbers_rescored(most)
-        if dense.bound(ranks.agrees(which, most)) < target.agreement:
+        if dense.reached(ranks.agrees(which, most)) < target.agreement:
             continue
         low, high = 0, len(rescored) - 1  # bisection: agreement grows with R
         while low < high:
             middle = (low + high) // 2
-            if dense.bound(ranks.agrees(which, rescored[middle])) >= target.agreement:
+            if dense.reached(ranks.agrees(which, rescored[middle])) >= target.agreement:
                 high = middle
             else:
                 low = middle + 1
@@ -294,7 +209,7 @@ def _nearest(model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRan
             setting = OperatingPoint(k, rescored)
             share = setting.share_of_bytes(model.head)
             if share <= (target.max_bytes_read or math.inf):
-                key = min(target.agreement, float(ranks.agrees(which, rescored).double().mean())), -share
+                key = min(target.agreement, dense.agreement(ranks.agrees(which, rescored))), -share
                 best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
     return nearest
 
@@ -329,21 +244,16 @@ def agrees(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
     return torch.cat(chosen) == dense.best
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """Argmax of each row, [N, V] to int64 [N]. Blocks in fp32 are three times as fast as bfloat16."""
-    blocks = logits.split(max(1, LOGITS_AT_ONCE // logits.shape[-1]))
-    return torch.cat([block.float().argmax(dim=-1) for block in blocks])
-
-
 def is_reached(fidelity: Fidelity, target: Target) -> bool:
-    """Whether the lower bound of the agreement reaches the target within its limit of bytes.
+    """Whether lower bound and agreement on each kind of text reach the target within its limit of bytes.
 
     Args:
         fidelity: measured on held-out documents.
         target: of the conversion.
     """
     is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
-    return fidelity.agreement_lower_bound >= target.agreement and is_within
+    reached = min(fidelity.agreement_lower_bound, *fidelity.agreement_by_kind.values())
+    return reached >= target.agreement and is_within
 
 
 def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
@@ -355,14 +265,17 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
         num_experts_per_tok: k.
 
     Raises:
-        TargetNotReachedError: when the lower bound of the agreement is below the target or too many bytes are read.
+        TargetNotReachedError: when the lower bound of the agreement, or the agreement on a kind of text, is below the
+            target, or too many bytes are read.
     """
     if target.or_nearest or is_reached(fidelity, target):
         return
     within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
+    kind, lowest = min(fidelity.agreement_by_kind.items(), key=lambda one: one[1])
+    of_kind = f", {lowest:.4f} on its {kind}" if len(fidelity.agreement_by_kind) > 1 else ""
     raise TargetNotReachedError(
         f"the target agreement of {target.agreement} is not reached{within}: its lower bound is "
         f"{fidelity.agreement_lower_bound:.4f} (agreement {fidelity.agreement:.4f} on {fidelity.positions:,} held-out "
-        f"positions) at num_experts_per_tok {num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; lower the "
-        "target, allow more bytes, give more calibration text, or accept this with --allow-below-target"
+        f"positions{of_kind}) at num_experts_per_tok {num_experts_per_tok}, which reads {fidelity.bytes_read:.1%}; "
+        "lower the target, allow more bytes, give more calibration text, or accept this with --allow-below-target"
     )

@@ -22,12 +22,8 @@ from hf_topk.bench.baselines import HNSW_CANDIDATES, HnswHead, MissingPackageErr
 from hf_topk.bench.flashhead import CLUSTER_SIZE, FlashHead
 from hf_topk.bench.timing import head_seconds
 from hf_topk.cli import main
-from hf_topk.convert.steps.choose_operating_point import (
-    DenseArgmax,
-    OperatingPoint,
-    numbers_rescored,
-    rank_argmax,
-)
+from hf_topk.convert.steps.choose_operating_point import OperatingPoint, numbers_rescored, rank_argmax
+from hf_topk.convert.steps.held_out import DenseArgmax
 from hf_topk.convert.steps.partition import partition
 from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.token_chooser import likeliest

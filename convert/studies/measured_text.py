@@ -1,6 +1,6 @@
 """A converted model and its dense argmax on a text, which the studies of agreement start from."""
 
-from hf_topk.convert.steps.choose_operating_point import DenseArgmax, dense_argmax
+from hf_topk.convert.steps.held_out import DenseArgmax, dense_argmax
 from hf_topk.documents import read_documents
 from hf_topk.loading import load_converted
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM

@@ -17,12 +17,12 @@ from hf_topk.cli import main
 from hf_topk.convert.recipe import TARGET_AGREEMENT
 from hf_topk.convert.steps.choose_operating_point import (
     ArgmaxRanks,
-    DenseArgmax,
     Target,
     agrees,
     choose_operating_point,
     rank_argmax,
 )
+from hf_topk.convert.steps.held_out import DenseArgmax
 from hf_topk.model.errors import InputError
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from studies.measured_text import load_and_run

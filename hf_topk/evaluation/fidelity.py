@@ -1,6 +1,7 @@
 """Fidelity of the sparse head to the dense one on text."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class Fidelity:
     Attributes:
         agreement: top-1 agreement, the share of positions where the sparse argmax is the dense argmax.
         agreement_lower_bound: its one-sided 95 % lower bound over documents; see [`lower_bound`].
+        agreement_by_kind: the agreement on each kind of text.
         top5_containment: top-5 recall, the share of positions where the dense argmax is in the sparse top 5.
         kl: mean KL divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
@@ -45,6 +47,7 @@ class Fidelity:
 
     agreement: float
     agreement_lower_bound: float
+    agreement_by_kind: dict[str, float]
     top5_containment: float
     kl: float
     perplexity_dense: float
@@ -60,7 +63,8 @@ class Fidelity:
 
 @dataclass
 class _Sums:
-    agreed: dict[int, int] = field(default_factory=dict)  # by document, like `positions`
+    agreed: Counter[int] = field(default_factory=Counter)  # by document, like `positions`
+    agreed_by_kind: Counter[str] = field(default_factory=Counter)
     contained: int = 0
     kl: float = 0.0
     loss_dense: float = 0.0
@@ -70,7 +74,8 @@ class _Sums:
     dense_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     rank_correlations: list[Tensor] = field(default_factory=list)
-    positions: dict[int, int] = field(default_factory=dict)
+    positions: Counter[int] = field(default_factory=Counter)
+    positions_by_kind: Counter[str] = field(default_factory=Counter)
     predicted: int = 0
 
 
@@ -98,15 +103,18 @@ def measure_fidelity(
             hidden = heads.hidden[real[0]]
             sums.rank_correlations += _rank_correlations(head, dense, sparse, hidden)
             agrees = _add(sums, dense, sparse, torch.tensor(window.followers, device=dense.device))
-            sums.agreed[window.document] = sums.agreed.get(window.document, 0) + int(agrees.sum())
-            sums.positions[window.document] = sums.positions.get(window.document, 0) + window.positions
+            sums.agreed[window.document] += int(agrees.sum())
+            sums.agreed_by_kind[window.kind] += int(agrees.sum())
+            sums.positions[window.document] += window.positions
+            sums.positions_by_kind[window.kind] += window.positions
             if observer is not None:
                 observer.see(window, hidden, dense, sparse, agrees)
             advance(window.positions)
-    agreed, positions = sum(sums.agreed.values()), sum(sums.positions.values())
+    agreed, positions = sums.agreed.total(), sums.positions.total()
     return Fidelity(
         agreement=agreed / positions,
         agreement_lower_bound=lower_bound([*sums.agreed.values()], [*sums.positions.values()]),
+        agreement_by_kind={kind: sums.agreed_by_kind[kind] / count for kind, count in sums.positions_by_kind.items()},
         top5_containment=sums.contained / positions,
         kl=sums.kl / positions,
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),

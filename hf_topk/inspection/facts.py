@@ -154,7 +154,7 @@ def measure_on(facts: Facts, text: str, positions: int | None) -> Facts:
         InputError: when the text cannot be read, or does not suit the model.
     """
     from ..convert.checkpoint.agreement_plot import POSITIONS, measure_around
-    from ..convert.steps.choose_operating_point import dense_argmax
+    from ..convert.steps.held_out import dense_argmax
 
     windows = _windows_of(facts, text, positions)
     observer = Observer(facts.model.head)

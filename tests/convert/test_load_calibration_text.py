@@ -20,9 +20,12 @@ def test_models_with_a_chat_template_also_read_the_prompts(chats: bool) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE if chats else None
     texts, prompts = read_documents(str(TEXTS)), read_documents(str(PROMPTS))
-    assert bundled_documents(tokenizer) == [*texts, *(prompts if chats else [])]
+    bundled = bundled_documents(tokenizer)
+    assert [document for some in bundled.values() for document in some] == [*texts, *(prompts if chats else [])]
     windows, fingerprint = calibration_windows(tokenizer, Recipe(positions=9000, window_length=32))
     assert 8999 <= sum(len(window.token_ids) for window in windows) <= 9000
+    assert {window.kind for window in windows} == set(bundled)
+    assert ("chat" in bundled) == chats
     documents = {window.document for window in windows}
     assert set(range(len(texts))) <= documents  # each has a window
     assert (max(documents) >= len(texts)) == chats

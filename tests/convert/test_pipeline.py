@@ -1,5 +1,6 @@
 """A conversion in memory."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_topk.convert import Recipe, Report, convert
-from hf_topk.convert.steps.choose_operating_point import split_by_document
 from hf_topk.convert.steps.find_head import head_of
+from hf_topk.convert.steps.held_out import split_by_document
 from hf_topk.evaluation.fidelity import measure_fidelity
 from hf_topk.model.errors import InputError
 from hf_topk.windows import Window
@@ -37,6 +38,15 @@ def test_no_document_is_in_both_parts() -> None:
     assert len({window.document for window in held_out}) == 2
     assert not {window.document for window in held_out} & {window.document for window in distil_on}
     assert sorted([*distil_on, *held_out], key=lambda window: window.document) == windows
+
+
+def test_a_share_of_each_kind_is_held_out() -> None:
+    kinds = ["prose"] * 10 + ["code"] * 5 + ["chat"]
+    windows = [Window(number, (1, 2), kind=kind) for number, kind in enumerate(kinds)]
+    _, held_out = split_by_document(windows, 0.4, 0)
+    assert Counter(window.kind for window in held_out) == {"prose": 4, "code": 2}
+    alone = [Window(number, (1, 2), kind=str(number)) for number in range(3)]
+    assert len(split_by_document(alone, 0.4, 0)[1]) == 1
 
 
 @pytest.mark.parametrize("held_out", [0.001, 0.5, 0.999])

@@ -157,10 +157,14 @@ def test_generate_transcribes_a_file(
     assert len(texts) == 4
 
 
-def test_bench_and_serve(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_bench(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--rounds", 1, "--batches", 1, "--without", "int8", "--without", "hnsw", "--without", "flashhead")
     assert run_main(monkeypatch, "bench", converted / "out", *options) == 0
     assert "of the ceiling" in capsys.readouterr().out
+
+
+def test_serve_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("hf_topk.serving.is_serve_available", lambda: True)
     check_refused(monkeypatch, capsys, "serve", converted / "out", parts=("has an encoder", "hf-topk generate"))
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hf_topk.cli import main
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.convert.steps.choose_operating_point import DenseArgmax
+from hf_topk.convert.steps.held_out import DenseArgmax
 from hf_topk.model.head import TopKExpertsHead
 from studies import frontier
 from studies.frontier import DENSE, FLASHHEAD, HNSW, INT8, LEVELS, OURS, Point, as_markdown, measure_frontier
@@ -26,7 +26,7 @@ def head() -> TopKExpertsHead:
 def choices(head: TopKExpertsHead) -> DenseArgmax:
     states = torch.randn(200, head.in_features, generator=torch.Generator().manual_seed(5))
     best = F.linear(states, head.weight.detach(), head.bias).argmax(dim=-1)
-    return DenseArgmax(states, best, torch.zeros(200, dtype=torch.long))
+    return DenseArgmax(states, best, torch.zeros_like(best), torch.zeros_like(best))
 
 
 @pytest.fixture(scope="module")

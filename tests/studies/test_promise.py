@@ -9,7 +9,8 @@ from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_tex
 from torch.nn import functional as F
 
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.convert.steps.choose_operating_point import DenseArgmax, agrees, rank_argmax
+from hf_topk.convert.steps.choose_operating_point import agrees, rank_argmax
+from hf_topk.convert.steps.held_out import DenseArgmax
 from hf_topk.model.errors import InputError
 from studies import promise
 
@@ -18,7 +19,7 @@ def random_argmax(model: object, documents: int) -> DenseArgmax:
     head = model.head
     states = torch.randn(40 * documents, head.in_features, generator=torch.Generator().manual_seed(5))
     best = F.linear(states, head.weight.detach()).argmax(dim=-1)
-    return DenseArgmax(states, best, torch.arange(documents).repeat_interleave(40))
+    return DenseArgmax(states, best, torch.arange(documents).repeat_interleave(40), torch.zeros_like(best))
 
 
 def test_the_summary_covers_all_splits() -> None:

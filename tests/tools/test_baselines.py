@@ -6,7 +6,7 @@ from support.heads import make_head
 from torch.nn import functional as F
 
 from hf_topk.bench.baselines import HnswHead, int8_head
-from hf_topk.convert.steps.choose_operating_point import DenseArgmax
+from hf_topk.convert.steps.held_out import DenseArgmax
 from studies.frontier import measure_frontier
 
 
@@ -39,5 +39,5 @@ def test_the_frontier_has_the_index() -> None:
     head, states = make_head(), torch.randn(60, 32)  # of 100 tokens, among which the index looks everywhere
     best, documents = F.linear(states, head.weight).argmax(dim=-1), torch.zeros(60, dtype=torch.long)
     for agreement, expected in ((1.0, best), (0.0, (best + 1) % 100)):
-        *_, point = measure_frontier(head, DenseArgmax(states, expected, documents))
+        *_, point = measure_frontier(head, DenseArgmax(states, expected, documents, torch.zeros_like(expected)))
         assert (point.method, point.agreement, point.bytes_read) == ("HNSW", agreement, None)

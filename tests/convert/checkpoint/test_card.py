@@ -22,7 +22,7 @@ from hf_topk.convert.checkpoint.agreement_plot import Point, draw, measure_aroun
 from hf_topk.convert.checkpoint.card import write_card
 from hf_topk.convert.load_calibration_text import calibration_windows
 from hf_topk.convert.source import open_source
-from hf_topk.convert.steps.choose_operating_point import split_by_document
+from hf_topk.convert.steps.held_out import split_by_document
 from hf_topk.model.hub_card import named
 
 SVG = "{http://www.w3.org/2000/svg}"

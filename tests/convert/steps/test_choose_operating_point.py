@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,16 @@ from hf_topk.convert import convert
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.steps import choose_operating_point as operating_point
 from hf_topk.convert.steps.choose_operating_point import (
-    DenseArgmax,
     OperatingPoint,
     Target,
     TargetNotReachedError,
     agrees,
     choose_num_rescored,
     choose_operating_point,
-    dense_argmax,
     rank_argmax,
 )
 from hf_topk.convert.steps.distill import expert_masses, groups_of, start_router
+from hf_topk.convert.steps.held_out import DenseArgmax, dense_argmax
 from hf_topk.convert.steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from hf_topk.evaluation.fidelity import measure_fidelity
 from hf_topk.windows import Window
@@ -49,7 +49,12 @@ def some_windows(documents: tuple[int, ...] = (5, 5, 0, 2), seed: int = 3) -> li
 def random_argmax(head: TopKExpertsHead, positions: int = 400) -> DenseArgmax:
     """The dense argmax at random states of ten documents."""
     states = torch.randn(positions, 32, generator=torch.Generator().manual_seed(8))
-    return DenseArgmax(states, F.linear(states, head.weight, head.bias).argmax(dim=-1), torch.arange(positions) % 10)
+    return DenseArgmax(
+        states,
+        F.linear(states, head.weight, head.bias).argmax(dim=-1),
+        torch.arange(positions) % 10,
+        kinds=torch.zeros(positions, dtype=torch.long),
+    )
 
 
 def fitted(**sizes: int) -> TopKExpertsForCausalLM:
@@ -305,6 +310,19 @@ def test_a_given_k_is_kept_if_it_is_not_among_the_usual_ones() -> None:
     chosen = chosen_by(model)
     assert chosen.num_experts_per_tok == 11
     assert 16 <= chosen.num_rescored <= 44
+
+
+def test_the_target_is_reached_on_each_kind_of_text(model: TopKExpertsForCausalLM, dense: DenseArgmax) -> None:
+    """A few positions of another kind, at which the argmax is in the expert that is picked last, take all experts."""
+    last = model.head.router(dense.states).argmin(dim=-1)
+    is_hard = torch.arange(len(dense.best)) % 40 == 0
+    best = torch.where(is_hard, model.head.expert_ids[last, 0], dense.best)
+    mixed = replace(dense, best=best, kinds=is_hard.long())
+    ranks = rank_argmax(model.head, mixed)
+    choose_operating_point(model, replace(mixed, kinds=torch.zeros_like(best)), ranks, Target(0.9))
+    assert model.num_experts_per_tok < 9
+    choose_operating_point(model, mixed, ranks, Target(0.9))
+    assert model.num_experts_per_tok == 9
 
 
 # Through a conversion

@@ -1,0 +1,132 @@
+"""Held-out documents: split from the others, and what the dense head says at each of their positions."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_topk.evaluation.confidence_bound import lower_bound
+from hf_topk.model.errors import InputError
+from hf_topk.model.head import LOGITS_AT_ONCE
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
+from hf_topk.progress import progress
+from hf_topk.windows import Window, batches_of
+
+from .hidden_states import states_of_batch
+
+STATES_AT_ONCE = 256
+
+
+def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
+    """Split the windows by document: some to distil on, the rest held out to measure on.
+
+    A single document is cut in two.
+
+    Args:
+        windows: at least two.
+        held_out: share of the documents of each kind of text to hold out; at least one of each is, but never all.
+        seed: of the random split.
+
+    Returns:
+        The windows to distil on and the held-out windows; neither is empty.
+
+    Raises:
+        InputError: when there is only one window.
+    """
+    if len(windows) < 2:
+        raise InputError("the calibration text fills only one window, which cannot be split: give more text")
+    documents = sorted({window.document for window in windows})
+    if len(documents) == 1:
+        first = min(len(windows) - 1, max(1, round(len(windows) * (1 - held_out))))
+        return windows[:first], windows[first:]
+    chosen: set[int] = set()
+    for kind in sorted({window.kind for window in windows}):
+        chosen |= _some_of({window.document for window in windows if window.kind == kind}, held_out, seed)
+    chosen = chosen or _some_of(set(documents), held_out, seed)  # each of a kind of its own
+    return (
+        [window for window in windows if window.document not in chosen],
+        [window for window in windows if window.document in chosen],
+    )
+
+
+def _some_of(documents: set[int], share: float, seed: int) -> set[int]:
+    """A random share of the documents: at least one, but not all."""
+    count = min(len(documents) - 1, max(1, round(len(documents) * share)))
+    return set(random.Random(seed).sample(sorted(documents), count))
+
+
+@dataclass(frozen=True)
+class DenseArgmax:
+    """The dense head's argmax at each held-out position, computed once for all operating points.
+
+    Attributes:
+        states: hidden states, [N, d].
+        best: argmax of the dense logits, int64 [N].
+        documents: index of each position's document, from 0, int64 [N].
+        kinds: index of each position's kind of text, int64 [N].
+    """
+
+    states: Tensor
+    best: Tensor
+    documents: Tensor
+    kinds: Tensor
+
+    def evenly_spaced(self, count: int) -> "DenseArgmax":
+        """A subset of at most `count` positions."""
+        is_kept = torch.zeros_like(self.best, dtype=torch.bool)
+        is_kept[:: -(-len(self.best) // count)] = True
+        return self.part(is_kept)
+
+    def part(self, is_kept: Tensor) -> "DenseArgmax":
+        """The positions where `is_kept`, bool [N], is true."""
+        documents = self.documents[is_kept].unique(return_inverse=True)[1]
+        return DenseArgmax(self.states[is_kept], self.best[is_kept], documents, self.kinds[is_kept])
+
+    def agreement(self, agrees: Tensor) -> float:
+        """The agreement on the kind of text where it is lowest; `agrees` is bool [N]."""
+        positions = self.kinds.bincount()
+        agreed = self.kinds[agrees].bincount(minlength=len(positions))
+        return float((agreed.double() / positions)[positions > 0].min())
+
+    def bound(self, agrees: Tensor) -> float:
+        """The lower bound of the agreement on all text; `agrees` is bool [N]."""
+        positions = self.documents.bincount()
+        return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
+
+    def reached(self, agrees: Tensor) -> float:
+        """The target that is reached: the lower bound, and no more than the agreement on any kind of text."""
+        return min(self.bound(agrees), self.agreement(agrees))
+
+
+@torch.inference_mode()
+def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseArgmax:
+    """Run the dense model on the windows and take its argmax at each position.
+
+    Args:
+        model: the converted model.
+        windows: token ids; each token is one position.
+    """
+    head, kept, best = model.head, [], []
+    documents, kinds = (_numbered(windows, name) for name in ("document", "kind"))
+    with progress("Running the dense model", len(documents), "positions") as advance:
+        for batch in batches_of(windows):
+            states = states_of_batch(model.base, batch).to(head.weight.device)
+            best += [argmax(F.linear(some, head.weight, head.full_bias)) for some in states.split(STATES_AT_ONCE)]
+            kept.append(states)
+            advance(len(states))
+    device = best[0].device
+    return DenseArgmax(torch.cat(kept), torch.cat(best), documents.to(device), kinds.to(device))
+
+
+def _numbered(windows: list[Window], name: str) -> Tensor:
+    """A number for each position, the same where an attribute of its window is, int64 [N]."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(getattr(one, name) for one in windows))}
+    return torch.tensor([numbers[getattr(window, name)] for window in windows for _ in range(window.positions)])
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Argmax of each row, [N, V] to int64 [N]. Blocks in fp32 are three times as fast as bfloat16."""
+    blocks = logits.split(max(1, LOGITS_AT_ONCE // logits.shape[-1]))
+    return torch.cat([block.float().argmax(dim=-1) for block in blocks])
