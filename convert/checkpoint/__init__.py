@@ -1,1 +1,1 @@
-"""The folder that a conversion writes, card and all."""
+"""Writes the folder of a converted model, with its model card."""

@@ -1,4 +1,6 @@
-"""How often a target agreement is kept on new documents: `python -m studies.promise CONVERTED --text TEXT`.
+"""How often a target agreement is kept on new documents.
+
+    make study NAME=promise ARGS="CONVERTED --text TEXT"
 
 The documents of a text that the conversion has not seen are split in random halves. On one half k and R are chosen as
 a conversion chooses them; on the other half the agreement is measured.

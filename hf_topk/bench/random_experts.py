@@ -37,7 +37,7 @@ def config_at_random(text_config: PreTrainedConfig) -> TopKExpertsConfig:
     Args:
         text_config: of the dense model.
     """
-    from ..convert.recipe import Recipe  # avoids a circular import
+    from ..convert.recipe import Recipe  # here, as the package loads without the converter
 
     vocab_size = text_config.vocab_size
     recipe = Recipe().resolve(vocab_size)

@@ -130,7 +130,7 @@ def measure_fidelity(
 
 
 def _add(sums: _Sums, dense: Tensor, sparse: Tensor, followers: Tensor) -> Tensor:
-    """Add the figures of one window, logits [T, V] of both heads, next tokens [T]; returns which agree, [T] bool."""
+    """Add one window to the sums: logits [T, V] of both heads, next tokens [T]; returns which agree, [T] bool."""
     agrees = []
     at_once = max(1, LOGITS_AT_ONCE // dense.shape[-1])
     parts = zip(dense.split(at_once), sparse.split(at_once), followers.split(at_once), strict=True)

@@ -96,7 +96,7 @@ def target_windows(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, pos
 
     Args:
         model: a converted model with an encoder.
-        tokenizer: its tokenizer, or its processor if it hears speech.
+        tokenizer: its tokenizer, or its processor if it is a speech model.
         text: pairs or source text, or a folder of recordings.
         positions: of a sample; None takes all.
 

@@ -31,7 +31,7 @@ class Facts:
     Attributes:
         name: of the model, for people: that of its folder without those above it, or its repository.
         model: the model.
-        processor: its tokenizer, or its processor if it hears speech.
+        processor: its tokenizer, or its processor if it is a speech model.
         metrics: as in `figures.json`; empty if there are none.
         recipe: every choice of the conversion by name; empty if there is none.
         observations: made along with the metrics; None if there are none.

@@ -48,10 +48,10 @@ class Plot:
     """Axes and marks.
 
     Attributes:
-        x_label: what is measured along, with its unit.
-        y_label: what is measured up, with its unit.
-        x_ticks: pixel and label of each line across.
-        y_ticks: pixel and label of each line up.
+        x_label: of the horizontal axis, with its unit.
+        y_label: of the vertical axis, with its unit.
+        x_ticks: pixel and label of each vertical grid line.
+        y_ticks: pixel and label of each horizontal grid line.
         marks: in the order of a line through them.
         reference: ends of a line to compare with, x and y in turn; empty if there is none.
     """

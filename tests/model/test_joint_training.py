@@ -253,7 +253,7 @@ def test_router_follows_a_head_that_moves() -> None:
     with within.joint_training():
         train(within)
     hidden = hidden_of(within)
-    for name, parameter in without.base_model.named_parameters():  # the terms have not changed what the body learns
+    for name, parameter in without.base_model.named_parameters():  # the terms have not changed what the decoder learns
         assert parameter.equal(within.base_model.get_parameter(name))
     divergences = []
     for model in (without, within):
