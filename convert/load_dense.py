@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.compute_dtype import faster_dtype
+from hf_topk.loading import find_device
 from hf_topk.model.dense_model import config_for, dense_class_of, name_of_head
 from hf_topk.model.errors import InputError, one_line
 
@@ -42,8 +43,8 @@ def check_device_map(device_map: DeviceMap | None) -> None:
 
 def _is_device(name: str) -> bool:
     try:
-        return torch.empty(0, device=name).device.type != "meta"
-    except (RuntimeError, AssertionError):  # no such device, or torch was built without it
+        return find_device(name).type != "meta"
+    except InputError:
         return False
 
 

@@ -1,6 +1,5 @@
 """The models that are timed end to end: they share all weights and differ only in their heads."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
+from ..model.sharing import copy_sharing
 from ..progress import progress
 from .prompts import Prompts, random_prompts
 
@@ -76,8 +76,7 @@ class NoHead(nn.Module):
 
 
 def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedModel:
-    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    twin = copy.deepcopy(base, memo=cast(dict[int, Any], shared))
+    twin = copy_sharing(base, (*base.parameters(), *base.buffers()))
     twin.set_submodule(name, head)
     return twin.eval()
 

@@ -1,6 +1,5 @@
 """The output head of a converted model: route, gather, tail, scatter."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
@@ -16,6 +15,7 @@ from .head_layout import LaidOutHead, check_sizes
 from .kernels import always_and_gather_dot, expert_dot
 from .router import Router
 from .scored import Picked, Scored, lowest_of_likeliest
+from .sharing import copy_sharing
 from .tail import Tail
 from .whole_head import check_whole, full_shape
 
@@ -318,7 +318,6 @@ class TopKExpertsHead(LaidOutHead):
             InputError: when too few rows are left.
         """
         hook = getattr(self, "_hf_hook", None)  # of accelerate
-        kept = (*self.parameters(), *self.buffers(), self.config, self._replacements, hook)
-        head = copy.deepcopy(self, memo=cast(dict[int, Any], {id(one): one for one in kept}))
+        head = copy_sharing(self, (*self.parameters(), *self.buffers(), self.config, self._replacements, hook))
         head.take_over(resized)
         return head

@@ -35,6 +35,7 @@ from .hub_card import KeepsCard
 from .joint_training import JointTrainingMixin
 from .logits_processors import adapt
 from .lossless import LosslessStats, generating, is_lossless_generation, sample
+from .sharing import copy_sharing
 from .ties import settle_ties
 from .token_chooser import TokenChooser, can_choose
 from .whole_head import WholeHeadMixin
@@ -147,8 +148,7 @@ class TopKExpertsForCausalLM(
         """
         name_of_head(dense)
         hooks = [module._hf_hook for module in dense.modules() if hasattr(module, "_hf_hook")]  # of accelerate
-        shared = {id(one): one for one in (*dense.parameters(), *dense.buffers(), *hooks)}
-        twin = copy.deepcopy(dense, memo=cast(dict[int, Any], shared))
+        twin = copy_sharing(dense, (*dense.parameters(), *dense.buffers(), *hooks))
         twin.config.architectures = [type(dense).__name__]
         if not isinstance(dense, dense_class_of(twin.config)):
             raise InputError(

@@ -1,6 +1,5 @@
 """A conversion in memory."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +29,6 @@ def some_states(count: int = 300) -> Tensor:
 
 def quick(dense: PreTrainedModel | None = None, **choices: Any) -> Report:
     return convert(dense or tiny_dense(), tiny_tokenizer(), Recipe(**{**QUICK, **choices}), windows=some_windows())
-
-
-def test_no_document_is_in_both_parts() -> None:
-    windows = [Window(number // 3, (1, 2)) for number in range(30)]
-    distil_on, held_out = split_by_document(windows, 0.2, 0)
-    assert len({window.document for window in held_out}) == 2
-    assert not {window.document for window in held_out} & {window.document for window in distil_on}
-    assert sorted([*distil_on, *held_out], key=lambda window: window.document) == windows
-
-
-def test_a_share_of_each_kind_is_held_out() -> None:
-    kinds = ["prose"] * 10 + ["code"] * 5 + ["chat"]
-    windows = [Window(number, (1, 2), kind=kind) for number, kind in enumerate(kinds)]
-    _, held_out = split_by_document(windows, 0.4, 0)
-    assert Counter(window.kind for window in held_out) == {"prose": 4, "code": 2}
-    alone = [Window(number, (1, 2), kind=str(number)) for number in range(3)]
-    assert len(split_by_document(alone, 0.4, 0)[1]) == 1
-
-
-@pytest.mark.parametrize("held_out", [0.001, 0.5, 0.999])
-def test_neither_part_of_a_split_is_empty(held_out: float) -> None:
-    for documents in (1, 2, 5):
-        windows = [Window(number % documents, (1, 2)) for number in range(10)]
-        distil_on, rest = split_by_document(windows, held_out, 0)
-        assert 0 < len(distil_on) == 10 - len(rest) < 10
-    with pytest.raises(InputError, match="only one window"):
-        split_by_document([Window(0, (1, 2))], held_out, 0)
 
 
 @pytest.mark.parametrize("combine", ["exact", "router", "learned"])

@@ -119,22 +119,6 @@ def as_run(setting: OperatingPoint) -> OperatingPoint:
     return OperatingPoint(9, 99) if setting.num_experts_per_tok == 9 else setting
 
 
-# What the dense head chooses
-
-
-def test_the_dense_argmax_is_that_of_each_window() -> None:
-    model, windows = tiny_converted(), some_windows()
-    dense = dense_argmax(model, windows)
-    states, best = [], []
-    with torch.no_grad():
-        for window in windows:
-            states.append(model.base.model(torch.tensor([window.token_ids])).last_hidden_state[0])
-            best.append(F.linear(states[-1], model.head.weight).argmax(dim=-1))
-    torch.testing.assert_close(dense.states, torch.cat(states))
-    assert torch.equal(dense.best, torch.cat(best))
-    assert dense.documents.tolist() == [0] * 19 + [1] * 40 + [2] * 33
-
-
 @pytest.mark.parametrize(("k", "rescored"), [(1, 256), (3, 20), (6, 256)])
 def test_agreement_and_its_bound_equal_those_of_fidelity(k: int, rescored: int) -> None:
     model, windows = tiny_converted(num_experts_per_tok=k, num_rescored=rescored), some_windows()
@@ -143,15 +127,6 @@ def test_agreement_and_its_bound_equal_those_of_fidelity(k: int, rescored: int) 
     assert float(agreed.double().mean()) == pytest.approx(fidelity.agreement)
     assert dense.bound(agreed) == pytest.approx(fidelity.agreement_lower_bound)
     assert (fidelity.agreement == 1) == (k == 6)
-
-
-@pytest.mark.parametrize(("count", "left"), [(400, 400), (399, 200), (130, 100), (1, 1)])
-def test_a_subset_of_positions_is_evenly_spaced(count: int, left: int, dense: DenseArgmax) -> None:
-    some = dense.evenly_spaced(count)
-    step = 400 // left
-    assert torch.equal(some.states, dense.states[::step])
-    assert torch.equal(some.best, dense.best[::step])
-    assert torch.equal(some.documents, dense.documents[::step].unique(return_inverse=True)[1])  # counted anew
 
 
 # Ranks of the dense argmax
