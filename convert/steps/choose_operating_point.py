@@ -252,7 +252,7 @@ def is_reached(fidelity: Fidelity, target: Target) -> bool:
         target: of the conversion.
     """
     is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
-    reached = min(fidelity.agreement_lower_bound, *fidelity.agreement_by_kind.values())
+    reached = min([fidelity.agreement_lower_bound, *fidelity.agreement_by_kind.values()])
     return reached >= target.agreement and is_within
 
 
@@ -271,8 +271,9 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
     if target.or_nearest or is_reached(fidelity, target):
         return
     within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
-    kind, lowest = min(fidelity.agreement_by_kind.items(), key=lambda one: one[1])
-    of_kind = f", {lowest:.4f} on its {kind}" if len(fidelity.agreement_by_kind) > 1 else ""
+    by_kind = fidelity.agreement_by_kind
+    worst = min(by_kind, key=by_kind.__getitem__, default="")
+    of_kind = f", {by_kind[worst]:.4f} on its {worst}" if len(by_kind) > 1 else ""
     raise TargetNotReachedError(
         f"the target agreement of {target.agreement} is not reached{within}: its lower bound is "
         f"{fidelity.agreement_lower_bound:.4f} (agreement {fidelity.agreement:.4f} on {fidelity.positions:,} held-out "

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.evaluation.confidence_bound import lower_bound
+from hf_topk.evaluation.fidelity import FEWEST_OF_KIND
 from hf_topk.model.errors import InputError
 from hf_topk.model.head import LOGITS_AT_ONCE
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
@@ -85,10 +86,10 @@ class DenseArgmax:
         return DenseArgmax(self.states[is_kept], self.best[is_kept], documents, self.kinds[is_kept])
 
     def agreement(self, agrees: Tensor) -> float:
-        """The agreement on the kind of text where it is lowest; `agrees` is bool [N]."""
+        """The agreement, or that on the kind of text where it is lowest; `agrees` is bool [N]."""
         positions = self.kinds.bincount()
-        agreed = self.kinds[agrees].bincount(minlength=len(positions))
-        return float((agreed.double() / positions)[positions > 0].min())
+        by_kind = self.kinds[agrees].bincount(minlength=len(positions)).double() / positions
+        return min([float(agrees.double().mean()), *by_kind[positions >= FEWEST_OF_KIND].tolist()])
 
     def bound(self, agrees: Tensor) -> float:
         """The lower bound of the agreement on all text; `agrees` is bool [N]."""

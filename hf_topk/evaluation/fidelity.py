@@ -18,6 +18,7 @@ from .observations import Observer
 
 TOP = 5
 CONFIDENCE_BINS = 15
+FEWEST_OF_KIND = 200  # positions: one that disagrees leaves 99.5 %
 RANKED_EVERY = 64  # the tail's rank correlation needs sorting: measure it at every 64th position
 
 
@@ -28,7 +29,7 @@ class Fidelity:
     Attributes:
         agreement: top-1 agreement, the share of positions where the sparse argmax is the dense argmax.
         agreement_lower_bound: its one-sided 95 % lower bound over documents; see [`lower_bound`].
-        agreement_by_kind: the agreement on each kind of text.
+        agreement_by_kind: the agreement on each kind of text of which there are 200 positions or more.
         top5_containment: top-5 recall, the share of positions where the dense argmax is in the sparse top 5.
         kl: mean KL divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
@@ -114,7 +115,11 @@ def measure_fidelity(
     return Fidelity(
         agreement=agreed / positions,
         agreement_lower_bound=lower_bound([*sums.agreed.values()], [*sums.positions.values()]),
-        agreement_by_kind={kind: sums.agreed_by_kind[kind] / count for kind, count in sums.positions_by_kind.items()},
+        agreement_by_kind={
+            kind: sums.agreed_by_kind[kind] / count
+            for kind, count in sums.positions_by_kind.items()
+            if count >= FEWEST_OF_KIND
+        },
         top5_containment=sums.contained / positions,
         kl=sums.kl / positions,
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),

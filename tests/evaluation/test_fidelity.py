@@ -72,7 +72,9 @@ def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelit
     return Fidelity(
         agreement=sum(map(sum, agreed.values())) / len(contained),
         agreement_lower_bound=lower_bound([*map(sum, agreed.values())], [*map(len, agreed.values())]),
-        agreement_by_kind={kind: sum(some) / len(some) for kind, some in by_kind.items()},
+        agreement_by_kind={
+            kind: sum(some) / len(some) for kind, some in by_kind.items() if len(some) >= fidelity.FEWEST_OF_KIND
+        },
         top5_containment=sum(contained) / len(contained),
         kl=math.fsum(divergences) / len(divergences),
         perplexity_dense=math.exp(mean["dense"]),
@@ -108,8 +110,10 @@ def test_metrics_are_those_of_brute_force(
     positions_at_once: int, num_experts_per_tok: int, num_rescored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fidelity, "LOGITS_AT_ONCE", positions_at_once * VOCAB_SIZE)
+    monkeypatch.setattr(fidelity, "FEWEST_OF_KIND", 30)
     model = tiny_converted(num_experts_per_tok=num_experts_per_tok, num_rescored=num_rescored)
     metrics = check_metrics(model, some_windows())
+    assert set(metrics.agreement_by_kind) == {"prose"}
     assert metrics.positions == 64
     assert (metrics.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
 
