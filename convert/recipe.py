@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from hf_topk.model.configuration_topk_experts import CombineType
-from hf_topk.model.errors import InputError
+from hf_topk.model.errors import InputError, one_line
 
 MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"
@@ -164,8 +164,7 @@ class Recipe:
         try:
             return cls(**{name: _as_float(value) if name in _FLOATS else value for name, value in choices.items()})
         except StrictDataclassError as error:
-            reason = str(error.__cause__ or error).strip()
-            raise InputError(f"the recipe is not valid: {' '.join(reason.split())}") from error
+            raise InputError(f"the recipe is not valid: {one_line(error.__cause__ or error)}") from error
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -278,7 +277,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"the recipe {path} is not valid YAML: {one_line(error)}") from error
     if choices is None:
         return {}
     if not isinstance(choices, dict):

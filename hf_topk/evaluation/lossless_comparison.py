@@ -72,6 +72,16 @@ class LosslessComparison:
             "acceptance": self.acceptance,
         }
 
+    def rows(self) -> dict[str, str]:
+        """The metrics, as lines of a table."""
+        return {
+            "lossless": f"{self.identical:,} of {self.tokens:,} tokens identical to the dense model's, "
+            f"{self.ties:,} ties, {self.differing - self.ties:,} others",
+            "per token": f"{self.dense_passes_per_token:.3f} verification passes, "
+            f"{self.forward_passes_per_token:.3f} forward passes of the decoder; "
+            f"{self.acceptance:.1%} of the draft tokens accepted",
+        }
+
 
 def prompts_of(windows: list[Window], count: int, length: int = PROMPT_LENGTH) -> list[list[int]]:
     """Take evenly spaced windows as prompts.
