@@ -1,5 +1,6 @@
 """Fidelity of the sparse head to the dense one on text."""
 
+import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ class Fidelity:
     tail_rank_correlation: float
     bytes_read: float
     positions: int
+
+    def of_all_text(self) -> dict[str, float]:
+        """The metrics by name, but those by kind of text."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "agreement_by_kind"}
 
 
 @dataclass
