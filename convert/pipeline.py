@@ -1,5 +1,6 @@
 """A conversion in memory: hidden states, partition, distillation, operating point."""
 
+import dataclasses
 import tempfile
 import time
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_topk.evaluation.fidelity import measure_fidelity
+from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
 from hf_topk.evaluation.observations import Observer
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.encoder_decoder import converted_class
@@ -23,7 +24,14 @@ from .load_calibration_text import Sample, check_windows, read_calibration_text
 from .processes import ALONE, Processes
 from .recipe import Recipe, ResolvedRecipe, calibration_text_name
 from .report import Report, StepClock
-from .steps.choose_operating_point import Target, check_target, choose_num_rescored, choose_operating_point, rank_argmax
+from .steps.choose_operating_point import (
+    Target,
+    agrees,
+    check_target,
+    choose_num_rescored,
+    choose_operating_point,
+    rank_argmax,
+)
 from .steps.distill import (
     STATES_FOR_STATISTICS,
     evenly_spaced,
@@ -41,6 +49,8 @@ from .steps.hidden_states import HiddenStates, collect
 from .steps.pack_router_and_tail import fit_tail, metric_of, pack_router
 from .steps.place_tokens import place_tokens
 from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
+
+POSITIONS_WITH_LOGITS = 2500  # of the held-out ones, about
 
 
 def convert(
@@ -128,7 +138,7 @@ def convert_checked(
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
         observer = Observer(converted.head)
-        fidelity = measure_fidelity(converted, held_out, observer)
+        fidelity = _measure(converted, held_out, dense, observer)
         if recipe.target_agreement is not None:
             check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
@@ -180,6 +190,22 @@ def _convert_head(
         fit_tail(head, metric, statistics.probabilities, unused)
     cast_additions(head)
     return converted, router_kl
+
+
+def _measure(
+    converted: TopKExpertsForCausalLM, held_out: list[Window], dense: DenseArgmax, observer: Observer
+) -> Fidelity:
+    """Agreement at all held-out positions, and the other metrics, which take all logits, on a part of the windows."""
+    some = held_out[:: -(-len(dense.best) // POSITIONS_WITH_LOGITS)]
+    agreed = agrees(converted.head, dense)
+    kinds = list(dict.fromkeys(window.kind for window in held_out))
+    return dataclasses.replace(
+        measure_fidelity(converted, some, observer),
+        agreement=int(agreed.sum()) / len(agreed),
+        agreement_lower_bound=dense.bound(agreed),
+        agreement_by_kind={kinds[number]: share for number, share in dense.by_kind(agreed).items()},
+        positions=len(agreed),
+    )
 
 
 def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> None:

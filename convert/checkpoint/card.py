@@ -81,6 +81,7 @@ def write_card(report: Report, source: Source, folder: Path) -> None:
         recipe_yaml=dataclasses.replace(report.recipe, text=public_name(report.recipe.text)).to_yaml(),
         metrics=metrics,
         text_name=text_name,
+        with_logits=report.observations.positions,
         target_agreement=report.recipe.target_agreement or TARGET_AGREEMENT,
         plot=PLOT_FILE if report.curve else None,
     )

@@ -87,9 +87,13 @@ class DenseArgmax:
 
     def agreement(self, agrees: Tensor) -> float:
         """The agreement, or that on the kind of text where it is lowest; `agrees` is bool [N]."""
-        positions = self.kinds.bincount()
-        by_kind = self.kinds[agrees].bincount(minlength=len(positions)).double() / positions
-        return min([float(agrees.double().mean()), *by_kind[positions >= FEWEST_OF_KIND].tolist()])
+        return min([float(agrees.double().mean()), *self.by_kind(agrees).values()])
+
+    def by_kind(self, agrees: Tensor) -> dict[int, float]:
+        """The agreement on each kind of text of which there are enough positions; `agrees` is bool [N]."""
+        positions = self.kinds.bincount().tolist()
+        agreed = self.kinds[agrees].bincount(minlength=len(positions)).tolist()
+        return {kind: agreed[kind] / count for kind, count in enumerate(positions) if count >= FEWEST_OF_KIND}
 
     def bound(self, agrees: Tensor) -> float:
         """The lower bound of the agreement on all text; `agrees` is bool [N]."""

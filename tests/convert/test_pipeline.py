@@ -15,7 +15,7 @@ from support.tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_topk.convert import Recipe, Report, convert
+from hf_topk.convert import Recipe, Report, convert, pipeline
 from hf_topk.convert.steps.find_head import head_of
 from hf_topk.convert.steps.held_out import split_by_document
 from hf_topk.evaluation.fidelity import measure_fidelity
@@ -134,3 +134,14 @@ def test_metrics_are_those_of_the_model() -> None:
     assert report.fidelity.positions == len(report.dense_argmax.best) == sum(len(one.token_ids) for one in held_out)
     assert report.distilled_positions == sum(len(one.token_ids) for one in some_windows()) - report.fidelity.positions
     assert report.added_bytes == report.model.head.added_bytes()
+
+
+def test_of_many_positions_all_tell_the_agreement_and_some_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "POSITIONS_WITH_LOGITS", 30)
+    report = quick(num_experts_per_tok=2, held_out=0.5)
+    _, held_out = split_by_document(some_windows(), 0.5, report.recipe.seed)
+    whole = measure_fidelity(report.model, held_out)
+    assert report.fidelity.agreement == whole.agreement
+    assert report.fidelity.agreement_lower_bound == whole.agreement_lower_bound
+    assert report.fidelity.positions == whole.positions > report.observations.positions
+    assert report.fidelity.kl != whole.kl
