@@ -138,13 +138,14 @@ def convert_checked(
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
         observer = Observer(converted.head)
-        fidelity = _measure(converted, held_out, dense, observer)
+        fidelity, by_kind = _measure(converted, held_out, dense, observer)
         if recipe.target_agreement is not None:
-            check_target(fidelity, Target.of(recipe), converted.head.num_experts_per_tok)
+            check_target(fidelity, by_kind, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
+        agreement_by_kind=by_kind,
         observations=observer.observations(f"held-out documents of {calibration_text_name(recipe.text)}"),
         dense_argmax=dense,
         num_experts=converted.head.num_experts,
@@ -194,18 +195,18 @@ def _convert_head(
 
 def _measure(
     converted: TopKExpertsForCausalLM, held_out: list[Window], dense: DenseArgmax, observer: Observer
-) -> Fidelity:
-    """Agreement at all held-out positions, and the other metrics, which take all logits, on a part of the windows."""
+) -> tuple[Fidelity, dict[str, float]]:
+    """Fidelity, and agreement by kind of text: agreement at all held-out positions, what takes all logits at some."""
     some = held_out[:: -(-len(dense.best) // POSITIONS_WITH_LOGITS)]
     agreed = agrees(converted.head, dense)
     kinds = list(dict.fromkeys(window.kind for window in held_out))
-    return dataclasses.replace(
+    fidelity = dataclasses.replace(
         measure_fidelity(converted, some, observer),
         agreement=int(agreed.sum()) / len(agreed),
         agreement_lower_bound=dense.bound(agreed),
-        agreement_by_kind={kinds[number]: share for number, share in dense.by_kind(agreed).items()},
         positions=len(agreed),
     )
+    return fidelity, {kinds[number]: share for number, share in dense.by_kind(agreed).items()}
 
 
 def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> None:

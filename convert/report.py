@@ -26,6 +26,7 @@ class Report:
         model: the converted model, in memory.
         recipe: every choice; k and R as the user gave them.
         fidelity: measured on held-out documents of the calibration text.
+        agreement_by_kind: the agreement on each kind of their text of which there are 200 positions or more.
         observations: of the same positions.
         dense_argmax: of the same positions.
         num_experts: M.
@@ -43,6 +44,7 @@ class Report:
     model: TopKExpertsForCausalLM
     recipe: ResolvedRecipe
     fidelity: Fidelity
+    agreement_by_kind: dict[str, float]
     observations: Observations
     dense_argmax: DenseArgmax
     num_experts: int
@@ -61,7 +63,8 @@ class Report:
         has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
         return {
             **dataclasses.asdict(self.fidelity),
-            "target_reached": is_reached(self.fidelity, target) if has_target else None,
+            "agreement_by_kind": self.agreement_by_kind,
+            "target_reached": is_reached(self.fidelity, self.agreement_by_kind, target) if has_target else None,
             "num_experts": self.num_experts,
             "num_experts_per_tok": head.num_experts_per_tok,
             "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
@@ -75,8 +78,7 @@ class Report:
 
     def summary(self) -> dict[str, str]:
         """The metrics that people look at first, by name."""
-        metrics = self.metrics()
-        by_kind = metrics["agreement_by_kind"]
+        metrics, by_kind = self.metrics(), self.agreement_by_kind
         return {
             "experts": f"{metrics['num_experts']:,} of {self.recipe.expert_size} tokens, "
             f"{metrics['num_experts_per_tok']:,} picked per position, {metrics['num_rescored']:,} exact logits, "

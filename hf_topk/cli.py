@@ -164,7 +164,7 @@ def evaluate(
         documents = read_documents(text)
         windows = make_windows(documents, tokenizer, readable_length(model.config), positions, seed=0)
         fidelity = measure_fidelity(model, windows)
-        metrics, rows = fidelity.of_all_text(), {}
+        metrics, rows = dataclasses.asdict(fidelity), {}
     if lossless and not model.config.is_encoder_decoder:
         from .evaluation.lossless_comparison import PROMPT_LENGTH, compare_lossless, prompts_of
 

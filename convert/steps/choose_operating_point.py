@@ -244,23 +244,25 @@ def agrees(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
     return torch.cat(chosen) == dense.best
 
 
-def is_reached(fidelity: Fidelity, target: Target) -> bool:
+def is_reached(fidelity: Fidelity, by_kind: dict[str, float], target: Target) -> bool:
     """Whether lower bound and agreement on each kind of text reach the target within its limit of bytes.
 
     Args:
         fidelity: measured on held-out documents.
+        by_kind: the agreement on each kind of their text.
         target: of the conversion.
     """
     is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
-    reached = min([fidelity.agreement_lower_bound, *fidelity.agreement_by_kind.values()])
+    reached = min([fidelity.agreement_lower_bound, *by_kind.values()])
     return reached >= target.agreement and is_within
 
 
-def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -> None:
+def check_target(fidelity: Fidelity, by_kind: dict[str, float], target: Target, num_experts_per_tok: int) -> None:
     """Refuse a model that misses its target, unless the target allows the nearest.
 
     Args:
         fidelity: measured on held-out documents.
+        by_kind: the agreement on each kind of their text.
         target: of the conversion.
         num_experts_per_tok: k.
 
@@ -268,10 +270,9 @@ def check_target(fidelity: Fidelity, target: Target, num_experts_per_tok: int) -
         TargetNotReachedError: when the lower bound of the agreement, or the agreement on a kind of text, is below the
             target, or too many bytes are read.
     """
-    if target.or_nearest or is_reached(fidelity, target):
+    if target.or_nearest or is_reached(fidelity, by_kind, target):
         return
     within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
-    by_kind = fidelity.agreement_by_kind
     worst = min(by_kind, key=by_kind.__getitem__, default="")
     of_kind = f", {by_kind[worst]:.4f} on its {worst}" if len(by_kind) > 1 else ""
     raise TargetNotReachedError(

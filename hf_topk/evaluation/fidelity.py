@@ -1,6 +1,5 @@
 """Fidelity of the sparse head to the dense one on text."""
 
-import dataclasses
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,7 +18,6 @@ from .observations import Observer
 
 TOP = 5
 CONFIDENCE_BINS = 15
-FEWEST_OF_KIND = 200  # positions: one that disagrees leaves 99.5 %
 RANKED_EVERY = 64  # the tail's rank correlation needs sorting: measure it at every 64th position
 
 
@@ -30,7 +28,6 @@ class Fidelity:
     Attributes:
         agreement: top-1 agreement, the share of positions where the sparse argmax is the dense argmax.
         agreement_lower_bound: its one-sided 95 % lower bound over documents; see [`lower_bound`].
-        agreement_by_kind: the agreement on each kind of text of which there are 200 positions or more.
         top5_containment: top-5 recall, the share of positions where the dense argmax is in the sparse top 5.
         kl: mean KL divergence of the sparse from the dense distribution, in nats.
         perplexity_dense: of the text under the dense head.
@@ -49,7 +46,6 @@ class Fidelity:
 
     agreement: float
     agreement_lower_bound: float
-    agreement_by_kind: dict[str, float]
     top5_containment: float
     kl: float
     perplexity_dense: float
@@ -62,15 +58,10 @@ class Fidelity:
     bytes_read: float
     positions: int
 
-    def of_all_text(self) -> dict[str, float]:
-        """The metrics by name, but those by kind of text."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "agreement_by_kind"}
-
 
 @dataclass
 class _Sums:
     agreed: Counter[int] = field(default_factory=Counter)  # by document, like `positions`
-    agreed_by_kind: Counter[str] = field(default_factory=Counter)
     contained: int = 0
     kl: float = 0.0
     loss_dense: float = 0.0
@@ -81,7 +72,6 @@ class _Sums:
     sparse_bins: Tensor = field(default_factory=lambda: torch.zeros(CONFIDENCE_BINS, 2, dtype=torch.float64))
     rank_correlations: list[Tensor] = field(default_factory=list)
     positions: Counter[int] = field(default_factory=Counter)
-    positions_by_kind: Counter[str] = field(default_factory=Counter)
     predicted: int = 0
 
 
@@ -110,9 +100,7 @@ def measure_fidelity(
             sums.rank_correlations += _rank_correlations(head, dense, sparse, hidden)
             agrees = _add(sums, dense, sparse, torch.tensor(window.followers, device=dense.device))
             sums.agreed[window.document] += int(agrees.sum())
-            sums.agreed_by_kind[window.kind] += int(agrees.sum())
             sums.positions[window.document] += window.positions
-            sums.positions_by_kind[window.kind] += window.positions
             if observer is not None:
                 observer.see(window, hidden, dense, sparse, agrees)
             advance(window.positions)
@@ -120,11 +108,6 @@ def measure_fidelity(
     return Fidelity(
         agreement=agreed / positions,
         agreement_lower_bound=lower_bound([*sums.agreed.values()], [*sums.positions.values()]),
-        agreement_by_kind={
-            kind: sums.agreed_by_kind[kind] / count
-            for kind, count in sums.positions_by_kind.items()
-            if count >= FEWEST_OF_KIND
-        },
         top5_containment=sums.contained / positions,
         kl=sums.kl / positions,
         perplexity_dense=_exp(sums.loss_dense / max(1, sums.predicted)),

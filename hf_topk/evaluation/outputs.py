@@ -46,7 +46,7 @@ class Outputs:
             "same_as_dense": self.same,
             "scores": self.scores,
         }
-        return self.fidelity.of_all_text() | others
+        return dataclasses.asdict(self.fidelity) | others
 
     def rows(self) -> dict[str, str]:
         """The metrics other than fidelity, as lines of a table."""

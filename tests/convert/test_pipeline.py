@@ -1,5 +1,6 @@
 """A conversion in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,21 @@ def test_of_many_positions_all_tell_the_agreement_and_some_the_rest(monkeypatch:
     assert report.fidelity.agreement_lower_bound == whole.agreement_lower_bound
     assert report.fidelity.positions == whole.positions > report.observations.positions
     assert report.fidelity.kl != whole.kl
+
+
+def test_agreement_by_kind_is_that_of_the_windows_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["prose", "code", "prose", "chat"]
+    windows = [replace(window, kind=kinds[window.document % 4]) for window in some_windows()]
+    recipe = Recipe(**{**QUICK, "num_experts_per_tok": 2, "held_out": 0.5})
+    held_out = split_by_document(windows, 0.5, recipe.seed)[1]
+    of_kind = {kind: [window for window in held_out if window.kind == kind] for kind in {one.kind for one in held_out}}
+    fewest = sorted(sum(one.positions for one in some) for some in of_kind.values())[1]  # leaves out the shortest
+    monkeypatch.setattr("hf_topk.convert.steps.held_out.FEWEST_OF_KIND", fewest)
+    report = convert(tiny_dense(), None, recipe, windows=windows)
+    expected = {
+        kind: measure_fidelity(report.model, some).agreement
+        for kind, some in of_kind.items()
+        if sum(one.positions for one in some) >= fewest
+    }
+    assert 0 < len(expected) < len(of_kind)
+    assert report.agreement_by_kind == report.metrics()["agreement_by_kind"] == expected

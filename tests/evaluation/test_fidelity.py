@@ -17,16 +17,13 @@ from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
 from hf_topk.windows import Window, readable_length
 
 NUM_EXPERTS = 6
-KINDS = ("prose", "code", "prose")  # of each document
 
 
 def some_windows() -> list[Window]:
     """Windows of different lengths, the shortest of 2 tokens, of three documents."""
     generator = torch.Generator().manual_seed(3)
     return [
-        Window(
-            document, tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()), kind=KINDS[document]
-        )
+        Window(document, tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()))
         for document, length in ((0, 2), (1, 17), (2, 40), (1, 5))
     ]
 
@@ -65,16 +62,10 @@ def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelit
                     is_right = likeliest == window.token_ids[position + 1]
                     confidences[mode].append((math.exp(logarithms[likeliest]), is_right))
     hook.remove()
-    by_kind = {kind: [] for kind in KINDS}
-    for document, some in agreed.items():
-        by_kind[KINDS[document]] += some
     mean = {name: math.fsum(some) / len(some) for name, some in losses.items()}
     return Fidelity(
         agreement=sum(map(sum, agreed.values())) / len(contained),
         agreement_lower_bound=lower_bound([*map(sum, agreed.values())], [*map(len, agreed.values())]),
-        agreement_by_kind={
-            kind: sum(some) / len(some) for kind, some in by_kind.items() if len(some) >= fidelity.FEWEST_OF_KIND
-        },
         top5_containment=sum(contained) / len(contained),
         kl=math.fsum(divergences) / len(divergences),
         perplexity_dense=math.exp(mean["dense"]),
@@ -97,9 +88,9 @@ def calibration_error(answers: list[tuple[float, bool]]) -> float:
 
 def check_metrics(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelity:
     got = measure_fidelity(model, windows)
-    metrics, expected = dataclasses.asdict(got), dataclasses.asdict(brute_force(model, windows))
-    assert metrics.pop("agreement_by_kind") == pytest.approx(expected.pop("agreement_by_kind"))
-    assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+    assert dataclasses.asdict(got) == pytest.approx(
+        dataclasses.asdict(brute_force(model, windows)), rel=1e-4, abs=1e-6, nan_ok=True
+    )
     return got
 
 
@@ -110,10 +101,8 @@ def test_metrics_are_those_of_brute_force(
     positions_at_once: int, num_experts_per_tok: int, num_rescored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fidelity, "LOGITS_AT_ONCE", positions_at_once * VOCAB_SIZE)
-    monkeypatch.setattr(fidelity, "FEWEST_OF_KIND", 30)
     model = tiny_converted(num_experts_per_tok=num_experts_per_tok, num_rescored=num_rescored)
     metrics = check_metrics(model, some_windows())
-    assert set(metrics.agreement_by_kind) == {"prose"}
     assert metrics.positions == 64
     assert (metrics.agreement < 1) == (num_experts_per_tok < NUM_EXPERTS)
 
