@@ -15,7 +15,7 @@ from ..windows import Window, readable_length
 from .fidelity import Fidelity, measure_fidelity
 from .lossless_comparison import head_mode
 
-DECODINGS = ("dense", "sparse", "lossless")
+WITH_EXPERTS = ("sparse", "lossless")  # decodings
 Score = Callable[[Sequence[str], Sequence[str]], dict[str, float]]  # values by metric, from targets and outputs
 
 
@@ -83,10 +83,11 @@ def measure_outputs(model: TopKExpertsForCausalLM, tokenizer: Any, text: str, po
         own = windows_of_examples(model, [dataclasses.replace(one, target_ids=None) for one in examples], length)
     fidelity = measure_fidelity(model, not_empty(windows))
     along = measure_fidelity(model, not_empty(own)) if score else fidelity
-    texts = _outputs(model, getattr(tokenizer, "tokenizer", tokenizer), examples, length)
-    same = {
-        decoding: sum(map(eq, texts["dense"], outputs)) for decoding, outputs in texts.items() if decoding != "dense"
-    }
+    dense = [(*one.token_ids, one.last_token) if one else () for one in own]
+    rows = {"dense": dense, **_generate_with_experts(model, examples, length)}
+    decode = getattr(tokenizer, "tokenizer", tokenizer).batch_decode
+    texts = {decoding: decode([list(row) for row in some], skip_special_tokens=True) for decoding, some in rows.items()}
+    same = {decoding: sum(map(eq, texts["dense"], texts[decoding])) for decoding in WITH_EXPERTS}
     scores = {} if score is None else _scores(score, examples, texts)
     return Outputs(fidelity, along.agreement, len(examples), same, scores)
 
@@ -119,18 +120,20 @@ def _scores(score: Score, examples: Sequence[Example], texts: dict[str, list[str
     return scores
 
 
-def _outputs(model: Any, tokenizer: Any, examples: Sequence[Example], new_tokens: int) -> dict[str, list[str]]:
-    """The outputs for each source, by decoding."""
-    texts: dict[str, list[str]] = {decoding: [] for decoding in DECODINGS}
-    with progress("Generating with both heads", len(examples), "sources") as advance:
+def _generate_with_experts(
+    model: Any, examples: Sequence[Example], new_tokens: int
+) -> dict[str, list[tuple[int, ...]]]:
+    """The token ids generated for each source, with the decoder's prompt, by decoding."""
+    rows: dict[str, list[tuple[int, ...]]] = {decoding: [] for decoding in WITH_EXPERTS}
+    with progress("Generating with the sparse head", len(examples), "sources") as advance:
         for start in range(0, len(examples), SOURCES_AT_ONCE):
             some = examples[start : start + SOURCES_AT_ONCE]
-            for decoding in DECODINGS:
-                with head_mode(model, "dense" if decoding == "dense" else "sparse"):
-                    rows = generate_targets(model, some, new_tokens, lossless=decoding == "lossless")
-                texts[decoding] += tokenizer.batch_decode([list(row) for row, _ in rows], skip_special_tokens=True)
+            for decoding in WITH_EXPERTS:
+                with head_mode(model, "sparse"):
+                    made = generate_targets(model, some, new_tokens, lossless=decoding == "lossless")
+                rows[decoding] += [row for row, _ in made]
             advance(len(some))
-    return texts
+    return rows
 
 
 def _chrf_and_bleu() -> Score:
