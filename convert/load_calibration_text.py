@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_topk.documents import Document, fingerprint, read_documents
 from hf_topk.examples import Example
 from hf_topk.model.errors import InputError
-from hf_topk.windows import KIND, Window, make_windows
+from hf_topk.windows import KIND, Window, distinct_positions, make_windows
 
 from .recipe import MIXED, Recipe
 from .steps.generate_targets import examples_of_recipe
@@ -47,7 +47,8 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase | None, recipe: Recip
     documents = [document for some in texts.values() for document in some]
     kinds = [kind for kind, some in texts.items() for _ in some]
     windows = make_windows(documents, tokenizer, recipe.window_length, recipe.positions, recipe.seed)
-    return [replace(one, kind=kinds[one.document]) for one in windows], fingerprint(documents)
+    windows = [replace(one, kind=kinds[one.document]) for one in distinct_positions(windows)]
+    return windows, fingerprint(documents)
 
 
 def read_calibration_text(config: PreTrainedConfig, tokenizer: Any, recipe: Recipe) -> tuple[Sample, str]:

@@ -133,12 +133,13 @@ def convert_checked(
     converted, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
     with clock("operating point"):
         dense = dense_argmax(converted, held_out)
-        _set_operating_point(converted, dense, recipe)
+        agreed = _set_operating_point(converted, dense, recipe)
         if recipe.combine == "learned":
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
+            agreed = agrees(converted.head, dense)
         observer = Observer(converted.head)
-        fidelity, by_kind = _measure(converted, held_out, dense, observer)
+        fidelity, by_kind = _measure(converted, held_out, dense, agreed, observer)
         if recipe.target_agreement is not None:
             check_target(fidelity, by_kind, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
@@ -194,11 +195,10 @@ def _convert_head(
 
 
 def _measure(
-    converted: TopKExpertsForCausalLM, held_out: list[Window], dense: DenseArgmax, observer: Observer
+    converted: TopKExpertsForCausalLM, held_out: list[Window], dense: DenseArgmax, agreed: Tensor, observer: Observer
 ) -> tuple[Fidelity, dict[str, float]]:
     """Fidelity, and agreement by kind of text: agreement at all held-out positions, what takes all logits at some."""
     some = held_out[:: -(-len(dense.best) // POSITIONS_WITH_LOGITS)]
-    agreed = agrees(converted.head, dense)
     kinds = list(dict.fromkeys(window.kind for window in held_out))
     fidelity = dataclasses.replace(
         measure_fidelity(converted, some, observer),
@@ -209,15 +209,16 @@ def _measure(
     return fidelity, {kinds[number]: share for number, share in dense.by_kind(agreed).items()}
 
 
-def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> None:
-    """Choose k and R unless the recipe gives them."""
-    if recipe.num_experts_per_tok is None:
-        choose_operating_point(converted, dense, rank_argmax(converted.head, dense), Target.of(recipe))
-    elif recipe.num_rescored is None:
-        choose_num_rescored(converted, dense)
+def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> Tensor:
+    """Choose k and R unless the recipe gives them; return whether the sparse argmax is then the dense one, bool [N]."""
     converted.head.requires_grad_(True)
     for added in converted.head.children():  # trained only in joint training
         cast(Any, added).requires_grad_(False)
+    if recipe.num_experts_per_tok is None:
+        return choose_operating_point(converted, dense, rank_argmax(converted.head, dense), Target.of(recipe))
+    if recipe.num_rescored is None:
+        choose_num_rescored(converted, dense)
+    return agrees(converted.head, dense)
 
 
 def config_of(model: PreTrainedModel, recipe: ResolvedRecipe) -> TopKExpertsConfig:

@@ -22,20 +22,15 @@ ROOM_FOR_PROMPT = 8  # tokens of the decoder's prompt, at most, such as language
 class TargetWindow(Window):
     """The decoder's inputs for a target: its prompt, and the target's tokens but the last.
 
+    The prompt fixes the next token of all positions before `first`.
+
     Attributes:
         source: the encoder's input.
-        first: the first position whose next token the model chooses; that of earlier ones is fixed by the prompt.
         last_token: the target's last token, which follows the last position.
     """
 
     source: Source
-    first: int
     last_token: int
-
-    @property
-    def positions(self) -> int:
-        """Number of positions at which the model chooses the next token."""
-        return len(self.token_ids) - self.first
 
     @property
     def length(self) -> int:
@@ -182,7 +177,9 @@ def windows_of_batch(
     else:
         rows = [((*_beginning(model, one.target_ids or ()), *(one.target_ids or ())[-1:]), 0) for one in examples]
     return [
-        TargetWindow(one.document, tokens[:-1], one.source, first, tokens[-1]) if len(tokens) > first + 1 else None
+        TargetWindow(one.document, tokens[:-1], one.source, tokens[-1], first=first)
+        if len(tokens) > first + 1
+        else None
         for (tokens, first), one in zip(rows, examples, strict=True)
     ]
 

@@ -6,8 +6,9 @@ from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
+from operator import eq
 
 from transformers import PreTrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -31,22 +32,24 @@ NO_TOKEN = -100  # the index that losses ignore
 class Window:
     """A run of token ids of one document, for one forward pass.
 
-    Each token is a position, at which the model predicts the next token.
+    Each token from `first` on is a position, at which the model predicts the next token.
 
     Attributes:
         document: index of the document.
         token_ids: the special tokens that begin a text, then tokens of the document; 2 to `window_length` in all.
         kind: of text, such as prose or code.
+        first: index of the first position; earlier tokens are read only.
     """
 
     document: int
     token_ids: tuple[int, ...]
     kind: str = field(default=KIND, kw_only=True)
+    first: int = field(default=0, kw_only=True)
 
     @property
     def positions(self) -> int:
         """Number of positions."""
-        return len(self.token_ids)
+        return len(self.token_ids) - self.first
 
     @property
     def length(self) -> int:
@@ -56,7 +59,7 @@ class Window:
     @property
     def followers(self) -> tuple[int, ...]:
         """The next token of each position; `NO_TOKEN` for the last one."""
-        return (*self.token_ids[1:], NO_TOKEN)
+        return (*self.token_ids[self.first + 1 :], NO_TOKEN)
 
 
 def make_windows(
@@ -103,6 +106,27 @@ def make_windows(
     if not drawn:
         raise InputError(f"The text is too short: no document has {MIN_WINDOW_LENGTH} tokens; give more text")
     return [Window(document, window) for document, _, window in sorted(drawn)]
+
+
+def distinct_positions(windows: Sequence[Window]) -> list[Window]:
+    """Leave out positions that repeat: in a causal model those with the same tokens before them have the same state.
+
+    So the special tokens that begin a text, and what a chat template puts before each conversation, count once.
+
+    Args:
+        windows: of any documents.
+
+    Returns:
+        The windows, in order, without those that repeat another.
+    """
+    first: dict[int, int] = {}
+    before: tuple[int, ...] = ()
+    for index in sorted(range(len(windows)), key=lambda index: windows[index].token_ids):
+        token_ids = windows[index].token_ids
+        first[index] = sum(takewhile(bool, map(eq, before, token_ids)))
+        before = token_ids
+    made = [replace(window, first=first[index]) for index, window in enumerate(windows)]
+    return [window for window in made if window.positions]
 
 
 @dataclass(frozen=True)
@@ -165,13 +189,12 @@ def _tokenised(index: int, document: Document, ids: "array[int]", opening: tuple
     return _Tokenised(index, () if isinstance(document, Chat) else opening, ids)
 
 
-def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False) -> str:
-    """A document's text; a conversation's is made by the tokenizer's chat template.
+def as_text(document: Document, tokenizer: Tokenizer) -> str:
+    """A document's text; a conversation's is made by the tokenizer's chat template, up to where the model answers.
 
     Args:
         document: a text or a conversation.
         tokenizer: the model's tokenizer.
-        to_answer: whether to end a conversation with the generation prompt.
 
     Raises:
         InputError: when there is no chat template, or it rejects the conversation.
@@ -185,8 +208,9 @@ def as_text(document: Document, tokenizer: Tokenizer, *, to_answer: bool = False
     if not tokenizer.chat_template:
         raise InputError("the text has conversations, but the model's tokenizer has no chat template: give plain text")
     messages = [{"role": role, "content": content} for role, content in document.messages]
+    is_unanswered = messages[-1]["role"] == "user"
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=to_answer))
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_unanswered))
     except (TemplateError, TypeError, ValueError) as error:
         raise InputError(
             f"the tokenizer's chat template rejects a conversation of the text ({one_line(error)}): "

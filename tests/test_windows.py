@@ -14,7 +14,7 @@ from hf_topk import progress
 from hf_topk import windows as text
 from hf_topk.documents import Chat
 from hf_topk.model.errors import InputError
-from hf_topk.windows import Window, make_windows
+from hf_topk.windows import Window, distinct_positions, make_windows
 
 BEGIN = 0
 WORDS = 400
@@ -145,6 +145,23 @@ def test_windows_of_conversations_begin_as_the_chat_template(chat_template, runs
     tokenizer.chat_template = chat_template
     windows = make_windows([CHAT], tokenizer, 3, None, 0)
     assert [list(window.token_ids) for window in windows] == [run for run in runs if len(run) > 1]
+
+
+def test_an_unanswered_conversation_ends_where_the_model_answers():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TURNS + "{{ 'w9' if add_generation_prompt }}"
+    windows = make_windows([CHAT, Chat(CHAT.messages[:1])], tokenizer, 9, None, 0)
+    assert [window.token_ids[-1] for window in windows] == [1, 12]
+
+
+@given(runs=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), max_size=9))
+def test_positions_with_the_same_tokens_before_them_count_once(runs):
+    windows = distinct_positions([Window(number, tuple(run)) for number, run in enumerate(runs)])
+    read = [one.token_ids[: end + 1] for one in windows for end in range(one.first, len(one.token_ids))]
+    assert sorted(read) == sorted({tuple(run[: end + 1]) for run in runs for end in range(len(run))})
+    assert sum(window.positions for window in windows) == len(read)
+    assert all(len(window.followers) == window.positions > 0 for window in windows)
+    assert windows == sorted(windows, key=lambda window: window.document)
 
 
 @pytest.mark.parametrize(

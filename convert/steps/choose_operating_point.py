@@ -158,7 +158,7 @@ def _growing(first: int, last: int) -> Iterator[int]:
 
 def choose_operating_point(
     model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
-) -> None:
+) -> Tensor:
     """Set k and R to the operating point that reads the fewest bytes among those that reach the target.
 
     Args:
@@ -166,16 +166,21 @@ def choose_operating_point(
         dense: the dense argmax on documents that the router was not distilled on.
         ranks: of this argmax; see [`rank_argmax`].
         target: the agreement to reach.
+
+    Returns:
+        Whether the sparse argmax is then the dense argmax, bool [N].
     """
     wanted = target.agreement
     while found := list(_candidates(model, dense, ranks, replace(target, agreement=wanted))):
         min(found, key=lambda one: one[0])[1].apply(model)
-        reached = dense.reached(agrees(model.head, dense))
+        agreed = agrees(model.head, dense)
+        reached = dense.reached(agreed)
         if reached >= target.agreement:
-            return
+            return agreed
         # The ranks do not show the rare positions where the tail outscores the exact logits: ask for as many more.
         wanted += max(target.agreement - reached, 1 / len(dense.best))
     _nearest(model, dense, ranks, target).apply(model)
+    return agrees(model.head, dense)
 
 
 def _candidates(
