@@ -139,14 +139,15 @@ def convert_checked(
             cast_additions(converted.head)
             agreed = agrees(converted.head, dense)
         observer = Observer(converted.head)
-        fidelity, by_kind = _measure(converted, held_out, dense, agreed, observer)
+        reached, (fidelity, by_kind) = dense.reached(agreed), _measure(converted, held_out, dense, agreed, observer)
         if recipe.target_agreement is not None:
-            check_target(fidelity, by_kind, Target.of(recipe), converted.head.num_experts_per_tok)
+            check_target(reached, fidelity, by_kind, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
         model=converted,
         recipe=recipe,
         fidelity=fidelity,
         agreement_by_kind=by_kind,
+        agreement_reached=reached,
         observations=observer.observations(f"held-out documents of {calibration_text_name(recipe.text)}"),
         dense_argmax=dense,
         num_experts=converted.head.num_experts,

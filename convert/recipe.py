@@ -70,7 +70,7 @@ class Recipe:
         "`datasets` data set, or 'mixed': bundled texts of many kinds, and prompts for models with a chat template",
         flags=(),
     )
-    positions: int = _choice(36_000, "tokens of the calibration text to use", flags=())
+    positions: int = _choice(40_000, "tokens of the calibration text to use", flags=())
     window_length: int = _choice(256, "tokens that the model reads in one forward pass")
     held_out: float = _choice(0.2, "share of the documents, of each kind, kept back to measure on, above 0 and below 1")
     expert_size: int = _choice(16, "tokens in an expert (S)", flags=())

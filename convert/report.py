@@ -27,6 +27,7 @@ class Report:
         recipe: every choice; k and R as the user gave them.
         fidelity: measured on held-out documents of the calibration text.
         agreement_by_kind: the agreement on each kind of their text of which there are 200 positions or more.
+        agreement_reached: the highest target that these documents confirm; see [`DenseArgmax.reached`].
         observations: of the same positions.
         dense_argmax: of the same positions.
         num_experts: M.
@@ -45,6 +46,7 @@ class Report:
     recipe: ResolvedRecipe
     fidelity: Fidelity
     agreement_by_kind: dict[str, float]
+    agreement_reached: float
     observations: Observations
     dense_argmax: DenseArgmax
     num_experts: int
@@ -61,10 +63,11 @@ class Report:
         """All metrics, for JSON; some floats may not be finite."""
         head, target = self.model.head, Target.of(self.recipe)
         has_target = self.recipe.num_experts_per_tok is None or self.recipe.target_agreement is not None
+        reached = is_reached(self.agreement_reached, self.fidelity.bytes_read, target)
         return {
             **dataclasses.asdict(self.fidelity),
             "agreement_by_kind": self.agreement_by_kind,
-            "target_reached": is_reached(self.fidelity, self.agreement_by_kind, target) if has_target else None,
+            "target_reached": reached if has_target else None,
             "num_experts": self.num_experts,
             "num_experts_per_tok": head.num_experts_per_tok,
             "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,

@@ -34,8 +34,7 @@ class Target:
     """The agreement that a conversion has to reach.
 
     Attributes:
-        agreement: the least lower bound of the agreement, and the least agreement on each kind of text, between 0
-            and 1.
+        agreement: what [`DenseArgmax.reached`] has to be on held-out documents, between 0 and 1.
         max_bytes_read: the most bytes to read per position, as a share of the dense head's; None for no limit.
         or_nearest: whether to take the nearest operating point if none reaches it.
     """
@@ -249,33 +248,33 @@ def agrees(head: TopKExpertsHead, dense: DenseArgmax) -> Tensor:
     return torch.cat(chosen) == dense.best
 
 
-def is_reached(fidelity: Fidelity, by_kind: dict[str, float], target: Target) -> bool:
-    """Whether lower bound and agreement on each kind of text reach the target within its limit of bytes.
+def is_reached(reached: float, bytes_read: float, target: Target) -> bool:
+    """Whether a target is reached within its limit of bytes.
 
     Args:
-        fidelity: measured on held-out documents.
-        by_kind: the agreement on each kind of their text.
+        reached: on held-out documents, by [`DenseArgmax.reached`].
+        bytes_read: share of the dense head's.
         target: of the conversion.
     """
-    is_within = fidelity.bytes_read <= (target.max_bytes_read or math.inf)
-    reached = min([fidelity.agreement_lower_bound, *by_kind.values()])
-    return reached >= target.agreement and is_within
+    return reached >= target.agreement and bytes_read <= (target.max_bytes_read or math.inf)
 
 
-def check_target(fidelity: Fidelity, by_kind: dict[str, float], target: Target, num_experts_per_tok: int) -> None:
+def check_target(
+    reached: float, fidelity: Fidelity, by_kind: dict[str, float], target: Target, num_experts_per_tok: int
+) -> None:
     """Refuse a model that misses its target, unless the target allows the nearest.
 
     Args:
-        fidelity: measured on held-out documents.
+        reached: on held-out documents, by [`DenseArgmax.reached`].
+        fidelity: measured on the same documents.
         by_kind: the agreement on each kind of their text.
         target: of the conversion.
         num_experts_per_tok: k.
 
     Raises:
-        TargetNotReachedError: when the lower bound of the agreement, or the agreement on a kind of text, is below the
-            target, or too many bytes are read.
+        TargetNotReachedError: when it does.
     """
-    if target.or_nearest or is_reached(fidelity, by_kind, target):
+    if target.or_nearest or is_reached(reached, fidelity.bytes_read, target):
         return
     within = "" if target.max_bytes_read is None else f" within {target.max_bytes_read:.1%} of the bytes"
     worst = min(by_kind, key=by_kind.__getitem__, default="")

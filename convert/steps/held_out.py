@@ -18,6 +18,7 @@ from .hidden_states import states_of_batch
 
 STATES_AT_ONCE = 256
 FEWEST_OF_KIND = 200  # positions: one that disagrees leaves 99.5 %
+POOLED_POSITIONS = 400  # with which the agreement on all text counts in the estimate for one kind
 
 
 def split_by_document(windows: list[Window], held_out: float, seed: int) -> tuple[list[Window], list[Window]]:
@@ -86,14 +87,23 @@ class DenseArgmax:
         return DenseArgmax(self.states[is_kept], self.best[is_kept], documents, self.kinds[is_kept])
 
     def agreement(self, agrees: Tensor) -> float:
-        """The agreement, or that on the kind of text where it is lowest; `agrees` is bool [N]."""
-        return min([float(agrees.double().mean()), *self.by_kind(agrees).values()])
+        """The agreement, or its estimate for the kind of text where it is lowest; `agrees` is bool [N].
+
+        Few positions say little about a kind. So each estimate is drawn towards the agreement on all text, as in
+        empirical Bayes estimation (Efron and Morris 1975).
+        """
+        pooled, more = float(agrees.double().mean()), POOLED_POSITIONS
+        return min([pooled, *((count + more * pooled) / (of + more) for count, of in self._counts(agrees))])
 
     def by_kind(self, agrees: Tensor) -> dict[int, float]:
         """The agreement on each kind of text of which there are enough positions; `agrees` is bool [N]."""
-        positions = self.kinds.bincount().tolist()
-        agreed = self.kinds[agrees].bincount(minlength=len(positions)).tolist()
-        return {kind: agreed[kind] / count for kind, count in enumerate(positions) if count >= FEWEST_OF_KIND}
+        return {kind: count / of for kind, (count, of) in enumerate(self._counts(agrees)) if of >= FEWEST_OF_KIND}
+
+    def _counts(self, agrees: Tensor) -> list[tuple[int, int]]:
+        """Of each kind of text the positions that agree, and all of them."""
+        positions = self.kinds.bincount()
+        agreed = self.kinds[agrees].bincount(minlength=len(positions))
+        return list(zip(agreed.tolist(), positions.tolist(), strict=True))
 
     def bound(self, agrees: Tensor) -> float:
         """The lower bound of the agreement on all text; `agrees` is bool [N]."""
@@ -101,7 +111,7 @@ class DenseArgmax:
         return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
 
     def reached(self, agrees: Tensor) -> float:
-        """The target that is reached: the lower bound, and no more than the agreement on any kind of text."""
+        """The target that is reached: the lower bound, or the estimate for the worst kind of text if it is lower."""
         return min(self.bound(agrees), self.agreement(agrees))
 
 

@@ -291,7 +291,7 @@ def test_the_target_is_reached_on_each_kind_of_text(
     model: TopKExpertsForCausalLM, dense: DenseArgmax, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few positions of another kind, at which the argmax is in the expert that is picked last, take all experts."""
-    monkeypatch.setattr("hf_topk.convert.steps.held_out.FEWEST_OF_KIND", 10)
+    monkeypatch.setattr("hf_topk.convert.steps.held_out.POOLED_POSITIONS", 1)
     last = model.head.router(dense.states).argmin(dim=-1)
     is_hard = torch.arange(len(dense.best)) % 40 == 0
     best = torch.where(is_hard, model.head.expert_ids[last, 0], dense.best)

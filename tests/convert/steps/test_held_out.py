@@ -69,16 +69,23 @@ def test_the_dense_argmax_is_that_of_each_window() -> None:
     assert dense.kinds.tolist() == [0] * 19 + [1] * 40 + [0] * 33
 
 
-@pytest.mark.parametrize("positions", [390, 400])  # of two kinds, of which 200 have to be there
 @pytest.mark.parametrize("lost", [[], [0, 1, 2], [1, 3, 5]])
-def test_the_target_is_reached_on_the_worst_kind_and_by_the_bound(lost: list[int], positions: int) -> None:
-    dense = random_argmax(positions)
-    agrees = ~torch.isin(torch.arange(positions), torch.tensor(lost))
+def test_the_target_is_reached_on_the_worst_kind_and_by_the_bound(lost: list[int]) -> None:
+    dense = random_argmax(400)
+    agrees = ~torch.isin(torch.arange(400), torch.tensor(lost))
     by_document = [int(agrees[dense.documents == document].sum()) for document in range(10)]
-    assert dense.bound(agrees) == lower_bound(by_document, [positions // 10] * 10)
-    counted = [agrees] if positions < 400 else [agrees[0::2], agrees[1::2]]
-    assert dense.agreement(agrees) == min(float(some.double().mean()) for some in counted)
+    assert dense.bound(agrees) == lower_bound(by_document, [40] * 10)
+    all_text = float(agrees.double().mean())
+    worst = min(float(some.double().mean()) for some in (agrees[0::2], agrees[1::2]))
+    assert dense.agreement(agrees) == pytest.approx((200 * worst + 400 * all_text) / 600)
     assert dense.reached(agrees) == min(dense.bound(agrees), dense.agreement(agrees))
+    if lost:
+        assert worst < dense.agreement(agrees) < all_text
+
+
+@pytest.mark.parametrize(("count", "named"), [(390, []), (400, [0, 1])])
+def test_agreement_is_named_for_kinds_of_200_positions(count: int, named: list[int]) -> None:
+    assert list(random_argmax(count).by_kind(torch.ones(count, dtype=torch.bool))) == named
 
 
 @pytest.mark.parametrize(("count", "left"), [(400, 400), (399, 200), (130, 100), (1, 1)])
