@@ -21,12 +21,13 @@ PROMPTS = Path(__file__).parent / "calibration_text" / "prompts.jsonl"
 
 
 def bundled_documents(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Document]]:
-    """The bundled texts by kind and, if the tokenizer has a chat template, the bundled prompts.
+    """The bundled texts by kind, which is their folder, and, if the tokenizer has a chat template, the bundled prompts.
 
     Args:
         tokenizer: the model's tokenizer.
     """
-    texts = {folder.name: read_documents(str(folder)) for folder in sorted(TEXTS.iterdir())}
+    folders = sorted({file.parent for file in TEXTS.rglob("*.txt")})
+    texts = {folder.relative_to(TEXTS).as_posix(): read_documents(str(folder)) for folder in folders}
     return texts | ({CHAT: read_documents(str(PROMPTS))} if tokenizer.chat_template else {})
 
 

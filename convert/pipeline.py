@@ -200,7 +200,7 @@ def _measure(
 ) -> tuple[Fidelity, dict[str, float]]:
     """Fidelity, and agreement by kind of text: agreement at all held-out positions, what takes all logits at some."""
     some = held_out[:: -(-len(dense.best) // POSITIONS_WITH_LOGITS)]
-    kinds = list(dict.fromkeys(window.kind for window in held_out))
+    kinds = list(dict.fromkeys(window.broad_kind for window in held_out))
     fidelity = dataclasses.replace(
         measure_fidelity(converted, some, observer),
         agreement=int(agreed.sum()) / len(agreed),

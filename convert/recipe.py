@@ -72,7 +72,10 @@ class Recipe:
     )
     positions: int = _choice(40_000, "tokens of the calibration text to use", flags=())
     window_length: int = _choice(256, "tokens that the model reads in one forward pass")
-    held_out: float = _choice(0.2, "share of the documents, of each kind, kept back to measure on, above 0 and below 1")
+    held_out: float = _choice(
+        0.2,
+        "share of the documents of each kind, at least 4 or a third, kept back to measure on, above 0 and below 1",
+    )
     expert_size: int = _choice(16, "tokens in an expert (S)", flags=())
     num_experts_per_tok: int | None = _choice(
         None,

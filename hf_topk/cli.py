@@ -88,7 +88,8 @@ def convert(
         run_worker()
         return
     if len(paths) > 2:
-        raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments: quote paths that have spaces")
+        listed = ", ".join(paths)
+        raise InputError(f"expected [MODEL] OUT, got {len(paths)} arguments ({listed}): quote paths that have spaces")
     choices = read_yaml(recipe) if recipe else {}
     choices |= {name: value for name, value in given.items() if value is not None}
     chosen = Recipe.from_dict(choices)

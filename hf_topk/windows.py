@@ -37,7 +37,7 @@ class Window:
     Attributes:
         document: index of the document.
         token_ids: the special tokens that begin a text, then tokens of the document; 2 to `window_length` in all.
-        kind: of text, such as prose or code.
+        kind: of text, such as prose, or within a broader kind languages/de.
         first: index of the first position; earlier tokens are read only.
     """
 
@@ -45,6 +45,11 @@ class Window:
     token_ids: tuple[int, ...]
     kind: str = field(default=KIND, kw_only=True)
     first: int = field(default=0, kw_only=True)
+
+    @property
+    def broad_kind(self) -> str:
+        """The kind without its subdivision."""
+        return self.kind.partition("/")[0]
 
     @property
     def positions(self) -> int:

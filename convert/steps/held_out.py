@@ -17,6 +17,7 @@ from hf_topk.windows import Window, batches_of
 from .hidden_states import states_of_batch
 
 STATES_AT_ONCE = 256
+FEWEST_DOCUMENTS = 4  # of a kind to hold out, as one or two documents say little about it; but no more than a third
 FEWEST_OF_KIND = 200  # positions: one that disagrees leaves 99.5 %
 POOLED_POSITIONS = 400  # with which the agreement on all text counts in the estimate for one kind
 
@@ -28,7 +29,8 @@ def split_by_document(windows: list[Window], held_out: float, seed: int) -> tupl
 
     Args:
         windows: at least two.
-        held_out: share of the documents of each kind of text to hold out; at least one of each is, but never all.
+        held_out: share of the documents of each kind of text to hold out; at least 4 of each are, or a third, but not
+            the only one: what nothing is learned from is no measure.
         seed: of the random split.
 
     Returns:
@@ -54,8 +56,9 @@ def split_by_document(windows: list[Window], held_out: float, seed: int) -> tupl
 
 
 def _some_of(documents: set[int], share: float, seed: int) -> set[int]:
-    """A random share of the documents: at least one, but not all."""
-    count = min(len(documents) - 1, max(1, round(len(documents) * share)))
+    """A random share of the documents: at least four or a third of them, at least one, but not all."""
+    fewest = max(1, min(FEWEST_DOCUMENTS, len(documents) // 3))
+    count = min(len(documents) - 1, max(fewest, round(len(documents) * share)))
     return set(random.Random(seed).sample(sorted(documents), count))
 
 
@@ -67,7 +70,7 @@ class DenseArgmax:
         states: hidden states, [N, d].
         best: argmax of the dense logits, int64 [N].
         documents: index of each position's document, from 0, int64 [N].
-        kinds: index of each position's kind of text, int64 [N].
+        kinds: index of each position's broad kind of text, int64 [N].
     """
 
     states: Tensor
@@ -124,7 +127,7 @@ def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseA
         windows: token ids; each token is one position.
     """
     head, kept, best = model.head, [], []
-    documents, kinds = (_numbered(windows, name) for name in ("document", "kind"))
+    documents, kinds = (_numbered(windows, name) for name in ("document", "broad_kind"))
     with progress("Running the dense model", len(documents), "positions") as advance:
         for batch in batches_of(windows):
             states = states_of_batch(model.base, batch).to(head.weight.device)

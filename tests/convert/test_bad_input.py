@@ -135,7 +135,7 @@ def test_refuses_an_already_converted_model(converted: Path, refused: Refused) -
 
 
 def test_refuses_too_many_arguments(refused: Refused) -> None:
-    refused("convert", "a", "b", "c", parts=("expected [MODEL] OUT, got 3 arguments", "quote paths"))
+    refused("convert", "a", "b", "c", parts=("expected [MODEL] OUT, got 3 arguments (a, b, c)", "quote paths"))
 
 
 def test_refuses_a_name_when_the_hub_cannot_be_reached(

@@ -124,7 +124,6 @@ def test_refuses_a_converted_model() -> None:
 def test_a_larger_rank_is_closer_to_the_dense_head(name: str) -> None:
     few, many = (quick(num_experts_per_tok=3, num_rescored=16, **{name: rank}) for rank in (1, 32))
     assert many.fidelity.kl < few.fidelity.kl
-    assert many.fidelity.agreement >= few.fidelity.agreement
     assert many.added_bytes > few.added_bytes
 
 

@@ -18,7 +18,7 @@ def some_windows() -> list[Window]:
     generator = torch.Generator().manual_seed(3)
     return [
         Window(document, tuple(torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist()), kind=kind)
-        for document, length, kind in ((5, 2, "prose"), (5, 17, "prose"), (0, 40, "code"), (2, 33, "prose"))
+        for document, length, kind in ((5, 2, "prose/a"), (5, 17, "prose/a"), (0, 40, "code"), (2, 33, "prose/b"))
     ]
 
 
@@ -31,7 +31,7 @@ def random_argmax(positions: int = 400) -> DenseArgmax:
 def test_no_document_is_in_both_parts() -> None:
     windows = [Window(number // 3, (1, 2)) for number in range(30)]
     distil_on, held_out = split_by_document(windows, 0.2, 0)
-    assert len({window.document for window in held_out}) == 2
+    assert len({window.document for window in held_out}) == 3
     assert not {window.document for window in held_out} & {window.document for window in distil_on}
     assert sorted([*distil_on, *held_out], key=lambda window: window.document) == windows
 
@@ -41,8 +41,20 @@ def test_a_share_of_each_kind_is_held_out() -> None:
     windows = [Window(number, (1, 2), kind=kind) for number, kind in enumerate(kinds)]
     _, held_out = split_by_document(windows, 0.4, 0)
     assert Counter(window.kind for window in held_out) == {"prose": 4, "code": 2}
+    languages = ["languages/de"] * 3 + ["languages/ko"] + ["languages/hi"] * 2
+    windows = [Window(number, (1, 2), kind=kind) for number, kind in enumerate(languages)]
+    assert Counter(window.kind for window in split_by_document(windows, 0.2, 0)[1]) == {
+        "languages/de": 1,
+        "languages/hi": 1,
+    }
     alone = [Window(number, (1, 2), kind=str(number)) for number in range(3)]
     assert len(split_by_document(alone, 0.4, 0)[1]) == 1
+
+
+@pytest.mark.parametrize(("documents", "held_out"), [(2, 1), (3, 1), (5, 1), (9, 3), (12, 4), (29, 4), (60, 6)])
+def test_at_least_four_documents_or_a_third_are_held_out(documents: int, held_out: int) -> None:
+    windows = [Window(number, (1, 2)) for number in range(documents)]
+    assert len(split_by_document(windows, 0.1, 0)[1]) == held_out
 
 
 @pytest.mark.parametrize("held_out", [0.001, 0.5, 0.999])
