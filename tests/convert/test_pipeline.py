@@ -28,8 +28,9 @@ def some_states(count: int = 300) -> Tensor:
     return torch.randn(count, 32, generator=torch.Generator().manual_seed(4))
 
 
-def quick(dense: PreTrainedModel | None = None, **choices: Any) -> Report:
-    return convert(dense or tiny_dense(), tiny_tokenizer(), Recipe(**{**QUICK, **choices}), windows=some_windows())
+def quick(dense: PreTrainedModel | None = None, documents: int = 12, **choices: Any) -> Report:
+    windows = some_windows(documents)
+    return convert(dense or tiny_dense(), tiny_tokenizer(), Recipe(**{**QUICK, **choices}), windows=windows)
 
 
 @pytest.mark.parametrize("combine", ["exact", "router", "learned"])
@@ -122,8 +123,10 @@ def test_refuses_a_converted_model() -> None:
 
 @pytest.mark.parametrize("name", ["router_rank", "tail_rank"])
 def test_a_larger_rank_is_closer_to_the_dense_head(name: str) -> None:
-    few, many = (quick(num_experts_per_tok=3, num_rescored=16, **{name: rank}) for rank in (1, 32))
+    choices = {"documents": 38, "num_experts_per_tok": 3, "num_rescored": 16}
+    few, many = (quick(**choices, **{name: rank}) for rank in (1, 32))
     assert many.fidelity.kl < few.fidelity.kl
+    assert many.fidelity.agreement >= few.fidelity.agreement
     assert many.added_bytes > few.added_bytes
 
 
