@@ -43,14 +43,13 @@ main()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, two recipes of five batches each, and `text` and `mixed`, converted by one process."""
+    """A dense model, a recipe of five batches, and `text`, converted with it by one process."""
     folder = tmp_path_factory.mktemp("folder")
     tiny_checkpoint(folder / "model", tiny_dense(tied=False), chats=True)
     text = tiny_text(folder / "text.jsonl", documents=100)
-    for name, sample, positions in (("text", str(text), 20_000), ("mixed", "mixed", 8_000)):
-        recipe = Recipe.from_dict({**QUICK, "text": sample, "positions": positions})
-        (folder / f"{name}.yaml").write_text(recipe.to_yaml())
-        convert_checkpoint(str(folder / "model"), folder / name, recipe)
+    recipe = Recipe.from_dict({**QUICK, "text": str(text), "positions": 20_000})
+    (folder / "text.yaml").write_text(recipe.to_yaml())
+    convert_checkpoint(str(folder / "model"), folder / "text", recipe)
     return folder
 
 
@@ -102,14 +101,14 @@ def test_two_processes_resume_to_the_result_of_one(folder: Path, monkeypatch: py
     with monkeypatch.context() as patched:
         patched.setattr(hidden_states, "inputs_of", inputs_of)
         with pytest.raises(KeyboardInterrupt):
-            convert_here(folder, "out", "mixed")
+            convert_here(folder, "out", "text")
     assert json.loads((folder / ".out.work" / "hidden_states.json").read_text())["positions"] > 0
-    done = launch(folder, f"{ACCELERATE} -m hf_topk.cli", "out", "mixed", "--resume", "--json")
+    done = launch(folder, f"{ACCELERATE} -m hf_topk.cli", "out", "text", "--resume", "--json")
     assert done.returncode == 0, done.stderr
-    assert result(folder / "out") == result(folder / "mixed")
+    assert result(folder / "out") == result(folder / "text")
     assert not (folder / ".out.work").exists()
     metrics = json.loads(done.stdout)
-    assert metrics["agreement"] == json.loads((folder / "mixed" / "figures.json").read_text())["agreement"]
+    assert metrics["agreement"] == json.loads((folder / "text" / "figures.json").read_text())["agreement"]
     lines = own_lines(done.stderr)
     assert all(PROGRESS_LINE.fullmatch(line) for line in lines), done.stderr
     for step, times in (("Reading the checkpoint", 1), ("Running the dense model", 2)):  # then on what is held out
