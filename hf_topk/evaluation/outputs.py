@@ -125,12 +125,11 @@ def _generate_with_experts(
 ) -> dict[str, list[tuple[int, ...]]]:
     """The token ids generated for each source, with the decoder's prompt, by decoding."""
     rows: dict[str, list[tuple[int, ...]]] = {decoding: [] for decoding in WITH_EXPERTS}
-    with progress("Generating with the sparse head", len(examples), "sources") as advance:
+    with head_mode(model, "sparse"), progress("Generating with the sparse head", len(examples), "sources") as advance:
         for start in range(0, len(examples), SOURCES_AT_ONCE):
             some = examples[start : start + SOURCES_AT_ONCE]
             for decoding in WITH_EXPERTS:
-                with head_mode(model, "sparse"):
-                    made = generate_targets(model, some, new_tokens, lossless=decoding == "lossless")
+                made = generate_targets(model, some, new_tokens, lossless=decoding == "lossless")
                 rows[decoding] += [row for row, _ in made]
             advance(len(some))
     return rows
