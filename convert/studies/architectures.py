@@ -67,7 +67,7 @@ TYPES: dict[Kind, Any] = {
     "speech": MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
 RECIPE = Recipe(
-    positions=128,
+    positions=512,
     window_length=8,
     held_out=0.2,
     expert_size=16,
