@@ -139,7 +139,8 @@ def convert_checked(
             cast_additions(converted.head)
             agreed = agrees(converted.head, dense)
         observer = Observer(converted.head)
-        reached, (fidelity, by_kind) = dense.reached(agreed), _measure(converted, held_out, dense, agreed, observer)
+        fidelity = _measure(converted, held_out, dense, agreed, observer)
+        reached, by_kind = dense.reached(agreed), dense.by_kind(agreed)
         if recipe.target_agreement is not None:
             check_target(reached, fidelity, by_kind, Target.of(recipe), converted.head.num_experts_per_tok)
     return Report(
@@ -197,17 +198,15 @@ def _convert_head(
 
 def _measure(
     converted: TopKExpertsForCausalLM, held_out: list[Window], dense: DenseArgmax, agreed: Tensor, observer: Observer
-) -> tuple[Fidelity, dict[str, float]]:
-    """Fidelity, and agreement by kind of text: agreement at all held-out positions, what takes all logits at some."""
+) -> Fidelity:
+    """Agreement at all held-out positions; what takes all logits at some."""
     some = held_out[:: -(-len(dense.best) // POSITIONS_WITH_LOGITS)]
-    kinds = list(dict.fromkeys(window.broad_kind for window in held_out))
-    fidelity = dataclasses.replace(
+    return dataclasses.replace(
         measure_fidelity(converted, some, observer),
         agreement=int(agreed.sum()) / len(agreed),
         agreement_lower_bound=dense.bound(agreed),
         positions=len(agreed),
     )
-    return fidelity, {kinds[number]: share for number, share in dense.by_kind(agreed).items()}
 
 
 def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> Tensor:

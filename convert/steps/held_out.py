@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from hf_topk.model.errors import InputError
 from hf_topk.model.head import LOGITS_AT_ONCE
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
-from hf_topk.windows import Window, batches_of
+from hf_topk.windows import KIND, Window, batches_of
 
 from .hidden_states import states_of_batch
 
@@ -70,13 +71,15 @@ class DenseArgmax:
         states: hidden states, [N, d].
         best: argmax of the dense logits, int64 [N].
         documents: index of each position's document, from 0, int64 [N].
-        kinds: index of each position's broad kind of text, int64 [N].
+        kinds: index of each position's broad kind of text in `kind_names`, int64 [N].
+        kind_names: the broad kinds of text.
     """
 
     states: Tensor
     best: Tensor
     documents: Tensor
     kinds: Tensor
+    kind_names: tuple[str, ...] = (KIND,)
 
     def evenly_spaced(self, count: int) -> "DenseArgmax":
         """A subset of at most `count` positions."""
@@ -87,7 +90,7 @@ class DenseArgmax:
     def part(self, is_kept: Tensor) -> "DenseArgmax":
         """The positions where `is_kept`, bool [N], is true."""
         documents = self.documents[is_kept].unique(return_inverse=True)[1]
-        return DenseArgmax(self.states[is_kept], self.best[is_kept], documents, self.kinds[is_kept])
+        return DenseArgmax(self.states[is_kept], self.best[is_kept], documents, self.kinds[is_kept], self.kind_names)
 
     def agreement(self, agrees: Tensor) -> float:
         """The agreement, or its estimate for the kind of text where it is lowest; `agrees` is bool [N].
@@ -98,14 +101,16 @@ class DenseArgmax:
         pooled, more = float(agrees.double().mean()), POOLED_POSITIONS
         return min([pooled, *((count + more * pooled) / (of + more) for count, of in self._counts(agrees))])
 
-    def by_kind(self, agrees: Tensor) -> dict[int, float]:
+    def by_kind(self, agrees: Tensor) -> dict[str, float]:
         """The agreement on each kind of text of which there are enough positions; `agrees` is bool [N]."""
-        return {kind: count / of for kind, (count, of) in enumerate(self._counts(agrees)) if of >= FEWEST_OF_KIND}
+        counts = zip(self.kind_names, self._counts(agrees), strict=True)
+        return {kind: count / of for kind, (count, of) in counts if of >= FEWEST_OF_KIND}
 
     def _counts(self, agrees: Tensor) -> list[tuple[int, int]]:
         """Of each kind of text the positions that agree, and all of them."""
-        positions = self.kinds.bincount()
-        agreed = self.kinds[agrees].bincount(minlength=len(positions))
+        agreed, positions = (
+            kinds.bincount(minlength=len(self.kind_names)) for kinds in (self.kinds[agrees], self.kinds)
+        )
         return list(zip(agreed.tolist(), positions.tolist(), strict=True))
 
     def bound(self, agrees: Tensor) -> float:
@@ -127,7 +132,8 @@ def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseA
         windows: token ids; each token is one position.
     """
     head, kept, best = model.head, [], []
-    documents, kinds = (_numbered(windows, name) for name in ("document", "broad_kind"))
+    documents, _ = _numbered(windows, "document")
+    kinds, kind_names = _numbered(windows, "broad_kind")
     with progress("Running the dense model", len(documents), "positions") as advance:
         for batch in batches_of(windows):
             states = states_of_batch(model.base, batch).to(head.weight.device)
@@ -135,13 +141,14 @@ def dense_argmax(model: TopKExpertsForCausalLM, windows: list[Window]) -> DenseA
             kept.append(states)
             advance(len(states))
     device = best[0].device
-    return DenseArgmax(torch.cat(kept), torch.cat(best), documents.to(device), kinds.to(device))
+    return DenseArgmax(torch.cat(kept), torch.cat(best), documents.to(device), kinds.to(device), kind_names)
 
 
-def _numbered(windows: list[Window], name: str) -> Tensor:
-    """A number for each position, the same where an attribute of its window is, int64 [N]."""
+def _numbered(windows: list[Window], name: str) -> tuple[Tensor, tuple[Any, ...]]:
+    """The index of each position's value of an attribute of its window, int64 [N], and the values."""
     numbers = {value: number for number, value in enumerate(dict.fromkeys(getattr(one, name) for one in windows))}
-    return torch.tensor([numbers[getattr(window, name)] for window in windows for _ in range(window.positions)])
+    indices = [numbers[getattr(window, name)] for window in windows for _ in range(window.positions)]
+    return torch.tensor(indices), tuple(numbers)
 
 
 def argmax(logits: Tensor) -> Tensor:

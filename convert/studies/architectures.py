@@ -43,7 +43,7 @@ from transformers.utils import logging
 from hf_topk.cli import main
 from hf_topk.convert.recipe import Recipe
 from hf_topk.convert.run import convert_checkpoint
-from hf_topk.model.cache_rollback import why_not_croppable
+from hf_topk.model.cache_rollback import cache_among, why_not_croppable
 from hf_topk.model.errors import InputError, TopKExpertsError, one_line
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.progress import progress
@@ -176,7 +176,7 @@ def _check_lossless(converted: TopKExpertsForCausalLM, text: list[list[int]]) ->
     with every_draft():
         written = _continued(converted, lossless=True, return_dict_in_generate=True)
     check(written.sequences.tolist() == text, "its lossless text is not the dense model's")
-    stats, cache = converted.last_generation_stats, written.get("past_key_values")
+    stats, cache = converted.last_generation_stats, cache_among(written)
     has_drafted = stats is not None and stats.drafted > 0
     check(has_drafted or why_not_croppable(cache) is not None, "its lossless text is not drafted")
 

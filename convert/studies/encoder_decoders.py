@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_topk.convert import Recipe, convert
-from hf_topk.model.cache_rollback import why_not_croppable
+from hf_topk.model.cache_rollback import cache_among, why_not_croppable
 from hf_topk.model.errors import InputError
 from hf_topk.targets import TargetWindow
 from studies.checks import are_close, check, every_draft
@@ -131,7 +131,7 @@ def check_encoder_decoder(dense: PreTrainedModel, recipe: Recipe, folder: Path) 
         written = _generated(model, inputs, lossless=True, return_dict_in_generate=True)
     sequences = written["sequences"] if isinstance(written, dict) else written.sequences
     check(sequences.tolist() == text, "its lossless text is not the dense model's")
-    stats, cache = model.last_generation_stats, written.get("past_key_values")
+    stats, cache = model.last_generation_stats, cache_among(written)
     has_drafted = stats is not None and stats.drafted > 0
     check(has_drafted or why_not_croppable(cache, has_encoder=True) is not None, "its lossless text is not drafted")
 

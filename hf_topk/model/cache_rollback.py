@@ -1,6 +1,7 @@
 """Crops the last tokens from a KV cache, of every kind that allows it, when draft tokens are rejected."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,15 @@ from transformers import cache_utils as layers
 # By exact type: a subclass may keep other states.
 WINDOWS = (layers.DynamicSlidingWindowLayer, layers.StaticSlidingWindowLayer)
 KNOWN_LAYERS = (layers.DynamicLayer, layers.StaticLayer, *WINDOWS)
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments or outputs of a model; None if there is none.
+
+    Args:
+        arguments: by name; Transformers 5.24 renamed the cache.
+    """
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def why_not_croppable(cache: Any, *, has_encoder: bool = False) -> str | None:

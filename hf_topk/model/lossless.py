@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
-from .cache_rollback import CroppableCache, why_not_croppable
+from .cache_rollback import CroppableCache, cache_among, why_not_croppable
 from .drafting import MOST_POSITIONS, Block, Drafter
 
 logger = logging.get_logger(__name__)
@@ -173,7 +173,7 @@ class VerifiedModel:
             input_ids: the prefix, [B, T].
             **kwargs: the model's arguments.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         if not self._has_started or (self._cache is not None and not self._cache.wraps(cache)):
             self._end_block()  # Phi-3 starts a new cache at its first long position
             self._start(input_ids, cache)

@@ -25,7 +25,8 @@ def some_windows() -> list[Window]:
 def random_argmax(positions: int = 400) -> DenseArgmax:
     generator = torch.Generator().manual_seed(8)
     states, numbers = torch.randn(positions, 32, generator=generator), torch.arange(positions)
-    return DenseArgmax(states, torch.randint(VOCAB_SIZE, (positions,), generator=generator), numbers % 10, numbers % 2)
+    best = torch.randint(VOCAB_SIZE, (positions,), generator=generator)
+    return DenseArgmax(states, best, numbers % 10, numbers % 2, ("prose", "code"))
 
 
 def test_no_document_is_in_both_parts() -> None:
@@ -79,6 +80,7 @@ def test_the_dense_argmax_is_that_of_each_window() -> None:
     assert torch.equal(dense.best, torch.cat(best))
     assert dense.documents.tolist() == [0] * 19 + [1] * 40 + [2] * 33
     assert dense.kinds.tolist() == [0] * 19 + [1] * 40 + [0] * 33
+    assert dense.kind_names == ("prose", "code")
 
 
 @pytest.mark.parametrize("lost", [[], [0, 1, 2], [1, 3, 5]])
@@ -95,8 +97,8 @@ def test_the_target_is_reached_on_the_worst_kind_and_by_the_bound(lost: list[int
         assert worst < dense.agreement(agrees) < all_text
 
 
-@pytest.mark.parametrize(("count", "named"), [(390, []), (400, [0, 1])])
-def test_agreement_is_named_for_kinds_of_200_positions(count: int, named: list[int]) -> None:
+@pytest.mark.parametrize(("count", "named"), [(390, []), (400, ["prose", "code"])])
+def test_agreement_is_named_for_kinds_of_200_positions(count: int, named: list[str]) -> None:
     assert list(random_argmax(count).by_kind(torch.ones(count, dtype=torch.bool))) == named
 
 
