@@ -51,7 +51,7 @@ class TopKExpertsForSeq2SeqLM(TopKExpertsForCausalLM):
             attention_mask: 1 for source tokens to attend to, [B, T].
             decoder_input_ids: token ids of the target, [B, U].
             labels: token ids to compute the loss on, -100 to ignore a position, [B, U].
-            **kwargs: further arguments of the dense model, such as `encoder_outputs` and `past_key_values`.
+            **kwargs: further arguments of the dense model, such as `encoder_outputs` and the KV cache.
 
         Returns:
             The dense model's output, with logits [B, U, V].

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 from support.lossless import NEW_TOKENS, PROMPT, SAMPLED, convert, generate, stats_of
-from support.tiny_models import tiny_dense, tiny_tokenizer
+from support.tiny_models import tiny_dense, tiny_tokenizer, with_cache
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -228,9 +228,10 @@ def test_second_turn_on_the_same_cache(dense: PreTrainedModel, model: TopKExpert
     turns = []
     for one, choices in ((dense, {}), (model, {"lossless": True})):
         first = generate(one, return_dict_in_generate=True, max_new_tokens=11, **choices)
-        assert not any(getattr(layer, "record_past", False) for layer in first.past_key_values.layers)
+        cache = first.past_key_values
+        assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
         prompt = torch.cat([first.sequences, PROMPT], dim=1)
-        turns.append(generate(one, prompt, past_key_values=first.past_key_values, **choices))
+        turns.append(generate(one, prompt, **with_cache(cache), **choices))
     assert turns[0].equal(turns[1])
 
 

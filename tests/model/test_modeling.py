@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import VOCAB_SIZE, tiny_converted, tiny_dense
+from support.tiny_models import VOCAB_SIZE, tiny_converted, tiny_dense, with_cache
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -386,5 +386,5 @@ def test_decode_step_compiles_to_one_graph(num_rescored: int, mode: str) -> None
     with torch.no_grad():
         past = model(input_ids=PROMPT, use_cache=True).past_key_values
         step = {"input_ids": torch.tensor([[4], [5]]), "logits_to_keep": 1}
-        expected = model(**step, past_key_values=copy.deepcopy(past)).logits
-        torch.testing.assert_close(compiled(**step, past_key_values=past).logits, expected, rtol=1e-5, atol=1e-4)
+        expected = model(**step, **with_cache(copy.deepcopy(past))).logits
+        torch.testing.assert_close(compiled(**step, **with_cache(past)).logits, expected, rtol=1e-5, atol=1e-4)

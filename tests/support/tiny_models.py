@@ -1,12 +1,13 @@
 """Tiny models and checkpoints for the tests, made in memory without a network."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_topk import TopKExpertsConfig, TopKExpertsForCausalLM
 from hf_topk.convert.steps.pack_router_and_tail import metric_of, pack_router
@@ -143,6 +144,12 @@ def tiny_checkpoint(folder: Path, dense: PreTrainedModel | None = None, *, chats
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# tiny\n", encoding="utf-8")
     return folder
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """A KV cache as an argument of a model; Transformers 5.24 renamed it."""
+    is_renamed = "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+    return {"cache" if is_renamed else "past_key_values": cache}
 
 
 def tiny_text(file: Path, documents: int = 4, words: int = 200) -> Path:

@@ -295,7 +295,7 @@ def test_the_target_is_reached_on_each_kind_of_text(
     last = model.head.router(dense.states).argmin(dim=-1)
     is_hard = torch.arange(len(dense.best)) % 40 == 0
     best = torch.where(is_hard, model.head.expert_ids[last, 0], dense.best)
-    mixed = replace(dense, best=best, kinds=is_hard.long())
+    mixed = replace(dense, best=best, kinds=is_hard.long(), kind_names=("easy", "hard"))
     ranks = rank_argmax(model.head, mixed)
     choose_operating_point(model, replace(mixed, kinds=torch.zeros_like(best)), ranks, Target(0.9))
     assert model.num_experts_per_tok < 9
