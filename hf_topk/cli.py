@@ -142,7 +142,7 @@ def evaluate(
     lossless: Annotated[
         bool, typer.Option("--lossless", help="Also compare lossless and dense greedy decoding, token by token.")
     ] = False,
-    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: number of prompts.")] = 200,
+    prompts: Annotated[int, typer.Option(min=1, help="With --lossless: number of prompts.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="With --lossless: prompts per batch.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: as stored, or float32 if faster.")] = "auto",
     device: Device = "auto",
