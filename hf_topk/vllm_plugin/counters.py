@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,21 @@ class CountersOfWorkers(Collector):
 
 
 def offer_counters() -> None:
-    """Serve the workers' counters in this process if it starts the others, which inherit the environment variable.
+    """Serve the counters in this process, and have the processes that it starts write theirs to the same folder.
 
     If vLLM itself has such a folder, it serves these counters as well.
     """
-    if FOLDER_OF_VLLM in os.environ or FOLDER in os.environ:
+    if FOLDER_OF_VLLM in os.environ:
         return
-    folder = Path(tempfile.gettempdir(), f"hf_topk-{uuid.uuid4().hex}")
-    os.environ[FOLDER] = str(folder)
-    atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
+    if FOLDER not in os.environ:
+        folder = Path(tempfile.gettempdir(), f"hf_topk-{uuid.uuid4().hex}")
+        os.environ[FOLDER] = str(folder)
+        atexit.register(partial(shutil.rmtree, folder, ignore_errors=True))
+    _serve(Path(os.environ[FOLDER]))
+
+
+@cache
+def _serve(folder: Path) -> None:
     REGISTRY.register(CountersOfWorkers(folder))
 
 

@@ -81,15 +81,15 @@ def test_a_head_of_another_dtype_is_refused(folder: Path, start: Callable[..., A
 @pytest.mark.parametrize(
     ("dense_class", "model_type", "message"),
     [
-        (MambaForCausalLM, "mamba", "has a state besides"),
-        (type("TakesImages", (nn.Module,), {"supports_multimodal": True}), "some", "takes images"),
-        (FalconForCausalLM, "falcon", "settings of its own"),
+        (MambaForCausalLM, "mamba", "{} has a state besides"),
+        (type("TakesImages", (nn.Module,), {"supports_multimodal": True}), "some", "{} takes images"),
+        (FalconForCausalLM, "falcon", "settings of its own for {}"),
     ],
 )
 def test_unsupported_models_are_refused(dense_class: Any, model_type: str, message: str) -> None:
     config = SimpleNamespace(model_type=model_type, architectures=[dense_class.__name__])
     model_config = SimpleNamespace(hf_config=config)
-    with pytest.raises(InputError, match=f"{dense_class.__name__}.*{message}"):
+    with pytest.raises(InputError, match=message.format(dense_class.__name__)):
         check_class(dense_class, SimpleNamespace(model_config=model_config))
 
 
