@@ -215,7 +215,8 @@ class TopKExpertsHead(LaidOutHead):
         if self.has_short_experts:  # with fewer than R tokens to rescore, repeated ids fill the rest
             exact = exact.masked_fill(kept.isneginf(), -torch.inf)
         # The offset scales the exact logits to the mass of their estimates, so the experts keep their masses.
-        offset = exact.logsumexp(dim=-1, keepdim=True) - kept.logsumexp(dim=-1, keepdim=True)
+        exact_mass, estimated_mass = torch.stack([exact, kept]).logsumexp(dim=-1, keepdim=True)
+        offset = exact_mass - estimated_mass
         least = kept.amin(dim=-1, keepdim=True)
         return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
 

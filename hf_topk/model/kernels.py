@@ -246,8 +246,10 @@ def _plane(codes: Tensor, bits: int, place: int) -> Tensor:
     return ((codes >> (place * bits)) & (2**bits - 1)).view(torch.int8)
 
 
-def runs_on_triton(*inputs: Tensor | None) -> bool:
+def runs_on_triton(inputs: Tensor, *others: Tensor | None) -> bool:
     """Whether the Triton kernels support these; they have no gradients."""
-    given = [some for some in inputs if some is not None]
+    if not (HAS_TRITON and inputs.is_cuda):
+        return False
+    given = [inputs, *(some for some in others if some is not None)]
     needs_gradient = torch.is_grad_enabled() and any(some.requires_grad for some in given)
-    return HAS_TRITON and all(some.is_cuda for some in given) and not needs_gradient
+    return all(some.is_cuda for some in given) and not needs_gradient
