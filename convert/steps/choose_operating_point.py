@@ -188,18 +188,14 @@ def _candidates(
     """Yield, for each k, the least R that reaches the target within its limit of bytes, and the share of bytes."""
     for which, k in enumerate(ranks.tried):
         most = k * model.head.expert_size
-        rescored = numbers_rescored(most)
-        if dense.reached(ranks.agrees(which, most)) < target.agreement:
-            continue
-        low, high = 0, len(rescored) - 1  # bisection: agreement grows with R
-        while low < high:
-            middle = (low + high) // 2
-            if dense.reached(ranks.agrees(which, rescored[middle])) >= target.agreement:
-                high = middle
-            else:
-                low = middle + 1
+        # Not a bisection: more documents may differ at a larger R, which lowers the bound.
+        reaching = [
+            number
+            for number in numbers_rescored(most)
+            if dense.reached(ranks.agrees(which, number)) >= target.agreement
+        ]
         # R = k S needs no screen, and may read fewer bytes than a slightly smaller R.
-        for number in dict.fromkeys((rescored[low], most)):
+        for number in dict.fromkeys((*reaching[:1], *reaching[-1:])):
             setting = OperatingPoint(k, number)
             if (share := setting.share_of_bytes(model.head)) <= (target.max_bytes_read or math.inf):
                 yield share, setting

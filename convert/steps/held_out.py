@@ -114,9 +114,10 @@ class DenseArgmax:
         return list(zip(agreed.tolist(), positions.tolist(), strict=True))
 
     def bound(self, agrees: Tensor) -> float:
-        """The lower bound of the agreement on all text; `agrees` is bool [N]."""
+        """The lower bound of the agreement on as many new documents; `agrees` is bool [N]."""
         positions = self.documents.bincount()
-        return lower_bound(self.documents[agrees].bincount(minlength=len(positions)).tolist(), positions.tolist())
+        agreed = self.documents[agrees].bincount(minlength=len(positions))
+        return lower_bound(agreed.tolist(), positions.tolist(), of_new_documents=True)
 
     def reached(self, agrees: Tensor) -> float:
         """The target that is reached: the lower bound, or the estimate for the worst kind of text if it is lower."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 CONFIDENCE = 0.95
 
 
-def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
+def lower_bound(agreed: Sequence[int], positions: Sequence[int], *, of_new_documents: bool = False) -> float:
     """One-sided 95 % lower confidence bound of the share of positions that agree, clustered by document.
 
     The Clopper-Pearson bound at the effective number of positions: the number of independent ones with the variance
@@ -17,6 +17,8 @@ def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
     Args:
         agreed: number of positions of each document that agree.
         positions: number of positions of each document, at least one in all.
+        of_new_documents: bound what is measured on as many new documents, which varies as much again, not the share of
+            all documents.
 
     Examples:
         >>> f"{lower_bound([298, 300, 297], [300, 300, 300]):.3f}"
@@ -36,6 +38,6 @@ def lower_bound(agreed: Sequence[int], positions: Sequence[int]) -> float:
             independent = min(independent, share * (1 - share) / variance)
         if total > documents:
             independent *= (t.ppf(CONFIDENCE, total - 1) / t.ppf(CONFIDENCE, documents - 1)) ** 2
-    independent = min(independent, total)
+    independent = min(independent, total) / (2 if of_new_documents else 1)
     bound = float(beta.ppf(1 - CONFIDENCE, share * independent, (1 - share) * independent + 1))
     return 0.0 if math.isnan(bound) else bound

@@ -117,3 +117,17 @@ def test_the_bound_holds_for_dependent_positions(share: float, correlation: floa
         held_if_independent += clopper_pearson(int(agreed.sum()), int(positions.sum())) <= share
     assert held >= 180
     assert held_if_independent < 170  # what was wrong with the bound for independent positions
+
+
+def test_the_bound_of_new_documents_holds_for_what_is_measured_on_them() -> None:
+    """Half of some documents bound what is measured on the other half in about 95 % of the splits."""
+    generator = np.random.default_rng(5)
+    held = held_by_all = 0
+    for _ in range(300):
+        agreed = generator.binomial(200, generator.beta(99, 1, size=40)).tolist()
+        positions = [200] * 20
+        measured = sum(agreed[20:]) / sum(positions)
+        held += lower_bound(agreed[:20], positions, of_new_documents=True) <= measured
+        held_by_all += lower_bound(agreed[:20], positions) <= measured
+    assert 278 <= held <= 297
+    assert held_by_all < held - 8

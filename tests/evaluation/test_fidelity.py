@@ -65,7 +65,9 @@ def brute_force(model: TopKExpertsForCausalLM, windows: list[Window]) -> Fidelit
     mean = {name: math.fsum(some) / len(some) for name, some in losses.items()}
     return Fidelity(
         agreement=sum(map(sum, agreed.values())) / len(contained),
-        agreement_lower_bound=lower_bound([*map(sum, agreed.values())], [*map(len, agreed.values())]),
+        agreement_lower_bound=lower_bound(
+            [*map(sum, agreed.values())], [*map(len, agreed.values())], of_new_documents=True
+        ),
         top5_containment=sum(contained) / len(contained),
         kl=math.fsum(divergences) / len(divergences),
         perplexity_dense=math.exp(mean["dense"]),

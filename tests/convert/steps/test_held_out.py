@@ -88,7 +88,7 @@ def test_the_target_is_reached_on_the_worst_kind_and_by_the_bound(lost: list[int
     dense = random_argmax(400)
     agrees = ~torch.isin(torch.arange(400), torch.tensor(lost))
     by_document = [int(agrees[dense.documents == document].sum()) for document in range(10)]
-    assert dense.bound(agrees) == lower_bound(by_document, [40] * 10)
+    assert dense.bound(agrees) == lower_bound(by_document, [40] * 10, of_new_documents=True)
     all_text = float(agrees.double().mean())
     worst = min(float(some.double().mean()) for some in (agrees[0::2], agrees[1::2]))
     assert dense.agreement(agrees) == pytest.approx((200 * worst + 400 * all_text) / 600)
