@@ -304,7 +304,7 @@ def test_prints_tables_of_a_shape(
         "batch 1: head ",
     ):
         assert f"\n{line}" in text
-    assert ": 256 always-on tokens, 512 in 185 of 1,234 experts of 16\n" in text
+    assert ": 256 always-on tokens, 512 in 136 of 1,234 experts of 16\n" in text
     assert "; 768 rows scored (3.8%)" in text
     assert "HNSW:" not in text
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
