@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -170,47 +170,39 @@ def choose_operating_point(
         Whether the sparse argmax is then the dense argmax, bool [N].
     """
     wanted = target.agreement
-    while found := list(_candidates(model, dense, ranks, replace(target, agreement=wanted))):
-        min(found, key=lambda one: one[0])[1].apply(model)
+    for _, which, setting in sorted(_affordable(model, ranks, target), key=lambda one: one[0]):
+        expected = dense.reached(ranks.agrees(which, setting.num_rescored))
+        if expected < wanted:
+            continue
+        setting.apply(model)
         agreed = agrees(model.head, dense)
         reached = dense.reached(agreed)
         if reached >= target.agreement:
             return agreed
         # The ranks do not show the rare positions where the tail outscores the exact logits: ask for as many more.
-        wanted += max(target.agreement - reached, 1 / len(dense.best))
+        while wanted <= expected:
+            wanted += max(target.agreement - reached, 1 / len(dense.best))
     _nearest(model, dense, ranks, target).apply(model)
     return agrees(model.head, dense)
 
 
-def _candidates(
-    model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
-) -> Iterator[tuple[float, OperatingPoint]]:
-    """Yield, for each k, the least R that reaches the target within its limit of bytes, and the share of bytes."""
+def _affordable(
+    model: TopKExpertsForCausalLM, ranks: ArgmaxRanks, target: Target
+) -> Iterator[tuple[float, int, OperatingPoint]]:
+    """Yield share of bytes, index of k and operating point of all that keep to the target's limit of bytes."""
     for which, k in enumerate(ranks.tried):
-        most = k * model.head.expert_size
-        # Not a bisection: more documents may differ at a larger R, which lowers the bound.
-        reaching = [
-            number
-            for number in numbers_rescored(most)
-            if dense.reached(ranks.agrees(which, number)) >= target.agreement
-        ]
-        # R = k S needs no screen, and may read fewer bytes than a slightly smaller R.
-        for number in dict.fromkeys((*reaching[:1], *reaching[-1:])):
-            setting = OperatingPoint(k, number)
+        for rescored in numbers_rescored(k * model.head.expert_size):
+            setting = OperatingPoint(k, rescored)
             if (share := setting.share_of_bytes(model.head)) <= (target.max_bytes_read or math.inf):
-                yield share, setting
+                yield share, which, setting
 
 
 def _nearest(model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target) -> OperatingPoint:
     """The cheapest operating point whose agreement, not its lower bound, reaches the target; else the best one."""
     best, nearest = (-1.0, 0.0), OperatingPoint(1, FEWEST_RESCORED)
-    for which, k in enumerate(ranks.tried):
-        for rescored in numbers_rescored(k * model.head.expert_size):
-            setting = OperatingPoint(k, rescored)
-            share = setting.share_of_bytes(model.head)
-            if share <= (target.max_bytes_read or math.inf):
-                key = min(target.agreement, dense.agreement(ranks.agrees(which, rescored))), -share
-                best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
+    for share, which, setting in _affordable(model, ranks, target):
+        key = min(target.agreement, dense.agreement(ranks.agrees(which, setting.num_rescored))), -share
+        best, nearest = max((best, nearest), (key, setting), key=lambda one: one[0])
     return nearest
 
 
