@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 
 from ..model.crossover import MOST_POSITIONS
 from ..model.head import TopKExpertsHead
-from ..model.kernels import gather_dot, shared_rows_dot
+from ..model.kernels import gather_dot_sharing
 from ..model.lossless import LosslessStats
 from ..model.token_chooser import TokenChooser
 from .baselines import (
@@ -200,14 +200,10 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
         return head.tail.screen(hidden, next(picked))
 
     def gather(_: Tensor) -> Tensor:
-        return head.weight.index_select(0, torch.cat([head.always_on_ids, next(rows)[0]]))
+        return head.weight.index_select(0, next(rows)[0])
 
     def multiply(hidden: Tensor) -> Any:
-        always, routed = head.always_on_ids, next(rows)
-        if not head.screens:
-            return shared_rows_dot(hidden, head.weight, head.bias, torch.cat([always, routed[0]]))
-        of_always = shared_rows_dot(hidden, head.weight, head.bias, always)
-        return of_always, gather_dot(hidden, head.weight, head.bias, routed)
+        return gather_dot_sharing(hidden, head.weight, head.bias, next(rows), head.num_always_on)
 
     screening: dict[str, Head] = {"part_screen": screen} if head.screens else {}
     return {"part_router": head.router, **screening, "part_gather": gather, "part_gather_dot": multiply}

@@ -206,9 +206,9 @@ def _misses(
 def _causes(head: TopKExpertsHead, hidden: Tensor, best: Tensor) -> list[str]:
     """Why the dense argmax, [n, 1], is not the sparse one at hidden states [n, d]."""
     scored = head.score(hidden)
-    always, place = head.places_of(best)
+    _, place = head.places_of(best)
     is_picked = (scored.experts == place // head.expert_size).any(dim=-1)
-    is_exact = (always >= 0).squeeze(1) | (scored.ids == best).any(dim=-1)
+    is_exact = (scored.ids == best).any(dim=-1)
     return [
         "outscored" if exact else "screen" if picked else "router"
         for exact, picked in zip(is_exact.tolist(), is_picked.tolist(), strict=True)

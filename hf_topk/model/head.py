@@ -7,14 +7,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
-from .kernels import always_and_gather_dot, expert_dot
+from .kernels import expert_dot, gather_dot_sharing
 from .router import Router
-from .scored import Picked, Scored, lowest_of_likeliest
+from .scored import Picked, Scored, log_mass, lowest_of_likeliest
 from .sharing import copy_sharing
 from .tail import Tail
 from .whole_head import check_whole, full_shape
@@ -174,7 +175,8 @@ class TopKExpertsHead(LaidOutHead):
         """
         outside = scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
         inside = scored.masses.logsumexp(dim=-1, keepdim=True) + (0 if scored.screened is None else scored.offset)
-        inside = torch.cat([scored.always.float(), inside], dim=-1).logsumexp(dim=-1)
+        always = scored.exact[:, : self.num_always_on].float()
+        inside = torch.cat([always, inside], dim=-1).logsumexp(dim=-1)
         return torch.sigmoid(outside - inside)
 
     def score(self, hidden: Tensor) -> Scored:
@@ -185,8 +187,7 @@ class TopKExpertsHead(LaidOutHead):
         scores, top, top_scores = self.pick(hidden)
         # Logits [N, A] and [N, k, S].
         always, routed = self.logits_of_experts(hidden, top)
-        ids = self.expert_ids[top]
-        masses = self.mask_padding(routed.float(), ids).logsumexp(dim=-1)  # (N, k)
+        masses = self.mask_padding(routed.float(), self.expert_ids[top]).logsumexp(dim=-1)  # (N, k)
         disagreement = top_scores - masses
         # The offset aligns the router's scores with the exact logits.
         exact, expected = torch.stack([masses, top_scores]).logsumexp(dim=-1, keepdim=True)
@@ -195,27 +196,29 @@ class TopKExpertsHead(LaidOutHead):
         if shifts is not None:
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
         logits = torch.cat([always, routed.flatten(1)], dim=-1)
-        return Scored(logits, ids.flatten(1), top, tail_scores, torch.zeros_like(offset), masses)
+        return Scored(logits, self.scored_ids(top), top, tail_scores, torch.zeros_like(offset), masses)
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
         scores, top, top_scores = self.pick(hidden, with_level=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
-        if self.has_short_experts:  # their repeated ids have a logit, but no mass
-            masked = self.mask_padding(screened, self.expert_ids[top])
+        token_ids = F.embedding(top, self.expert_ids)
+        if has_short := self.has_short_experts:  # their repeated ids have a logit, but no mass
+            masked = self.mask_padding(screened, token_ids)
             total = masked.logsumexp(dim=-1, keepdim=True)
             screened, masked = screened - total, masked - total
         else:
             screened = masked = screened.log_softmax(dim=-1)
         estimates = (masked + top_scores.unsqueeze(-1)).flatten(1)
         kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
-        ids = self.expert_ids[top].flatten(1).gather(1, places)
+        always = self.always_on_ids.expand(places.shape[0], -1)
+        ids = torch.cat([always, token_ids.flatten(1).gather(1, places)], dim=-1)
         logits = self.exact_logits(hidden, ids)
-        exact = logits[:, self.num_always_on :].float()
-        if self.has_short_experts:  # with fewer than R tokens to rescore, repeated ids fill the rest
+        exact = logits[:, always.shape[1] :].float()
+        if has_short:  # with fewer than R tokens to rescore, repeated ids fill the rest
             exact = exact.masked_fill(kept.isneginf(), -torch.inf)
         # The offset scales the exact logits to the mass of their estimates, so the experts keep their masses.
-        exact_mass, estimated_mass = torch.stack([exact, kept]).logsumexp(dim=-1, keepdim=True)
+        exact_mass, estimated_mass = log_mass(torch.stack([exact, kept]))
         offset = exact_mass - estimated_mass
         least = kept.amin(dim=-1, keepdim=True)
         return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
@@ -229,8 +232,8 @@ class TopKExpertsHead(LaidOutHead):
         return expert_dot(hidden, self.weight, self.full_bias, self.always_on_ids, self.expert_ids, experts)
 
     def exact_logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Exact logits of the always-on tokens and of each position's own: [N, d] and [N, R] to [N, A + R]."""
-        return always_and_gather_dot(hidden, self.weight, self.full_bias, self.always_on_ids, ids)
+        """Exact logits of tokens of which the first are the always-on ones: [N, d] and [N, A + R] to [N, A + R]."""
+        return gather_dot_sharing(hidden, self.weight, self.full_bias, ids, self.num_always_on)
 
     def tail_may_win(self, scored: Scored) -> Tensor:
         """Whether an unscored token could be the likeliest, [N] bool: its probability is at most that of its expert."""
@@ -241,8 +244,7 @@ class TopKExpertsHead(LaidOutHead):
 
     def best_scored(self, scored: Scored) -> Tensor:
         """The token with the largest exact logit, [N]; the likeliest of all unless the tail may win."""
-        ids = torch.cat([self.always_on_ids.expand(len(scored.ids), -1), scored.ids], dim=-1)
-        return lowest_of_likeliest(scored.exact, ids)
+        return lowest_of_likeliest(scored.exact, scored.ids)
 
     def logits_of(self, scored: Scored) -> Tensor:
         """Exact logits of the scored tokens and the tail of all others, less `later_bias`, [N, V]."""
@@ -250,8 +252,7 @@ class TopKExpertsHead(LaidOutHead):
         logits = scored.exact.new_empty(num_positions, self.out_features)  # every token is routed or always on
         within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
         logits.scatter_(1, self.expert_ids.flatten().expand(num_positions, -1), within.flatten(1).to(logits.dtype))
-        logits.index_copy_(1, self.always_on_ids, scored.always)
-        logits.scatter_(1, scored.ids, scored.routed)
+        logits.scatter_(1, scored.ids, scored.exact)
         return logits if self.later_bias is None else logits - self.later_bias.to(logits.dtype)
 
     def candidate_logits(self, scored: Scored) -> Tensor:
@@ -263,14 +264,14 @@ class TopKExpertsHead(LaidOutHead):
         Returns:
             Exact and estimated logits, fp32 [N, A + k S].
         """
-        routed = scored.routed.float()
+        always, routed = scored.exact.float().tensor_split([self.num_always_on], dim=-1)
         if scored.screened is not None and scored.places is not None:
             scores = scored.tail_scores.gather(1, scored.experts).unsqueeze(-1)
             routed = (scored.screened + scores).flatten(1).scatter(1, scored.places, routed)
         if self.has_short_experts:
             by_expert = routed.view(*scored.experts.shape, self.expert_size)
             routed = self.mask_padding(by_expert, self.expert_ids[scored.experts]).flatten(1)
-        return torch.cat([scored.always.float(), routed], dim=-1)
+        return torch.cat([always, routed], dim=-1)
 
     def log_prior(self, experts: Tensor | None = None) -> Tensor:
         """Log p(v | e) of all or some experts where they are not picked, -inf for repeated ids: fp32 [..., S]."""

@@ -84,7 +84,7 @@ class LaidOutHead(SizedHead):
     @property
     def has_short_experts(self) -> bool:
         """Whether some expert has fewer than S tokens, and repeats its first id."""
-        return self.num_experts * self.expert_size != self.out_features - self.num_always_on
+        return self.expert_ids.numel() != self.out_features - self.num_always_on
 
     def mask_padding(self, values: Tensor, ids: Tensor) -> Tensor:
         """Set values of repeated ids in short experts to -inf: values and ids [..., S]."""

@@ -54,11 +54,10 @@ class SizedHead(nn.Linear):
     @property
     def screens(self) -> bool:
         """Whether the picked experts' tokens are screened, so that only the likeliest of them get exact logits."""
-        return (
-            self.combine == "exact"
-            and self.num_experts_per_tok < self.num_experts
-            and self.num_rescored < self.num_experts_per_tok * self.expert_size
-        )
+        if self.combine != "exact":
+            return False
+        (num_experts, expert_size), picked = self.expert_ids.shape, self.num_experts_per_tok
+        return picked < num_experts and self.num_rescored < picked * expert_size
 
     @property
     def stored_type(self) -> torch.dtype:

@@ -1,22 +1,23 @@
 """The inner loops of the sparse head in plain torch: exact logits of gathered rows, and products of packed rows."""
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Elements of gathered rows held at once; more positions are split into chunks.
-GATHERED_ELEMENTS_AT_ONCE = 1 << 24
-# Bytes of gathered rows that stay in the CPU's cache between copy and product.
+# Bytes of copied rows that stay in the CPU's cache between copy and product.
 CACHED_BYTES = 3 << 20
 # From this share of the rows on, one product with the whole head is faster than gathering (measured on two CPU cores).
 SHARE_WORTH_ALL_ROWS = 0.5
-ROWS_AS_FLOATS_AT_ONCE = 1 << 14  # these stay in the CPU's cache
-# With more positions, products in fp32 are as fast as torch's kernel for int8 rows (measured on two CPU cores).
-FEW_POSITIONS = 4
-# That kernel needs the number of columns and the tensors' addresses to be multiples of these.
+# Up to as many positions, torch's kernels for int8 and 4-bit rows are faster than products in fp32 (measured on two CPU
+# cores, with and without AVX-512).
+FEW_POSITIONS = 64
+# The kernel for int8 needs the number of columns and the tensors' addresses to be multiples of these.
 COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
+# Of the kernel for 4 bits: the processors that it is written for, its numbers of columns with a scale, and of rows.
+FAST_WITH_FOUR_BITS, COLUMNS_OF_GROUPS, ROWS_OF_KERNEL = ("AVX2", "AVX512"), (256, 128, 64, 32), 64
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -39,9 +40,9 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
     if torch.compiler.is_compiling():  # fused into one loop without a copy of the rows
         logits = (F.embedding(rows, weight).float() * hidden.float().unsqueeze(1)).sum(dim=-1).to(hidden.dtype)
         return logits if bias is None else logits + bias[rows]
-    if len(hidden) == 1:
+    if hidden.shape[0] == 1:
         return shared_rows_dot(hidden, weight, bias, rows[0])
-    at_once = max(1, GATHERED_ELEMENTS_AT_ONCE // (rows.shape[1] * hidden.shape[1]))
+    at_once = _fit_in_cache(rows.shape[1] * weight.shape[1] * weight.itemsize) if hidden.is_cpu else hidden.shape[0]
     logits = torch.cat(
         [
             torch.bmm(F.embedding(some_rows, weight), some_hidden.unsqueeze(-1)).squeeze(-1)
@@ -84,25 +85,24 @@ def expert_dot(
     return logits[:, :num_shared], routed
 
 
-def always_and_gather_dot(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shared_ids: Tensor, rows: Tensor
-) -> Tensor:
-    """Exact logits of tokens shared by all positions, and of each position's own tokens.
+def gather_dot_sharing(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, num_shared: int) -> Tensor:
+    """[`gather_dot`] of rows of which the first are the same for all positions; on a CPU these are read once.
 
     Args:
         hidden: hidden states h, [N, d].
         weight: the head W, [V, d].
         bias: the head's bias, [V], or None.
-        shared_ids: token ids to score at every position, [A] int64.
-        rows: token ids to score, [N, R] int64.
+        rows: token ids to score, [N, A + R] int64.
+        num_shared: A.
 
     Returns:
         Logits in the dtype of `hidden`, [N, A + R].
     """
-    if len(hidden) == 1 or hidden.device.type != "cpu":
-        return gather_dot(hidden, weight, bias, torch.cat([shared_ids.expand(len(rows), -1), rows], dim=-1))
-    shared = shared_rows_dot(hidden, weight, bias, shared_ids)
-    return torch.cat([shared, gather_dot(hidden, weight, bias, rows)], dim=-1)
+    if hidden.shape[0] <= 1 or not hidden.is_cpu:
+        return gather_dot(hidden, weight, bias, rows)
+    shared, own = rows.tensor_split([num_shared], dim=-1)
+    parts = [shared_rows_dot(hidden, weight, bias, shared[0]), gather_dot(hidden, weight, bias, own)]
+    return torch.cat(parts, dim=-1)
 
 
 def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -119,9 +119,11 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     """
     if rows.shape[0] >= SHARE_WORTH_ALL_ROWS * weight.shape[0]:
         return F.linear(hidden, weight, bias).index_select(1, rows)
-    at_once = rows.shape[0] if torch.compiler.is_compiling() else max(1, CACHED_BYTES // weight[:1].nbytes)
-    parts = [F.linear(hidden, weight.index_select(0, some)) for some in rows.split(max(1, at_once))]
-    logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    at_once = _fit_in_cache(weight.shape[1] * weight.itemsize)
+    if rows.shape[0] <= at_once or torch.compiler.is_compiling():
+        logits = F.linear(hidden, weight.index_select(0, rows))
+    else:
+        logits = torch.cat([F.linear(hidden, weight.index_select(0, some)) for some in rows.split(at_once)], dim=-1)
     return logits if bias is None else logits + bias.index_select(0, rows)
 
 
@@ -143,30 +145,80 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
         from .triton_kernels import int8_products as on_triton
 
         return on_triton(inputs, rows, scales)
-    if len(inputs) <= FEW_POSITIONS and has_int8_kernel(inputs, rows):
+    if suits_int_kernels(inputs) and has_int8_kernel(rows):
         return int8_kernel(inputs, rows, scales)
     inputs = inputs.float()
     if torch.compiler.is_compiling():
         return _products_in_one_loop(inputs.unsqueeze(1), rows) * scales
-    parts = [F.linear(inputs, some.float()) for some in rows.split(ROWS_AS_FLOATS_AT_ONCE)]
+    at_once = _fit_in_cache(rows.shape[1] * inputs.itemsize)
+    parts = [F.linear(inputs, some.float()) for some in rows.split(at_once)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scales
 
 
-def has_int8_kernel(inputs: Tensor, rows: Tensor) -> bool:
-    """Whether torch's kernel for int8 rows supports these; with others it is wrong or crashes (torch 2.13)."""
+def _fit_in_cache(size: int) -> int:
+    """How many copies of a size in bytes stay in the CPU's cache, at least one."""
+    return max(1, CACHED_BYTES // size)
+
+
+def suits_int_kernels(inputs: Tensor) -> bool:
+    """Whether torch's kernels for int8 and 4-bit rows support these inputs and are fast for as many."""
     needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    return inputs.is_cpu and inputs.shape[0] <= FEW_POSITIONS and not needs_gradient
+
+
+def has_int8_kernel(rows: Tensor) -> bool:
+    """Whether torch's kernel for int8 rows supports these; with others it is wrong or crashes (torch 2.13)."""
     fits = rows.dtype == torch.int8 and rows.shape[1] % COLUMNS_OF_KERNEL == 0 and rows.is_contiguous()
     # Loaded weights can be at any offset of a memory-mapped file. Compiled code gets prepared rows, which are aligned.
-    is_aligned = torch.compiler.is_compiling() or rows.data_ptr() % BYTES_OF_KERNEL == 0
-    return inputs.device.type == "cpu" and fits and is_aligned and not needs_gradient
+    return fits and (torch.compiler.is_compiling() or rows.data_ptr() % BYTES_OF_KERNEL == 0)
 
 
 def int8_kernel(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     """Products by torch's kernel, bfloat16 [N, R]; arguments as in [`int8_products`]."""
+    return torch._weight_int8pack_mm(_for_kernel(inputs), rows, scales)
+
+
+def _for_kernel(inputs: Tensor) -> Tensor:
     rounded = inputs.bfloat16().contiguous()
     if not torch.compiler.is_compiling() and rounded.data_ptr() % BYTES_OF_KERNEL:
         rounded = rounded.clone()
-    return torch._weight_int8pack_mm(rounded, rows, scales)
+    return rounded
+
+
+class FourBitRows(NamedTuple):
+    """Rows of odd integers from -15 to 15 in the layout of torch's kernel for 4 bits, which this CPU determines.
+
+    Attributes:
+        words: the packed rows.
+        scales_and_zeros: of each group of columns, bfloat16 [groups, R, 2].
+        columns: of a group.
+        num_rows: R without rows of padding.
+    """
+
+    words: Tensor
+    scales_and_zeros: Tensor
+    columns: int
+    num_rows: int
+
+
+def four_bit_rows(rows: Tensor) -> FourBitRows | None:
+    """Pack odd integers from -15 to 15, [R, r] int8; None where torch has no fast kernel for them."""
+    columns = next((columns for columns in COLUMNS_OF_GROUPS if rows.shape[1] % columns == 0), None)
+    if columns is None or not rows.is_cpu or torch.backends.cpu.get_cpu_capability() not in FAST_WITH_FOUR_BITS:
+        return None
+    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS_OF_KERNEL))
+    words = torch._convert_weight_to_int4pack_for_cpu(((padded + 15) >> 1).int(), 1)
+    scales_and_zeros = torch.tensor(
+        [2.0, 1.0], dtype=torch.bfloat16
+    )  # the kernel's value of a code is 2 (code - 8) + 1
+    groups = padded.shape[1] // columns
+    return FourBitRows(words, scales_and_zeros.repeat(groups, padded.shape[0], 1), columns, rows.shape[0])
+
+
+def four_bit_products(inputs: Tensor, rows: FourBitRows) -> Tensor:
+    """Products by torch's kernel, with inputs and products rounded: [N, r] to bfloat16 [N, R]."""
+    products = torch._weight_int4pack_mm_for_cpu(_for_kernel(inputs), rows.words, rows.columns, rows.scales_and_zeros)
+    return products[:, : rows.num_rows]
 
 
 def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: Tensor) -> Tensor:
@@ -185,12 +237,11 @@ def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: 
     if torch.compiler.is_compiling() and len(inputs) > 1:
         return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows[experts]) * scales[:expert_size]
     # Each expert is read once, however many positions picked it.
-    chosen, place = (experts[0], None) if len(experts) == 1 else experts.unique(return_inverse=True)
-    words = rows.flatten(1)
-    if rows.dtype == torch.int8 and words.shape[1] % 4 == 0:  # compiled code copies byte by byte
-        words = words.view(torch.int32)
-    picked = words.index_select(0, chosen).view(rows.dtype).view(-1, rows.shape[-1])
-    products = int8_products(inputs, picked, scales[: len(picked)]).unflatten(-1, (-1, expert_size))
+    chosen, place = (experts[0], None) if experts.shape[0] == 1 else experts.unique(return_inverse=True)
+    copies_words = rows.dtype == torch.int8 and rows.shape[-1] % 4 == 0  # compiled code copies byte by byte
+    words = rows.view(torch.int32) if copies_words else rows
+    picked = words.index_select(0, chosen).view(rows.dtype).flatten(0, 1)
+    products = int8_products(inputs, picked, scales[: picked.shape[0]]).unflatten(-1, (-1, expert_size))
     return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_size))
 
 

@@ -7,9 +7,21 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .kernels import expert_int8_products, int8_products, pack, packed_products, runs_on_triton, unpack_halves
+from .kernels import (
+    FourBitRows,
+    expert_int8_products,
+    four_bit_products,
+    four_bit_rows,
+    int8_products,
+    pack,
+    packed_products,
+    runs_on_triton,
+    suits_int_kernels,
+    unpack_halves,
+)
 
 SMALLEST_SCALE = 1e-30
+PREPARED_FROM = ("basis", "basis_scales", "center", "codes_4bit", "codes_2bit")
 
 
 class Prepared(NamedTuple):
@@ -18,12 +30,14 @@ class Prepared(NamedTuple):
     Attributes:
         basis: B without its scales, int8 [r, d], in aligned memory.
         halves: the coordinates in half steps, which are odd integers, int8 [*shape, r].
+        four_bit: the same for torch's kernel for 4 bits; None if it does not support them.
         ones: a scale of 1 for each row, bfloat16 [rows].
         half_scales, half_center: half of the basis' scales and of the center, bfloat16 and fp32 [r].
     """
 
     basis: Tensor
     halves: Tensor
+    four_bit: FourBitRows | None
     ones: Tensor
     half_scales: Tensor
     half_center: Tensor
@@ -85,7 +99,10 @@ class PackedRows(nn.Module):
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, None)
         prepared = self._prepared()
-        products = int8_products(self._projected(hidden, prepared), prepared.halves.flatten(0, -2), prepared.ones)
+        projected = self._projected(hidden, prepared)
+        if prepared.four_bit is not None and suits_int_kernels(projected):
+            return four_bit_products(projected, prepared.four_bit)
+        products = int8_products(projected, prepared.halves.flatten(0, -2), prepared.ones)
         return products.unflatten(-1, prepared.halves.shape[:-1])
 
     def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
@@ -113,11 +130,12 @@ class PackedRows(nn.Module):
         unpack to floats in each call.
         """
         if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._kept is None):
-            made = self._prepare()
+            made = self._unpacked()
             return made._replace(basis=made.basis.float(), halves=made.halves.float())
         if torch.compiler.is_compiling():
             return cast(Prepared, self._kept)
-        source = (self.basis, self.basis_scales, self.center, self.codes_4bit, self.codes_2bit)
+        buffers = self._buffers  # a lookup here costs a tenth of one through the module
+        source = tuple(cast(Tensor, buffers[name]) for name in PREPARED_FROM)
         versions = [0 if some.is_inference() else some._version for some in source]
         if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
             with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
@@ -125,9 +143,15 @@ class PackedRows(nn.Module):
         return self._kept
 
     def _prepare(self) -> "Prepared":
+        made = self._unpacked()
+        is_one_matrix = made.halves.dim() == 2  # the rows of picked experts are copied from the int8 rows
+        return made._replace(four_bit=four_bit_rows(made.halves)) if is_one_matrix else made
+
+    def _unpacked(self) -> "Prepared":
         halves = unpack_halves(self.codes_4bit, self.codes_2bit)
         ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
-        return Prepared(self.basis.clone(), halves, ones, (self.basis_scales / 2).bfloat16(), self.center.float() / 2)
+        half_scales, half_center = (self.basis_scales / 2).bfloat16(), self.center.float() / 2
+        return Prepared(self.basis.clone(), halves, None, ones, half_scales, half_center)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ class Scored(NamedTuple):
     Attributes:
         exact: logits of the always-on tokens, then of the picked experts' tokens or, with a screen, of the R that it
             kept, [N, A + k S] or [N, A + R].
-        ids: token ids of the routed ones among these, int64 [N, k S] or [N, R].
+        ids: their token ids, int64, of the same shape.
         experts: the picked experts, [N, k] int64.
         scores: log mass of each expert for the tail, without the offset, fp32 [N, M].
         offset: aligns the scores with the exact logits, fp32 [N, 1].
@@ -47,16 +47,6 @@ class Scored(NamedTuple):
     least: Tensor | None = None
 
     @property
-    def always(self) -> Tensor:
-        """Logits of the always-on tokens, [N, A]."""
-        return self.exact[:, : self.exact.shape[1] - self.ids.shape[1]]
-
-    @property
-    def routed(self) -> Tensor:
-        """Exact logits of routed tokens, [N, k S] or [N, R]."""
-        return self.exact[:, self.exact.shape[1] - self.ids.shape[1] :]
-
-    @property
     def tail_scores(self) -> Tensor:
         """Log mass of each expert for the tail, fp32 [N, M]."""
         return self.scores + self.offset
@@ -75,6 +65,11 @@ class Scored(NamedTuple):
     def part(self, positions: Tensor | slice) -> "Scored":
         """These values at some of the positions."""
         return Scored(*(cast(Tensor, None if tensor is None else tensor[positions]) for tensor in self))
+
+
+def log_mass(logits: Tensor) -> Tensor:
+    """Log-sum-exp over the last dimension, [..., n] to [..., 1], if some are finite; faster on a CPU than torch's."""
+    return logits.amax(dim=-1, keepdim=True) - logits.log_softmax(dim=-1).amax(dim=-1, keepdim=True)
 
 
 def lowest_of_likeliest(logits: Tensor, ids: Tensor) -> Tensor:

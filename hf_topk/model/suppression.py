@@ -70,8 +70,7 @@ class Priors:
         """The results of the head's steps, with exact logits of -inf for suppressed tokens."""
         if self.is_suppressed is None:
             return scored
-        always = self._head.always_on_ids.expand(len(scored.ids), -1)
-        return scored._replace(exact=self.masked(scored.exact, torch.cat([always, scored.ids], dim=-1)))
+        return scored._replace(exact=self.masked(scored.exact, scored.ids))
 
 
 class Suppression:

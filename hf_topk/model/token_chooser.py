@@ -28,7 +28,7 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
-FIRST_TRIED = 64  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
+FIRST_TRIED = 256  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
 
 
 class TokenChooser:
@@ -212,8 +212,8 @@ class Candidates:
 
     def log_mass_of(self, priors: Priors) -> Tensor:
         """Log-sum-exp of the logits of all tokens that are not suppressed in other terms, [B, 1]."""
-        mass = self._masked(self._logits, priors).logsumexp(dim=-1, keepdim=True)
-        return mass.logaddexp(self._masses(priors).logsumexp(dim=-1, keepdim=True))
+        logits = self._masked(self._logits, priors)
+        return torch.cat([logits, self._masses(priors)], dim=-1).logsumexp(dim=-1, keepdim=True)
 
     def most_of(self, priors: Priors) -> Tensor:
         """The largest logit of the tokens that are not suppressed in other terms, [B, 1]."""
@@ -237,23 +237,28 @@ class Candidates:
         least = self._logits.topk(count).values[:, -1:]
         if self._expand_above(least):
             least = self._logits.topk(count).values[:, -1:]
-        self._keep(least)
+        self._keep_above(least)
 
     def keep_top_p(self, share: float) -> None:
         """Keep the likeliest tokens that together have a share of the probability.
 
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
-        least = self._least_of_top_p(share)
+        least, likeliest = self._nucleus(share)
         if self._expand_above(least):
-            least = self._least_of_top_p(share)
-        self._keep(least)
+            least, likeliest = self._nucleus(share)
+        self._keep(least, *likeliest)
 
-    def _least_of_top_p(self, share: float) -> Tensor:
-        """The least logit of the likeliest candidates that have a share of the probability, [B, 1]; -inf if none do."""
+    def _nucleus(self, share: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The likeliest candidates that have a share of the probability: the least logit of these, and the candidates.
+
+        Returns:
+            The least logit, -inf if all candidates do not have the share, [B, 1]. Logits and places of at least these
+            candidates, [B, n].
+        """
         total, count, length = self._log_mass(), FIRST_TRIED, self._logits.shape[1]
         while True:
-            likeliest = self._logits.topk(min(count, length)).values
+            likeliest, places = self._logits.topk(min(count, length))
             probabilities = (likeliest - total).exp()
             sums = probabilities.cumsum(dim=-1)
             has_enough = sums[:, -1:] >= share
@@ -261,14 +266,14 @@ class Candidates:
                 break
             count *= 16
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
-        return least if self._rest_is_removed else least.where(has_enough, -math.inf)
+        return least if self._rest_is_removed else least.where(has_enough, -math.inf), (likeliest, places)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
         self._expand_above(self._logits.amax(dim=-1, keepdim=True))
         least = self._logits.amax(dim=-1, keepdim=True) + (math.log(share) if share > 0 else -math.inf)
         self._expand_above(least)
-        self._keep(least)
+        self._keep_above(least)
 
     def best(self) -> Tensor:
         """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
@@ -292,8 +297,8 @@ class Candidates:
 
     def _log_mass(self) -> Tensor:
         """Log-sum-exp of the logits of all tokens, [B, 1]."""
-        mass = self._logits.logsumexp(dim=-1, keepdim=True)
-        return mass if self._rest_is_removed else mass.logaddexp(self._masses().logsumexp(dim=-1, keepdim=True))
+        all_logits = self._logits if self._rest_is_removed else torch.cat([self._logits, self._masses()], dim=-1)
+        return all_logits.logsumexp(dim=-1, keepdim=True)
 
     def _masses(self, priors: Priors | None = None) -> Tensor:
         """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
@@ -324,10 +329,13 @@ class Candidates:
         self._experts = torch.cat([self._experts, more], dim=-1)
         return True
 
-    def _keep(self, least: Tensor) -> None:
+    def _keep_above(self, least: Tensor) -> None:
         """Remove candidates below a logit, [B, 1]."""
         count = int((self._logits >= least).sum(dim=-1).amax())
-        likeliest, places = self._logits.topk(count)
+        self._keep(least, *self._logits.topk(count))
+
+    def _keep(self, least: Tensor, likeliest: Tensor, places: Tensor) -> None:
+        """Of the likeliest candidates' logits and places, [B, n], keep those from a logit on, [B, 1], and no others."""
         self._logits, self._rest_is_removed = likeliest.masked_fill(likeliest < least, -math.inf), True
         self._places = places if self._places is None else self._places.gather(1, places)
 

@@ -60,7 +60,6 @@ class ShardedHead(TopKExpertsHead):
         """As in [`TopKExpertsHead`], with the rows of all ranks."""
         if self.num_ranks == 1:
             return super().exact_logits(hidden, ids)
-        ids = torch.cat([self.always_on_ids.expand(len(ids), -1), ids], dim=-1)
         is_held = (ids >= self.first) & (ids < self.last)
         logits = gather_dot(hidden, self.weight, self.bias, torch.where(is_held, ids - self.first, 0))
         return self.sum_over_ranks(logits.masked_fill(~is_held, 0))
@@ -69,6 +68,6 @@ class ShardedHead(TopKExpertsHead):
         """As in [`TopKExpertsHead`], with the rows of all ranks."""
         if self.num_ranks == 1:
             return super().logits_of_experts(hidden, experts)
-        logits = self.exact_logits(hidden, self.expert_ids[experts].flatten(1))
+        logits = self.exact_logits(hidden, self.scored_ids(experts))
         always, routed = logits.split([self.num_always_on, experts.shape[1] * self.expert_size], dim=-1)
         return always, routed.unflatten(-1, (-1, self.expert_size))

@@ -110,15 +110,16 @@ def test_screen_and_rescored_tokens(head: TopKExpertsHead) -> None:
     close(shares.flatten(), column(rows, "log-share"))
     close((shares + scored.masses[0][order].unsqueeze(-1)).flatten(), column(rows, "estimate"))
     rescored = {row["token"]: numbers(row["exact logit"])[0] for row in rows if row["exact logit"] != "-"}
-    assert dict(zip(words(scored.ids), scored.routed[0].tolist(), strict=True)) == pytest.approx(rescored)
+    assert dict(zip(words(scored.ids[:, 1:]), scored.exact[0, 1:].tolist(), strict=True)) == pytest.approx(rescored)
 
 
 def test_the_offset(head: TopKExpertsHead) -> None:
     exact, estimated, offset = in_text(r"\\delta = ([\d.]+) - ([\d.]+) = ([\d.]+)")
     scored = head.score(HIDDEN)
-    close(scored.routed.logsumexp(dim=-1), torch.tensor([exact]))
+    mass = scored.exact[:, 1:].logsumexp(dim=-1)  # without the always-on token
+    close(mass, torch.tensor([exact]))
     close(scored.offset.flatten(), torch.tensor([offset]))
-    close(scored.routed.logsumexp(dim=-1) - scored.offset.flatten(), torch.tensor([estimated]))
+    close(mass - scored.offset.flatten(), torch.tensor([estimated]))
 
 
 def test_logits_and_probabilities(head: TopKExpertsHead) -> None:

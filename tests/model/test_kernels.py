@@ -35,19 +35,19 @@ def assert_products(found: Tensor, inputs: Tensor, rows: Tensor) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=seeds,
-    positions=st.integers(0, 6),
+    positions=st.sampled_from([0, 1, 5, 64, 65]),
     rank=st.sampled_from([1, 7, 16, 24, 48, 64, 70]),
     num_rows=st.integers(1, 50),
     magnitude=st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e4, 1e30]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    at_once=st.sampled_from([7, 1 << 14]),
+    cached_bytes=st.sampled_from([1000, 1 << 20]),
 )
 def test_int8_products(
-    seed: int, positions: int, rank: int, num_rows: int, magnitude: float, dtype: torch.dtype, at_once: int
+    seed: int, positions: int, rank: int, num_rows: int, magnitude: float, dtype: torch.dtype, cached_bytes: int
 ) -> None:
     inputs, rows = (normal(seed, positions, rank) * magnitude).to(dtype), int8_rows(seed, num_rows, rank)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "ROWS_AS_FLOATS_AT_ONCE", at_once)
+        patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
         assert_products(kernels.int8_products(inputs, rows, ONES[: len(rows)]), inputs, rows)
 
 
@@ -68,6 +68,29 @@ def test_int8_products_of_unaligned_tensors(positions: int, by: int) -> None:
     for some, others in ((moved(inputs, by), rows), (inputs, moved(rows, by)), (inputs.t().contiguous().t(), rows)):
         assert_products(kernels.int8_products(some, others, ONES[:33]), inputs, rows)
     assert_products(kernels.int8_products(inputs, rows.t().contiguous().t(), ONES[:33]), inputs, rows)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 384, 512])
+@pytest.mark.parametrize("num_rows", [1, 64, 130])
+@pytest.mark.parametrize("positions", [1, 5])
+def test_four_bit_products(positions: int, num_rows: int, columns: int) -> None:
+    """In eager mode, also of a view, and compiled."""
+    rows = 2 * torch.randint(-8, 8, (num_rows, columns), generator=torch.Generator().manual_seed(0)).to(torch.int8) + 1
+    packed, inputs = kernels.four_bit_rows(rows), normal(1, positions, columns)
+    if torch.backends.cpu.get_cpu_capability() not in kernels.FAST_WITH_FOUR_BITS:
+        assert packed is None
+        return
+    assert packed is not None
+    assert packed.words.nbytes < num_rows * columns / 2 + 64 * columns
+    for some in (inputs, inputs.bfloat16(), moved(inputs.bfloat16(), 2)):
+        assert_products(kernels.four_bit_products(some, packed), some, rows)
+    torch.compiler.reset()  # torch limits recompilations of a function
+    compiled = torch.compile(kernels.four_bit_products, fullgraph=True, backend="eager")
+    assert compiled(inputs, packed).equal(kernels.four_bit_products(inputs, packed))
+
+
+def test_no_four_bit_rows_of_other_numbers_of_columns() -> None:
+    assert kernels.four_bit_rows(int8_rows(0, 5, 48)) is None
 
 
 @pytest.mark.parametrize("positions", [1, 5, 12])
@@ -97,16 +120,16 @@ def test_int8_products_have_the_gradient_of_their_inputs() -> None:
     vocab_size=st.integers(1, 60),
     biased=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    at_once=st.sampled_from([1, 100, 1 << 24]),
+    cached_bytes=st.sampled_from([1, 1000, 1 << 20]),
 )
 def test_gather_dot_equals_reference(
-    seed: int, positions: int, rows: int, vocab_size: int, biased: bool, dtype: torch.dtype, at_once: int
+    seed: int, positions: int, rows: int, vocab_size: int, biased: bool, dtype: torch.dtype, cached_bytes: int
 ) -> None:
     hidden, weight = normal(seed, positions, 8).to(dtype), normal(seed + 1, vocab_size, 8).to(dtype)
     bias = normal(seed + 2, vocab_size).to(dtype) if biased else None
     ids = torch.randint(vocab_size, (positions, rows), generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "GATHERED_ELEMENTS_AT_ONCE", at_once)
+        patch.setattr(kernels, "CACHED_BYTES", cached_bytes)
         logits = kernels.gather_dot(hidden, weight, bias, ids)
     assert_exact_logits(logits, hidden, weight, bias, ids)
 
