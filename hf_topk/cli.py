@@ -149,13 +149,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Compare the sparse head with the dense one on your own text."""
+    from .compute_dtype import READING
     from .documents import read_documents
     from .evaluation.fidelity import measure_fidelity
     from .loading import load_converted
     from .windows import make_windows, readable_length
 
     quiet()
-    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, device, fastest=True)
+    model, tokenizer = load_converted(directory, num_experts_per_tok, dtype, device, fastest_for=READING)
     if model.config.is_encoder_decoder:
         from .evaluation.outputs import measure_outputs
 
@@ -252,11 +253,12 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from .compute_dtype import DECODING
     from .loading import load_converted
     from .targets import prompt_inputs
 
     quiet()
-    model, tokenizer = load_converted(directory, device=device, fastest=True)
+    model, tokenizer = load_converted(directory, device=device, fastest_for=DECODING)
     model.head_mode = head_mode  # type: ignore[assignment]  # the setter checks it
     inputs = prompt_inputs(prompt, model, tokenizer)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)

@@ -7,24 +7,30 @@ from torch.nn import functional as F
 
 from .model.crossover import seconds_of
 
-POSITIONS, SIZE, ROUNDS = 32, 512, 5  # of the matrix products that are timed
+# Positions per forward pass: CPUs that emulate bfloat16 multiply many positions faster in float32; but one position
+# waits for memory, of which bfloat16 reads half.
+READING, DECODING = 32, 1
+ROWS = {READING: 1 << 10, DECODING: 1 << 14}  # of the weight that is timed, for one position more than caches hold
+COLUMNS, ROUNDS = 512, 5
 MIN_SPEED_UP = 1.2  # of float32, as it takes twice the memory
 
 
 @cache
-def faster_dtype(own: torch.dtype, device: torch.device) -> torch.dtype:
+def faster_dtype(own: torch.dtype, device: torch.device, positions: int = READING) -> torch.dtype:
     """The faster of a model's own dtype and float32, measured once per process in some hundredths of a second.
 
     Args:
         own: the dtype that the model is stored in.
         device: to compute on.
+        positions: per forward pass, `READING` or `DECODING`.
     """
     if own.itemsize >= torch.float32.itemsize:
         return own
-    return torch.float32 if _seconds(own, device) > MIN_SPEED_UP * _seconds(torch.float32, device) else own
+    seconds, in_float32 = _seconds(own, device, positions), _seconds(torch.float32, device, positions)
+    return torch.float32 if seconds > MIN_SPEED_UP * in_float32 else own
 
 
-def _seconds(dtype: torch.dtype, device: torch.device) -> float:
+def _seconds(dtype: torch.dtype, device: torch.device, positions: int) -> float:
     """The shortest time of a few matrix products."""
-    states, weight = (torch.ones(rows, SIZE, dtype=dtype, device=device) for rows in (POSITIONS, 2 * SIZE))
+    states, weight = (torch.ones(n, COLUMNS, dtype=dtype, device=device) for n in (positions, ROWS[positions]))
     return min(seconds_of(partial(F.linear, states, weight), device) for _ in range(ROUNDS))

@@ -25,7 +25,7 @@ def load_converted(
     dtype: str = "auto",
     device: str = "cpu",
     *,
-    fastest: bool = False,
+    fastest_for: int | None = None,
 ) -> tuple[TopKExpertsForCausalLM, Any]:
     """Load a converted model and its tokenizer, or its processor if it is a speech model.
 
@@ -36,7 +36,8 @@ def load_converted(
         num_experts_per_tok: k; None for the model's own.
         dtype: "float32", "bfloat16", or "auto": as the model is stored.
         device: such as "cpu" or "cuda:0", or "auto": the accelerator, if any.
-        fastest: whether dtype "auto" means float32 if the device computes faster in it than in the stored dtype.
+        fastest_for: positions per forward pass, [`READING`] or [`DECODING`]: dtype "auto" means float32 if the device
+            is faster in it than in the stored dtype. None: it means the stored dtype.
 
     Raises:
         InputError: when the dtype is unknown, there is no such device or converted model, its files are damaged, or
@@ -49,12 +50,12 @@ def load_converted(
     if num_experts_per_tok is not None:
         config.num_experts_per_tok = num_experts_per_tok
     stored = config.dtype
-    runs_fastest = fastest and dtype == "auto" and stored is not None
+    chooses = fastest_for is not None and dtype == "auto" and stored is not None
     try:
         loaded: Any = getattr(transformers, converted_class(config.dense_config).auto_class).from_pretrained(
             name,
             config=config,
-            dtype=faster_dtype(stored, place) if runs_fastest else dtype,
+            dtype=faster_dtype(stored, place, fastest_for) if chooses else dtype,
             output_loading_info=True,
         )
         model, found = loaded

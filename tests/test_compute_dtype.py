@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from support.tiny_models import QUICK, tiny_checkpoint, tiny_dense, tiny_text
 
 from hf_topk import compute_dtype
-from hf_topk.compute_dtype import faster_dtype
+from hf_topk.compute_dtype import DECODING, READING, faster_dtype
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.convert import load_dense as dense
 from hf_topk.convert.source import open_source
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
     """Sets the measured time of products in each dtype."""
     taken = {torch.float32: 1.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype, device: taken[dtype])
+    monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype, device, positions: taken[dtype])
     faster_dtype.cache_clear()
     yield taken
     faster_dtype.cache_clear()
@@ -39,9 +39,22 @@ def test_float32_is_chosen_where_it_is_clearly_faster(
     assert faster_dtype(torch.float64, CPU) == torch.float64
 
 
-def test_measures_for_real() -> None:
+@pytest.mark.parametrize("positions", [READING, DECODING])
+def test_measures_for_real(positions: int) -> None:
     faster_dtype.cache_clear()
-    assert faster_dtype(torch.bfloat16, CPU) in (torch.bfloat16, torch.float32)
+    assert faster_dtype(torch.bfloat16, CPU, positions) in (torch.bfloat16, torch.float32)
+
+
+def test_decoding_can_be_faster_in_another_dtype_than_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU that emulates bfloat16, where only many positions are bound by arithmetic."""
+    faster_dtype.cache_clear()
+    emulated = {(torch.bfloat16, READING): 3.0, (torch.bfloat16, DECODING): 0.6}
+    monkeypatch.setattr(
+        compute_dtype, "_seconds", lambda dtype, device, positions: emulated.get((dtype, positions), 1.0)
+    )
+    assert faster_dtype(torch.bfloat16, CPU, READING) == torch.float32
+    assert faster_dtype(torch.bfloat16, CPU, DECODING) == torch.bfloat16
+    faster_dtype.cache_clear()
 
 
 def test_the_stored_dtype_is_kept_where_memory_is_short(
@@ -72,8 +85,8 @@ def test_computes_in_float32_and_stores_bfloat16(combine: str, tmp_path: Path, t
     assert report.added_bytes == of_own.added_bytes
     stored = load_file(max((tmp_path / "out").glob("*.safetensors")))
     assert {tensor.dtype for tensor in stored.values() if tensor.is_floating_point()} == {torch.bfloat16}
-    for fastest, dtype in ((True, torch.float32), (False, torch.bfloat16)):
-        model, _ = load_converted(str(tmp_path / "out"), fastest=fastest)
+    for fastest_for, dtype in ((READING, torch.float32), (None, torch.bfloat16)):
+        model, _ = load_converted(str(tmp_path / "out"), fastest_for=fastest_for)
         assert (model.dtype, model.config.dtype) == (dtype, dtype)
         # What is stored is what is counted, whatever is computed in.
         loaded, made = model.head, report.model.head

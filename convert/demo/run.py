@@ -16,7 +16,7 @@ from hf_topk.bench.decode_speed import Decoding
 from hf_topk.bench.random_experts import convert_at_random
 from hf_topk.bench.shapes import random_model
 from hf_topk.bench.timing import Spread
-from hf_topk.compute_dtype import faster_dtype
+from hf_topk.compute_dtype import DECODING, faster_dtype
 from hf_topk.documents import read_documents
 from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
 from hf_topk.loading import load_converted
@@ -79,7 +79,7 @@ def _generate_in_a_new_process(directory: str) -> dict[str, str]:
 @torch.inference_mode()
 def _tokens_a_second() -> dict[str, Spread]:
     """Speed of greedy decoding with random weights, by head."""
-    dtype = faster_dtype(torch.bfloat16, torch.device("cpu"))
+    dtype = faster_dtype(torch.bfloat16, torch.device("cpu"), DECODING)
     models = Competitors.of(convert_at_random(random_model(SHAPE, dtype)))
     return Decoding(models, ROUNDS).greedy()
 

@@ -8,6 +8,7 @@ subtracted.
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ ROUNDS = 100  # of the timing
 DENSE, OURS, FLASHHEAD, INT8, HNSW = "dense", "hf-topk", "FlashHead", "int8", "HNSW"
 
 Run = Callable[[Tensor], Any]
+Build = Callable[[TopKExpertsHead], Run | None]  # a method over the head that is timed; None if its package is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Point:
         agreement: share of the positions that agree.
         bytes_read: per position, as a share of the dense head's in its stored dtype; None if it depends on the search
             in an index.
-        milliseconds: for the next token at batch 1.
+        milliseconds: for the next token at batch 1, in the stored dtype.
     """
 
     method: str
@@ -72,14 +74,18 @@ def measure_frontier(head: TopKExpertsHead, dense: DenseArgmax, seed: int = 0) -
         Points of the dense head; of hf-topk and FlashHead, at each of `LEVELS` that they reach; of int8, timed if
         torchao is installed; and of HNSW, if hnswlib is installed.
     """
-    measured: list[tuple[Point, Run | None]] = [(Point(DENSE, "", 1.0, 1.0), head.dense_logits)]
+    measured: list[tuple[Point, Build]] = [(Point(DENSE, "", 1.0, 1.0), lambda timed: timed.dense_logits)]
     measured += _envelope(_points_of_ours(head, dense))
     measured += _envelope(_points_of_flashhead(head, dense, seed))
-    measured.append((_point_of_int8(head, dense), _or_none(INT8, lambda: int8_head(head.weight, head.bias))))
+    measured.append(
+        (_point_of_int8(head, dense), lambda timed: _or_none(INT8, lambda: int8_head(timed.weight, timed.bias)))
+    )
     if (index := _or_none(HNSW, lambda: HnswHead(head.weight, head.bias))) is not None:
-        measured.append((_point_of_hnsw(index, dense), index))
-    runs = {str(number): run for number, (_, run) in enumerate(measured) if run is not None}
-    seconds = head_seconds(runs, dense.states.to(head.weight.dtype), 1, ROUNDS, "Timing the heads")
+        measured.append((_point_of_hnsw(index, dense), lambda _: index))
+    timed = copy.deepcopy(head).to(head.stored_type)
+    built = {str(number): build(timed) for number, (_, build) in enumerate(measured)}
+    runs = {number: run for number, run in built.items() if run is not None}
+    seconds = head_seconds(runs, dense.states.to(timed.weight.dtype), 1, ROUNDS, "Timing the heads")
     times = {number: 1000 * spread.median for number, spread in seconds.items()}
     return [dataclasses.replace(one[0], milliseconds=times.get(str(number))) for number, one in enumerate(measured)]
 
@@ -93,7 +99,7 @@ def _or_none(name: str, build: Callable[[], Run]) -> Run | None:
         return None
 
 
-def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]]:
+def _envelope(points: Iterator[tuple[Point, Build]]) -> Iterator[tuple[Point, Build]]:
     """Yield the point of fewest bytes at each level."""
     measured = list(points)
     for level in LEVELS:
@@ -102,13 +108,13 @@ def _envelope(points: Iterator[tuple[Point, Run]]) -> Iterator[tuple[Point, Run]
             yield min(reaching, key=lambda one: one[0].bytes_read or 0.0)
 
 
-def _points_of_ours(head: TopKExpertsHead, dense: DenseArgmax) -> Iterator[tuple[Point, Run]]:
+def _points_of_ours(head: TopKExpertsHead, dense: DenseArgmax) -> Iterator[tuple[Point, Build]]:
     ranks = rank_argmax(head, dense)
     for which, k in enumerate(ranks.tried):
         for rescored in numbers_rescored(k * head.expert_size):
             agreement = float(ranks.agrees(which, rescored).double().mean())
             point = Point(OURS, f"k = {k}, R = {rescored}", agreement, OperatingPoint(k, rescored).share_of_bytes(head))
-            yield point, _set_to(head, k, rescored)
+            yield point, functools.partial(_set_to, k=k, rescored=rescored)
 
 
 def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
@@ -119,7 +125,7 @@ def _set_to(head: TopKExpertsHead, k: int, rescored: int) -> Run:
     return lambda hidden: likeliest(twin, twin.score(hidden))
 
 
-def _points_of_flashhead(head: TopKExpertsHead, dense: DenseArgmax, seed: int) -> Iterator[tuple[Point, Run]]:
+def _points_of_flashhead(head: TopKExpertsHead, dense: DenseArgmax, seed: int) -> Iterator[tuple[Point, Build]]:
     clusters = partition(F.normalize(head.weight.float(), dim=-1), min(CLUSTER_SIZE, head.out_features), seed)
     flash = FlashHead(head.weight, head.bias, clusters.to(head.weight.device))
     cluster_of = torch.empty(head.out_features, dtype=torch.long, device=head.weight.device)
@@ -132,12 +138,16 @@ def _points_of_flashhead(head: TopKExpertsHead, dense: DenseArgmax, seed: int) -
         needed.append((scores > scores.gather(1, cluster_of[best].unsqueeze(-1))).sum(dim=-1) + 1)
     ranks = torch.cat(needed).sort().values
     row = head.dense_bytes() / head.out_features
+
+    def build(timed: TopKExpertsHead, num_probes: int) -> Run:
+        return FlashHead(timed.weight, timed.bias, flash.cluster_ids, num_probes).next_tokens
+
     for level in LEVELS:
-        flash.num_probes = int(ranks[min(len(ranks) - 1, int(level * len(ranks)))])
-        agreement = float((ranks <= flash.num_probes).double().mean())
-        read = flash.centroids.numel() * head.stored_type.itemsize + flash.num_probes * clusters.shape[1] * row
-        setting = f"{flash.num_probes} of {len(clusters)} clusters"
-        yield Point(FLASHHEAD, setting, agreement, read / head.dense_bytes()), copy.copy(flash).next_tokens
+        probes = int(ranks[min(len(ranks) - 1, int(level * len(ranks)))])
+        agreement = float((ranks <= probes).double().mean())
+        read = flash.centroids.numel() * head.stored_type.itemsize + probes * clusters.shape[1] * row
+        point = Point(FLASHHEAD, f"{probes} of {len(clusters)} clusters", agreement, read / head.dense_bytes())
+        yield point, functools.partial(build, num_probes=probes)
 
 
 def _point_of_int8(head: TopKExpertsHead, dense: DenseArgmax) -> Point:

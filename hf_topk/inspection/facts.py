@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..compute_dtype import READING
 from ..console import as_json
 from ..documents import read_documents
 from ..evaluation.fidelity import measure_fidelity
@@ -117,7 +118,7 @@ def read_facts(name: str, speed: Path | None = None, *, runs: bool = False) -> F
     import yaml
 
     folder = Path(name).expanduser()
-    model, processor = load_converted(name, device="auto" if runs else "cpu", fastest=runs)
+    model, processor = load_converted(name, device="auto" if runs else "cpu", fastest_for=READING if runs else None)
     metrics = _read(name, "figures.json", lambda text: dict(json.loads(text))) or {}
     recipe = _read(name, "recipe.yaml", lambda text: dict(yaml.safe_load(text))) or {}
     observations = _read(name, OBSERVATIONS_FILE, Observations.from_json) if metrics else None
