@@ -1,7 +1,7 @@
 """Measures whether the sparse head is faster than the dense one on this machine, at the first call of each size."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,12 @@ UNMEASURED_LIMIT = 4  # positions up to which it counts as faster where it canno
 ROUNDS, SECONDS = 5, 0.2  # limits of a measurement, which takes at least two rounds
 WORTH_IT = 0.95  # of the dense head's time; a smaller gain is noise
 
+Run = Callable[[Tensor], Any]
+
 _measured: dict[tuple[Any, ...], bool] = {}
 
 
-def is_faster(
-    sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], head: nn.Linear, positions: int, *sizes: Any
-) -> bool:
+def is_faster(sparse: Run, dense: Run, head: nn.Linear, positions: int, *sizes: Any) -> bool:
     """Whether the sparse head is faster than the dense one, on this machine with this number of threads.
 
     Args:
@@ -34,6 +34,39 @@ def is_faster(
         The result of a measurement, with N rounded up to a power of two. Without one, a fixed rule: while code is
         compiled or a graph is captured, and in distributed runs, whose processes have to agree.
     """
+
+    def measure(states: Tensor) -> bool:
+        of_sparse, of_dense = _least_seconds((partial(sparse, states), partial(dense, states)), states.device)
+        return of_sparse <= WORTH_IT * of_dense
+
+    return _known(measure, head, positions, *sizes)
+
+
+def drafting_is_faster(draft: Run, dense: Run, head: nn.Linear, rows: int, block: int, *sizes: Any) -> bool:
+    """Whether lossless decoding is faster than dense decoding if all draft tokens are accepted; see [`is_faster`].
+
+    A block of n positions takes n draft passes of the sparse head and one verification pass of the dense one. Without
+    the processor's help for a dtype, that pass can take as long as n passes of one position.
+
+    Args:
+        draft: what the sparse head computes for a draft token, a function of hidden states [B, d].
+        dense: the dense head, a function of the same.
+        head: whose weight both read.
+        rows: B.
+        block: n, positions of each row.
+        *sizes: other values that the time of the sparse head depends on.
+    """
+
+    def measure(states: Tensor) -> bool:
+        runs = (partial(draft, states), partial(dense, states), partial(dense, states.repeat(block, 1)))
+        of_draft, of_dense, of_block = _least_seconds(runs, states.device)
+        return of_draft + of_block / block <= WORTH_IT * of_dense
+
+    return _known(measure, head, rows, block, *sizes)
+
+
+def _known(measure: Callable[[Tensor], bool], head: nn.Linear, positions: int, *sizes: Any) -> bool:
+    """The result of a measurement on random hidden states, [N, d], made once for each case; or the fixed rule."""
     if positions > MOST_POSITIONS:
         return False
     bucket = 1 << (positions - 1).bit_length()
@@ -44,25 +77,24 @@ def is_faster(
     if case not in _measured:
         if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return bucket <= UNMEASURED_LIMIT
-        _measured[case] = _measure(sparse, dense, weight, bucket)
+        generator = torch.Generator().manual_seed(0)
+        _measured[case] = measure(torch.randn(bucket, weight.shape[1], generator=generator).to(weight))
     return _measured[case]
 
 
 @torch.no_grad()
-def _measure(sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], weight: Tensor, positions: int) -> bool:
-    """Time both in turn on random hidden states."""
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(positions, weight.shape[1], generator=generator).to(weight)
-    seconds: dict[Any, list[float]] = {sparse: [], dense: []}
-    for run in (sparse, dense):  # warm-up
-        run(states)
+def _least_seconds(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """The shortest time of each, in turn."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:  # warm-up
+        run()
     started = time.perf_counter()
     for done in range(ROUNDS):
-        for run, times in seconds.items():
-            times.append(seconds_of(partial(run, states), weight.device))
+        for run, own in zip(runs, times, strict=True):
+            own.append(seconds_of(run, device))
         if done > 0 and time.perf_counter() - started > SECONDS:
             break
-    return min(seconds[sparse]) <= WORTH_IT * min(seconds[dense])
+    return [min(own) for own in times]
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:

@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_rollback import CroppableCache
+from .crossover import drafting_is_faster
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
 from .scored import Scored
 from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
+TYPICAL_SIZE = 11  # mean length of the blocks of real models
 # Drafting stops where more of the probability lies outside the scored tokens: such draft tokens are often rejected, and
 # all that follow a rejected one are lost.
 DOUBTFUL_SHARE = 0.6
@@ -26,14 +28,20 @@ Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the sc
 
 
 def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
-    """Whether lossless decoding drafts; not if the dense head is as fast.
+    """Whether lossless decoding drafts; not in head mode "auto" if dense decoding is as fast.
 
     Args:
         head: the sparse head.
         rows: of the batch.
     """
-    is_measured = head.head_mode == "auto" and head.sparse_max_positions is None
-    return head.runs_sparse(rows, head.score) if is_measured else head.head_mode != "dense"
+    if head.head_mode != "auto" or head.sparse_max_positions is not None:
+        return head.head_mode != "dense"
+    block = max(1, min(TYPICAL_SIZE, MOST_POSITIONS // rows))
+
+    def draft(states: Tensor) -> Tensor:
+        return head.share_outside(head.score(states))
+
+    return drafting_is_faster(draft, head.dense_logits, head, rows, block, *head.sizes_of_sparse)
 
 
 @dataclass

@@ -91,8 +91,7 @@ class TopKExpertsHead(LaidOutHead):
         if self.sparse_max_positions is not None:
             return num_positions <= self.sparse_max_positions
         run = run or self.sparse_logits
-        sizes = (run.__name__, self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine)
-        return is_faster(run, self.dense_logits, self, num_positions, *sizes)
+        return is_faster(run, self.dense_logits, self, num_positions, run.__name__, *self.sizes_of_sparse)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the dtype of `hidden`."""

@@ -60,6 +60,11 @@ class SizedHead(nn.Linear):
         return picked < num_experts and self.num_rescored < picked * expert_size
 
     @property
+    def sizes_of_sparse(self) -> tuple[int | str, ...]:
+        """The sizes that the time of the sparse head depends on, without those of the weight: M, k, R and combine."""
+        return self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine
+
+    @property
     def stored_type(self) -> torch.dtype:
         """The dtype on disk: that of the weight unless another one was set."""
         return self._stored_type or self.weight.dtype

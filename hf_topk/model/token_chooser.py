@@ -28,7 +28,7 @@ KINDS = (
     (processors.TopPLogitsWarper, SelectingTopPLogitsWarper),
     (processors.MinPLogitsWarper,),
 )
-FIRST_TRIED = 256  # likeliest tokens to try for top-p; sixteen times as many while their probability is too small
+FIRST_TRIED = 256  # likeliest tokens to try for top-p; four times as many while their probability is too small
 
 
 class TokenChooser:
@@ -264,7 +264,7 @@ class Candidates:
             has_enough = sums[:, -1:] >= share
             if count >= length or has_enough.all():
                 break
-            count *= 16
+            count *= 4
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
         return least if self._rest_is_removed else least.where(has_enough, -math.inf), (likeliest, places)
 

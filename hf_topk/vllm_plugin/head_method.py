@@ -58,7 +58,7 @@ class SparseHeadMethod(UnquantizedEmbeddingMethod):
         if head.sparse_max_positions is not None:
             return head.sparse_max_positions
         most, tried = 0, 1
-        sizes = ("vllm", head.num_ranks, head.num_experts, head.num_experts_per_tok, head.num_rescored, head.combine)
+        sizes = ("vllm", head.num_ranks, *head.sizes_of_sparse)
 
         def dense(hidden: Tensor) -> Tensor:
             return self.dense.apply(layer, hidden, self.head.bias)

@@ -10,6 +10,8 @@ from support.tiny_models import QUICK, some_windows, tiny_converted, tiny_dense
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.convert import Recipe, convert
 from hf_topk.model import crossover
+from hf_topk.model.drafting import TYPICAL_SIZE, drafting_pays
+from hf_topk.model.scored import Scored
 
 
 @pytest.fixture
@@ -47,6 +49,36 @@ def test_sparse_is_chosen_if_it_gains_more_than_noise(
     assert head.runs_sparse(4) == is_sparse
     assert clock[0] == measured
     assert not head.runs_sparse(crossover.MOST_POSITIONS + 1)
+
+
+@pytest.mark.parametrize(
+    ("draft", "block", "pays"), [(0.5, 4.0, True), (0.5, 6.0, False), (0.1, 9.0, True), (0.9, 1.0, False)]
+)
+@torch.no_grad()
+def test_lossless_decoding_drafts_if_its_passes_cost_less(
+    draft: float, block: float, pays: bool, head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense pass of one position takes 1 s; eleven positions share a verification pass."""
+    monkeypatch.setattr(crossover, "SECONDS", 1e9)
+    clock = [0.0]
+    score, dense = head.score, head.dense_logits
+
+    def scoring(hidden: torch.Tensor) -> Scored:
+        clock[0] += draft
+        return score(hidden)
+
+    def all_logits(hidden: torch.Tensor) -> torch.Tensor:
+        clock[0] += block if len(hidden) == TYPICAL_SIZE else 1.0
+        return dense(hidden)
+
+    monkeypatch.setattr(head, "score", scoring)
+    monkeypatch.setattr(head, "dense_logits", all_logits)
+    monkeypatch.setattr(crossover.time, "perf_counter", lambda: clock[0])
+    assert drafting_pays(head, 1) == pays
+    assert len(crossover._measured) == 1
+    assert drafting_pays(head, 1) == pays
+    assert not drafting_pays(head, crossover.MOST_POSITIONS + 1)
+    assert len(crossover._measured) == 1
 
 
 @torch.no_grad()
@@ -88,7 +120,7 @@ def test_lossless_decoding_drafts_only_where_sparse_is_faster(monkeypatch: pytes
         return model.last_generation_stats is not None
 
     for is_faster in (False, True):
-        monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *_, answer=is_faster: answer)
+        monkeypatch.setattr("hf_topk.model.drafting.drafting_is_faster", lambda *_, answer=is_faster: answer)
         assert drafts(model) == is_faster
     model.sparse_max_positions = 0  # set by hand, for calls that are not lossless
     assert drafts(model)
