@@ -157,7 +157,7 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
 
 def _fit_in_cache(size: int) -> int:
     """How many copies of a size in bytes stay in the CPU's cache, at least one."""
-    return max(1, CACHED_BYTES // size)
+    return max(1, CACHED_BYTES // max(1, size))
 
 
 def suits_int_kernels(inputs: Tensor) -> bool:
