@@ -45,16 +45,15 @@ def test_measures_for_real(positions: int) -> None:
     assert faster_dtype(torch.bfloat16, CPU, positions) in (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.usefixtures("times")  # keeps what is measured here from other tests
 def test_decoding_can_be_faster_in_another_dtype_than_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU that emulates bfloat16, where only many positions are bound by arithmetic."""
-    faster_dtype.cache_clear()
     emulated = {(torch.bfloat16, READING): 3.0, (torch.bfloat16, DECODING): 0.6}
     monkeypatch.setattr(
         compute_dtype, "_seconds", lambda dtype, device, positions: emulated.get((dtype, positions), 1.0)
     )
     assert faster_dtype(torch.bfloat16, CPU, READING) == torch.float32
     assert faster_dtype(torch.bfloat16, CPU, DECODING) == torch.bfloat16
-    faster_dtype.cache_clear()
 
 
 def test_the_stored_dtype_is_kept_where_memory_is_short(

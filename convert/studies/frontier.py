@@ -140,7 +140,10 @@ def _points_of_flashhead(head: TopKExpertsHead, dense: DenseArgmax, seed: int) -
     row = head.dense_bytes() / head.out_features
 
     def build(timed: TopKExpertsHead, num_probes: int) -> Run:
-        return FlashHead(timed.weight, timed.bias, flash.cluster_ids, num_probes).next_tokens
+        twin = copy.copy(flash)
+        twin.weight, twin.bias, twin.centroids = timed.weight, timed.bias, flash.centroids.to(timed.weight)
+        twin.num_probes = num_probes
+        return twin.next_tokens
 
     for level in LEVELS:
         probes = int(ranks[min(len(ranks) - 1, int(level * len(ranks)))])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.errors import InputError
-from ..model.kernels import COLUMNS_OF_KERNEL, int8_kernel
+from ..model.kernels import COLUMNS_OF_KERNEL, int4_kernel, int8_kernel
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 
 DECODER_FORMATS = ("int8", "int4")
@@ -56,9 +56,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [..., d] to [..., rows]."""
-        flat = inputs.flatten(0, -2).bfloat16()
-        products = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales_and_zeros)
-        return _like_linear(products, inputs, self.bias)
+        packed, scales_and_zeros = cast(Tensor, self.packed), cast(Tensor, self.scales_and_zeros)
+        return _like_linear(int4_kernel(inputs.flatten(0, -2), packed, GROUP, scales_and_zeros), inputs, self.bias)
 
 
 def _like_linear(products: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,8 +16,8 @@ SHARE_WORTH_ALL_ROWS = 0.5
 FEW_POSITIONS = 64
 # The kernel for int8 needs the number of columns and the tensors' addresses to be multiples of these.
 COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
-# Of the kernel for 4 bits: the processors that it is written for, its numbers of columns with a scale, and of rows.
-FAST_WITH_FOUR_BITS, COLUMNS_OF_GROUPS, ROWS_OF_KERNEL = ("AVX2", "AVX512"), (256, 128, 64, 32), 64
+# Of the kernel for 4 bits: the processors that it is written for, numbers of columns with a scale, and rows of a block.
+FAST_WITH_FOUR_BITS, COLUMNS_OF_GROUPS, ROWS_OF_BLOCK = ("AVX2", "AVX512"), (256, 128, 64, 32), 64
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -178,6 +178,11 @@ def int8_kernel(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(_for_kernel(inputs), rows, scales)
 
 
+def int4_kernel(inputs: Tensor, words: Tensor, columns: int, scales_and_zeros: Tensor) -> Tensor:
+    """Products by torch's kernel for 4 bits, bfloat16 [N, R]; arguments as in [`FourBitRows`]."""
+    return torch._weight_int4pack_mm_for_cpu(_for_kernel(inputs), words, columns, scales_and_zeros)
+
+
 def _for_kernel(inputs: Tensor) -> Tensor:
     rounded = inputs.bfloat16().contiguous()
     if not torch.compiler.is_compiling() and rounded.data_ptr() % BYTES_OF_KERNEL:
@@ -206,19 +211,17 @@ def four_bit_rows(rows: Tensor) -> FourBitRows | None:
     columns = next((columns for columns in COLUMNS_OF_GROUPS if rows.shape[1] % columns == 0), None)
     if columns is None or not rows.is_cpu or torch.backends.cpu.get_cpu_capability() not in FAST_WITH_FOUR_BITS:
         return None
-    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS_OF_KERNEL))
+    padded = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS_OF_BLOCK))
     words = torch._convert_weight_to_int4pack_for_cpu(((padded + 15) >> 1).int(), 1)
-    scales_and_zeros = torch.tensor(
-        [2.0, 1.0], dtype=torch.bfloat16
-    )  # the kernel's value of a code is 2 (code - 8) + 1
+    # The value of a code is then 2 (code - 8) + 1.
+    scales_and_zeros = torch.tensor([2.0, 1.0], dtype=torch.bfloat16)
     groups = padded.shape[1] // columns
     return FourBitRows(words, scales_and_zeros.repeat(groups, padded.shape[0], 1), columns, rows.shape[0])
 
 
 def four_bit_products(inputs: Tensor, rows: FourBitRows) -> Tensor:
     """Products by torch's kernel, with inputs and products rounded: [N, r] to bfloat16 [N, R]."""
-    products = torch._weight_int4pack_mm_for_cpu(_for_kernel(inputs), rows.words, rows.columns, rows.scales_and_zeros)
-    return products[:, : rows.num_rows]
+    return int4_kernel(inputs, rows.words, rows.columns, rows.scales_and_zeros)[:, : rows.num_rows]
 
 
 def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: Tensor) -> Tensor:
