@@ -15,7 +15,6 @@ from hf_topk.evaluation.fidelity import Fidelity, measure_fidelity
 from hf_topk.evaluation.observations import Observer
 from hf_topk.model.configuration_topk_experts import TopKExpertsConfig
 from hf_topk.model.encoder_decoder import converted_class
-from hf_topk.model.head import TopKExpertsHead
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.model.ties import check_ties
 from hf_topk.windows import Window, readable_length
@@ -30,8 +29,8 @@ from .steps.choose_operating_point import (
     check_target,
     choose_num_rescored,
     choose_operating_point,
-    rank_argmax,
 )
+from .steps.choose_ranks import choose_ranks, default_ranks
 from .steps.distill import (
     STATES_FOR_STATISTICS,
     evenly_spaced,
@@ -46,7 +45,7 @@ from .steps.fit_combiner import fit_combiner
 from .steps.generate_targets import windows_with_targets
 from .steps.held_out import DenseArgmax, dense_argmax, split_by_document
 from .steps.hidden_states import HiddenStates, collect
-from .steps.pack_router_and_tail import fit_tail, metric_of, pack_router
+from .steps.pack_router_and_tail import Quantiser, cast_additions, metric_of
 from .steps.place_tokens import place_tokens
 from .steps.special_tokens import check_ends_always_on, end_ids, special_ids, unused_ids
 
@@ -130,10 +129,10 @@ def convert_checked(
     processes.release()
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     kinds = special_ids(model, tokenizer, recipe.num_always_on), unused_ids(tokenizer, recipe.vocab_size)
-    converted, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
+    converted, quantise, router_kl = _convert_head(model, *kinds, states, recipe, clock, stored_type or model.dtype)
     with clock("operating point"):
         dense = dense_argmax(converted, held_out)
-        agreed = _set_operating_point(converted, dense, recipe)
+        agreed = _set_operating_point(converted, dense, recipe, quantise)
         if recipe.combine == "learned":
             fit_combiner(converted.head, states, recipe.seed)
             cast_additions(converted.head)
@@ -169,8 +168,8 @@ def _convert_head(
     recipe: ResolvedRecipe,
     clock: StepClock,
     stored_type: torch.dtype,
-) -> tuple[TopKExpertsForCausalLM, float]:
-    """Make the converted model; return it with the router's KL divergence."""
+) -> tuple[TopKExpertsForCausalLM, Quantiser, float]:
+    """Make the converted model, with a float router and no tail yet; return it with the router's KL divergence."""
     converted = converted_class(model.config, model).from_dense(model, config_of(model, recipe))
     head = converted.head
     weight, bias = head.weight.detach(), None if head.full_bias is None else head.full_bias.detach()
@@ -182,18 +181,13 @@ def _convert_head(
         place_tokens(head, specials, unused, statistics, recipe.seed)
     with clock("experts' masses"):
         masses = expert_masses(states, weight, bias, groups_of(head))
-    metric = metric_of(evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device))
     with clock("distillation"):
         start_router(head.router, states, masses)
         router_kl = train_router(
             head.router, states, masses, recipe.distill_steps, recipe.batch_size, recipe.learning_rate, recipe.seed
         )
-        pack_router(head.router, metric, stored_type)
-        converted.config.router_packed = True
-    with clock("tail"):
-        fit_tail(head, metric, statistics.probabilities, unused)
-    cast_additions(head)
-    return converted, router_kl
+        metric = metric_of(evenly_spaced(states, STATES_FOR_STATISTICS).to(weight.device))
+    return converted, Quantiser(converted, metric, statistics.probabilities, unused), router_kl
 
 
 def _measure(
@@ -209,13 +203,21 @@ def _measure(
     )
 
 
-def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe) -> Tensor:
-    """Choose k and R unless the recipe gives them; return whether the sparse argmax is then the dense one, bool [N]."""
+def _set_operating_point(
+    converted: TopKExpertsForCausalLM, dense: DenseArgmax, recipe: ResolvedRecipe, quantise: Quantiser
+) -> Tensor:
+    """Quantise router and tail; choose their ranks, k and R unless the recipe gives them.
+
+    Returns:
+        Whether the sparse argmax is then the dense argmax, bool [N].
+    """
     converted.head.requires_grad_(True)
     for added in converted.head.children():  # trained only in joint training
         cast(Any, added).requires_grad_(False)
     if recipe.num_experts_per_tok is None:
-        return choose_operating_point(converted, dense, rank_argmax(converted.head, dense), Target.of(recipe))
+        argmax_ranks = choose_ranks(converted, dense, recipe, quantise)
+        return choose_operating_point(converted, dense, argmax_ranks, Target.of(recipe))
+    quantise(default_ranks(recipe))
     if recipe.num_rescored is None:
         choose_num_rescored(converted, dense)
     return agrees(converted.head, dense)
@@ -223,18 +225,14 @@ def _set_operating_point(converted: TopKExpertsForCausalLM, dense: DenseArgmax, 
 
 def config_of(model: PreTrainedModel, recipe: ResolvedRecipe) -> TopKExpertsConfig:
     """The configuration of the model that a resolved recipe makes of a dense one."""
-    copied = ["expert_size", "num_always_on", "router_rank", "tail_rank", "combine", "sparse_max_positions"]
-    choices = recipe.to_dict()
+    copied = ["expert_size", "num_always_on", "combine", "sparse_max_positions"]
+    choices, ranks = recipe.to_dict(), default_ranks(recipe)
     copied += ["num_rescored"] if recipe.num_rescored is not None else []
     return TopKExpertsConfig(
         text_config=model.config,
         num_experts=recipe.num_experts,
         num_experts_per_tok=recipe.num_experts_per_tok or 1,
+        router_rank=ranks.router,
+        tail_rank=ranks.tail,
         **{name: choices[name] for name in copied},
     )
-
-
-def cast_additions(head: TopKExpertsHead) -> None:
-    """Round the added tensors, fitted in fp32, to their stored dtype, and cast them to the dtype of the dense head."""
-    for module in head.children():
-        module.to(head.stored_type).to(head.weight.dtype)

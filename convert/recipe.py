@@ -19,6 +19,7 @@ RECIPE_FILE = "recipe.yaml"
 ALWAYS_ON = 256
 LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; limits small ones
 TARGET_AGREEMENT = 0.995  # unless it or k is given
+ROUTER_RANK, TAIL_RANK = 384, 288  # the largest that are tried, and those that k gets where it is given
 
 
 def _choice(default: Any, what: str, *, unset: str | None = None, flags: tuple[str, ...] | None = None) -> Any:
@@ -103,8 +104,12 @@ class Recipe:
         unset="about 256",
         flags=(),
     )
-    router_rank: int = _choice(384, "dimensions kept to score an expert, at 3 per byte", flags=())
-    tail_rank: int = _choice(288, "dimensions kept to screen a token, at 3 per byte", flags=())
+    router_rank: int | None = _choice(
+        None, "dimensions kept to score an expert, at 3 per byte", unset="chosen for the target", flags=()
+    )
+    tail_rank: int | None = _choice(
+        None, "dimensions kept to screen a token, at 3 per byte", unset="chosen for the target", flags=()
+    )
     num_rescored: int | None = _choice(
         None, "tokens of the picked experts that get exact logits (R)", unset="chosen for the target"
     )
@@ -125,9 +130,9 @@ class Recipe:
         Raises:
             ValueError: when one is out of range.
         """
-        for name in ("positions", "expert_size", "router_rank", "tail_rank", "distill_steps", "batch_size"):
+        for name in ("positions", "expert_size", "distill_steps", "batch_size"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("num_experts_per_tok", "num_rescored"):
+        for name in ("num_experts_per_tok", "num_rescored", "router_rank", "tail_rank"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("window_length", self.window_length, 2)
@@ -194,7 +199,7 @@ class Recipe:
             longest_window: most tokens of a forward pass of the model; None if unlimited.
 
         Returns:
-            A recipe that leaves open only k and R.
+            A recipe that leaves open only k, R and the ranks.
 
         Raises:
             InputError: when the sizes do not fit the vocabulary.
@@ -228,7 +233,7 @@ class Recipe:
 @strict
 @dataclasses.dataclass(kw_only=True)
 class ResolvedRecipe(Recipe):
-    """A recipe that was checked against a dense model, and leaves open only k and R.
+    """A recipe that was checked against a dense model, and leaves open only k, R and the ranks.
 
     Attributes:
         num_always_on: A.

@@ -71,6 +71,8 @@ class Report:
             "num_experts": self.num_experts,
             "num_experts_per_tok": head.num_experts_per_tok,
             "num_rescored": head.num_rescored if head.screens else head.num_experts_per_tok * head.expert_size,
+            "router_rank": self.model.config.router_rank,
+            "tail_rank": self.model.config.tail_rank,
             "added_bytes": self.added_bytes,
             "added_bytes_share": self.added_bytes / head.dense_bytes(),
             "distilled_positions": self.distilled_positions,

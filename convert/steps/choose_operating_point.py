@@ -170,8 +170,7 @@ def choose_operating_point(
         Whether the sparse argmax is then the dense argmax, bool [N].
     """
     wanted = target.agreement
-    for _, which, setting in sorted(_affordable(model, ranks, target), key=lambda one: one[0]):
-        expected = dense.reached(ranks.agrees(which, setting.num_rescored))
+    for expected, setting in _cheapest_first(model, dense, ranks, target):
         if expected < wanted:
             continue
         setting.apply(model)
@@ -184,6 +183,37 @@ def choose_operating_point(
             wanted += max(target.agreement - reached, 1 / len(dense.best))
     _nearest(model, dense, ranks, target).apply(model)
     return agrees(model.head, dense)
+
+
+def fewest_bytes(
+    model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
+) -> tuple[float, float]:
+    """What [`choose_operating_point`] can expect, to compare heads by: the larger, the better.
+
+    Args:
+        model: the converted model.
+        dense: the dense argmax on documents that the router was not distilled on.
+        ranks: of this argmax.
+        target: the agreement to reach.
+
+    Returns:
+        The agreement that is reached, at most the target, and the negative share of bytes that this takes.
+    """
+    for expected, setting in _cheapest_first(model, dense, ranks, target):
+        if expected >= target.agreement:
+            return target.agreement, -setting.share_of_bytes(model.head)
+    nearest = _nearest(model, dense, ranks, target)
+    which = ranks.tried.index(nearest.num_experts_per_tok)
+    reached = dense.reached(ranks.agrees(which, nearest.num_rescored))
+    return reached, -nearest.share_of_bytes(model.head)
+
+
+def _cheapest_first(
+    model: TopKExpertsForCausalLM, dense: DenseArgmax, ranks: ArgmaxRanks, target: Target
+) -> Iterator[tuple[float, OperatingPoint]]:
+    """Yield all affordable operating points with the target that each is expected to reach, by bytes."""
+    for _, which, setting in sorted(_affordable(model, ranks, target), key=lambda one: one[0]):
+        yield dense.reached(ranks.agrees(which, setting.num_rescored)), setting
 
 
 def _affordable(

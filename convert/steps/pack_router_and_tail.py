@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_topk.model.head import TopKExpertsHead
+from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
 from hf_topk.model.packed_rows import SMALLEST_SCALE, PackedRows, round_to_levels
 from hf_topk.model.router import Router
+from hf_topk.model.tail import Tail
 from hf_topk.progress import progress
 
 SMALLEST_PROBABILITY = 1e-12
@@ -43,6 +45,59 @@ def metric_of(states: Tensor) -> Metric:
     values, vectors = torch.linalg.eigh((states - mean).t() @ (states - mean) / len(states))
     values = values.clamp_min(values[-1].clamp_min(SMALLEST_SCALE) * SMALLEST_VARIANCE)
     return Metric(mean, vectors * values.sqrt() @ vectors.t(), vectors / values.sqrt() @ vectors.t())
+
+
+class Ranks(NamedTuple):
+    """How many numbers are kept of each row.
+
+    Attributes:
+        router: of an expert's row of the router.
+        tail: of a token's row of the screen.
+    """
+
+    router: int
+    tail: int
+
+
+class Quantiser:
+    """Quantises router and screen of a converted model, from the float rows of its router, as often as is asked."""
+
+    def __init__(self, model: TopKExpertsForCausalLM, metric: Metric, probabilities: Tensor, unused: list[int]) -> None:
+        """Prepare.
+
+        Args:
+            model: its router is trained, and not packed.
+            metric: of the hidden states.
+            probabilities: mean probability of each token over the calibration text, fp32 [V].
+            unused: unused ids.
+        """
+        self._model, self._floats = model, model.head.router
+        self._metric, self._probabilities, self._unused = metric, probabilities, unused
+
+    @torch.no_grad()
+    def __call__(self, ranks: Ranks) -> None:
+        """Give the model a new router and a new tail, of these ranks, in the dtype of the head.
+
+        Args:
+            ranks: of both.
+        """
+        head, config = self._model.head, self._model.config
+        config.router_rank, config.tail_rank, config.router_packed = *ranks, True
+        device = head.weight.device
+        head.router = Router(head.in_features, head.num_experts, ranks.router).to(device).requires_grad_(False)
+        tail = Tail(head.in_features, head.num_experts, head.expert_size, ranks.tail)
+        head.tail = tail.to(device).requires_grad_(False)
+        for name in ("floats", "bias"):
+            getattr(head.router, name).copy_(getattr(self._floats, name))
+        pack_router(head.router, self._metric, head.stored_type)
+        fit_tail(head, self._metric, self._probabilities, self._unused)
+        cast_additions(head)
+
+
+def cast_additions(head: TopKExpertsHead) -> None:
+    """Round the added tensors, fitted in fp32, to their stored dtype, and cast them to the dtype of the dense head."""
+    for module in head.children():
+        module.to(head.stored_type).to(head.weight.dtype)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def config_at_random(text_config: PreTrainedConfig) -> TopKExpertsConfig:
     Args:
         text_config: of the dense model.
     """
-    from ..convert.recipe import Recipe  # here, as the package loads without the converter
+    from ..convert.recipe import ROUTER_RANK, TAIL_RANK, Recipe  # here, as the package loads without the converter
 
     vocab_size = text_config.vocab_size
     recipe = Recipe().resolve(vocab_size)
@@ -48,9 +48,9 @@ def config_at_random(text_config: PreTrainedConfig) -> TopKExpertsConfig:
         expert_size=recipe.expert_size,
         num_experts_per_tok=num_experts_per_tok,
         num_always_on=recipe.num_always_on,
-        router_rank=recipe.router_rank,
+        router_rank=ROUTER_RANK,
         router_packed=True,
-        tail_rank=recipe.tail_rank,
+        tail_rank=TAIL_RANK,
         num_rescored=min(NUM_RESCORED, num_experts_per_tok * recipe.expert_size),
     )
 

@@ -61,8 +61,9 @@ class SizedHead(nn.Linear):
 
     @property
     def sizes_of_sparse(self) -> tuple[int | str, ...]:
-        """The sizes that the time of the sparse head depends on, without those of the weight: M, k, R and combine."""
-        return self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine
+        """The sizes that the time of the sparse head depends on, without those of the weight."""
+        ranks = self.config.router_rank, self.config.tail_rank
+        return self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine, *ranks
 
     @property
     def stored_type(self) -> torch.dtype:

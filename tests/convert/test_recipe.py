@@ -70,7 +70,7 @@ def test_an_empty_file_is_all_defaults(content: str, tmp_path: Path) -> None:
 def test_choices_left_out_keep_their_defaults() -> None:
     recipe = Recipe.from_dict({"expert_size": 64})
     assert recipe == dataclasses.replace(Recipe(), expert_size=64)
-    assert (recipe.text, recipe.combine, recipe.tail_rank) == ("mixed", "exact", 288)
+    assert (recipe.text, recipe.combine, recipe.batch_size) == ("mixed", "exact", 256)
 
 
 @pytest.mark.parametrize(("written", "value"), [("1e-3", 0.001), ("1", 1.0), ("0.5", 0.5)])
