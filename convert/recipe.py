@@ -16,7 +16,7 @@ from hf_topk.model.errors import InputError, one_line
 
 MIXED = "mixed"
 RECIPE_FILE = "recipe.yaml"
-ALWAYS_ON = 256
+ALWAYS_ON = 64
 LARGEST_SHARE_ALWAYS_ON = 1 / 32  # of the vocabulary; limits small ones
 TARGET_AGREEMENT = 0.995  # unless it or k is given
 ROUTER_RANK, TAIL_RANK = 384, 288  # the largest that are tried, and those that k gets where it is given
@@ -101,7 +101,7 @@ class Recipe:
     num_always_on: int | None = _choice(
         None,
         "tokens scored at every position (A), the special ones first; 0: none, not even those that end a text",
-        unset="about 256",
+        unset="about 64",
         flags=(),
     )
     router_rank: int | None = _choice(

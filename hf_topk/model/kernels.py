@@ -121,10 +121,21 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
         return F.linear(hidden, weight, bias).index_select(1, rows)
     at_once = _fit_in_cache(weight.shape[1] * weight.itemsize)
     if rows.shape[0] <= at_once or torch.compiler.is_compiling():
-        logits = F.linear(hidden, weight.index_select(0, rows))
+        logits = _products(hidden, weight.index_select(0, rows))
     else:
-        logits = torch.cat([F.linear(hidden, weight.index_select(0, some)) for some in rows.split(at_once)], dim=-1)
+        logits = torch.cat([_products(hidden, weight.index_select(0, some)) for some in rows.split(at_once)], dim=-1)
     return logits if bias is None else logits + bias.index_select(0, rows)
+
+
+def _products(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Products with all rows: [N, d] and [R, d] to [N, R].
+
+    For one position in bfloat16 torch leaves matrix products to oneDNN, which takes twice as long as torch's own kernel
+    for a vector.
+    """
+    if hidden.dtype == torch.bfloat16 and hidden.shape[0] == 1 and hidden.is_cpu:
+        return torch.mv(rows, hidden[0]).unsqueeze(0)
+    return F.linear(hidden, rows)
 
 
 def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
@@ -229,21 +240,19 @@ def expert_int8_products(inputs: Tensor, rows: Tensor, experts: Tensor, scales: 
 
     Args:
         inputs: [N, r], any float dtype.
-        rows: [M, S, r] int8, or floats.
+        rows: [M, S, r] int8, or the same as int32, [M, S, r / 4], which is copied faster; or floats.
         experts: the picked experts, [N, k] int64.
         scales: at least M S equal values, bfloat16.
 
     Returns:
         inputs @ rows^T * scales, bfloat16 or fp32 [N, k, S].
     """
-    expert_size = rows.shape[1]
+    expert_size, dtype = rows.shape[1], torch.int8 if rows.dtype == torch.int32 else rows.dtype
     if torch.compiler.is_compiling() and len(inputs) > 1:
-        return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows[experts]) * scales[:expert_size]
+        return _products_in_one_loop(inputs.unsqueeze(1).unsqueeze(1), rows.view(dtype)[experts]) * scales[:expert_size]
     # Each expert is read once, however many positions picked it.
     chosen, place = (experts[0], None) if experts.shape[0] == 1 else experts.unique(return_inverse=True)
-    copies_words = rows.dtype == torch.int8 and rows.shape[-1] % 4 == 0  # compiled code copies byte by byte
-    words = rows.view(torch.int32) if copies_words else rows
-    picked = words.index_select(0, chosen).view(rows.dtype).flatten(0, 1)
+    picked = rows.index_select(0, chosen).view(dtype).flatten(0, 1)
     products = int8_products(inputs, picked, scales[: picked.shape[0]]).unflatten(-1, (-1, expert_size))
     return products if place is None else products.gather(1, place.unsqueeze(-1).expand(-1, -1, expert_size))
 

@@ -30,6 +30,7 @@ class Prepared(NamedTuple):
     Attributes:
         basis: B without its scales, int8 [r, d], in aligned memory.
         halves: the coordinates in half steps, which are odd integers, int8 [*shape, r].
+        words: the same as int32, four to a word, for copying; as they are where they do not fill words.
         four_bit: the same for torch's kernel for 4 bits; None if it does not support them.
         ones: a scale of 1 for each row, bfloat16 [rows].
         half_scales, half_center: half of the basis' scales and of the center, bfloat16 and fp32 [r].
@@ -37,6 +38,7 @@ class Prepared(NamedTuple):
 
     basis: Tensor
     halves: Tensor
+    words: Tensor
     four_bit: FourBitRows | None
     ones: Tensor
     half_scales: Tensor
@@ -110,7 +112,7 @@ class PackedRows(nn.Module):
         if runs_on_triton(hidden, self.codes_4bit):
             return self._packed_products(hidden, experts)
         prepared = self._prepared()
-        return expert_int8_products(self._projected(hidden, prepared), prepared.halves, experts, prepared.ones)
+        return expert_int8_products(self._projected(hidden, prepared), prepared.words, experts, prepared.ones)
 
     def _packed_products(self, hidden: Tensor, experts: Tensor | None) -> Tensor:
         shape = self.codes_4bit.shape[:-1]
@@ -120,8 +122,8 @@ class PackedRows(nn.Module):
         return products if len(shape) > 1 else products.squeeze(-1)
 
     def _projected(self, hidden: Tensor, prepared: "Prepared") -> Tensor:
-        """Half of the coordinates of hidden states, fp32 [N, r]."""
-        return int8_products(hidden, prepared.basis, prepared.half_scales) - prepared.half_center
+        """Half of the coordinates of hidden states, bfloat16 or fp32 [N, r]."""
+        return int8_products(hidden, prepared.basis, prepared.half_scales).sub_(prepared.half_center)
 
     def _prepared(self) -> "Prepared":
         """The rows unpacked to int8, at first use, and cached.
@@ -131,7 +133,8 @@ class PackedRows(nn.Module):
         """
         if torch.compiler.is_exporting() or (torch.compiler.is_compiling() and self._kept is None):
             made = self._unpacked()
-            return made._replace(basis=made.basis.float(), halves=made.halves.float())
+            halves = made.halves.float()
+            return made._replace(basis=made.basis.float(), halves=halves, words=halves)
         if torch.compiler.is_compiling():
             return cast(Prepared, self._kept)
         buffers = self._buffers  # a lookup here costs a tenth of one through the module
@@ -151,7 +154,8 @@ class PackedRows(nn.Module):
         halves = unpack_halves(self.codes_4bit, self.codes_2bit)
         ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
         half_scales, half_center = (self.basis_scales / 2).bfloat16(), self.center.float() / 2
-        return Prepared(self.basis.clone(), halves, None, ones, half_scales, half_center)
+        words = halves.view(torch.int32) if halves.shape[-1] % 4 == 0 else halves
+        return Prepared(self.basis.clone(), halves, words, None, ones, half_scales, half_center)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:
