@@ -265,8 +265,8 @@ class TopKExpertsHead(LaidOutHead):
         """
         always, routed = scored.exact.float().tensor_split([self.num_always_on], dim=-1)
         if scored.screened is not None and scored.places is not None:
-            scores = scored.tail_scores.gather(1, scored.experts).unsqueeze(-1)
-            routed = (scored.screened + scores).flatten(1).scatter(1, scored.places, routed)
+            masses = (scored.masses + scored.offset).unsqueeze(-1)
+            routed = (scored.screened + masses).flatten(1).scatter(1, scored.places, routed)
         if self.has_short_experts:
             by_expert = routed.view(*scored.experts.shape, self.expert_size)
             routed = self.mask_padding(by_expert, self.expert_ids[scored.experts]).flatten(1)

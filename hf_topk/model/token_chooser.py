@@ -15,7 +15,7 @@ from transformers.generation import logits_process as processors
 
 from .head import TopKExpertsHead
 from .logits_processors import SelectingTopPLogitsWarper
-from .scored import Scored, lowest_of_likeliest
+from .scored import Scored, log_mass, lowest_of_likeliest
 from .suppression import SUPPRESSORS, Priors, Suppression, Timestamps
 
 # In the order in which Transformers applies them; each is optional, and there may be several suppressors.
@@ -185,7 +185,7 @@ class Candidates:
             priors: of the same head; its suppressed tokens are no candidates.
         """
         self._head, self._scored, self._priors = head, scored, priors
-        self._temperature = 1.0
+        self._tail_scores, self._temperature = scored.tail_scores, 1.0
         self._experts = scored.experts  # expanded, in the order of their tokens
         self._logits = self._masked(head.candidate_logits(scored), priors)  # (B, n)
         self._places: Tensor | None = None  # of the tokens in these experts, once some were removed
@@ -196,7 +196,7 @@ class Candidates:
         head = self._head
         always, of_expert = head.places_of(input_ids)
         experts = of_expert.clamp_min(0) // head.expert_size
-        is_seen = torch.zeros_like(self._scored.tail_scores, dtype=torch.bool)
+        is_seen = torch.zeros_like(self._tail_scores, dtype=torch.bool)
         is_seen.scatter_reduce_(1, experts, of_expert >= 0, "amax")
         self._expand(is_seen)
         order = torch.arange(self._experts.shape[1]).expand_as(self._experts)
@@ -217,7 +217,7 @@ class Candidates:
 
     def most_of(self, priors: Priors) -> Tensor:
         """The largest logit of the tokens that are not suppressed in other terms, [B, 1]."""
-        others = (self._scored.tail_scores + priors.best).scatter(1, self._experts, -torch.inf)
+        others = (self._tail_scores + priors.best).scatter(1, self._experts, -torch.inf)
         return torch.cat([self._masked(self._logits, priors), others], dim=-1).amax(dim=-1, keepdim=True)
 
     def _masked(self, logits: Tensor, priors: Priors) -> Tensor:
@@ -262,11 +262,13 @@ class Candidates:
             probabilities = (likeliest - total).exp()
             sums = probabilities.cumsum(dim=-1)
             has_enough = sums[:, -1:] >= share
-            if count >= length or has_enough.all():
+            all_have = bool(has_enough.all())
+            if count >= length or all_have:
                 break
             count *= 4
         least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
-        return least if self._rest_is_removed else least.where(has_enough, -math.inf), (likeliest, places)
+        is_least = self._rest_is_removed or all_have
+        return least if is_least else least.where(has_enough, -math.inf), (likeliest, places)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
@@ -297,12 +299,11 @@ class Candidates:
 
     def _log_mass(self) -> Tensor:
         """Log-sum-exp of the logits of all tokens, [B, 1]."""
-        all_logits = self._logits if self._rest_is_removed else torch.cat([self._logits, self._masses()], dim=-1)
-        return all_logits.logsumexp(dim=-1, keepdim=True)
+        return log_mass(self._logits if self._rest_is_removed else torch.cat([self._logits, self._masses()], dim=-1))
 
     def _masses(self, priors: Priors | None = None) -> Tensor:
         """Log masses of the experts that are not expanded, -inf for the others, [B, M]."""
-        scores = self._scored.tail_scores / self._temperature + (priors or self._priors).mass(self._temperature)
+        scores = self._tail_scores / self._temperature + (priors or self._priors).mass(self._temperature)
         return scores.scatter(1, self._experts, -torch.inf)
 
     def _expand_above(self, logit: Tensor | float) -> bool:
@@ -312,8 +313,7 @@ class Candidates:
         most = self._scored.most_left
         if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
             return False
-        best = (self._scored.tail_scores + self._priors.best) / self._temperature
-        return self._expand(best > logit)
+        return self._expand(self._tail_scores + self._priors.best > logit * self._temperature)
 
     def _expand(self, are_wanted: Tensor) -> bool:
         """Expand the wanted experts, bool [B, M], and more to fill up rows; return whether there were any."""
@@ -323,7 +323,7 @@ class Candidates:
             return False
         order = are_wanted.int().scatter(1, self._experts, -1)
         more = order.topk(count, dim=-1).indices  # (B, count)
-        scores = self._scored.tail_scores.gather(1, more).unsqueeze(-1)
+        scores = self._tail_scores.gather(1, more).unsqueeze(-1)
         logits = (scores + self._priors.log_prior(more)).flatten(1) / self._temperature
         self._logits = torch.cat([self._logits, logits], dim=-1)
         self._experts = torch.cat([self._experts, more], dim=-1)

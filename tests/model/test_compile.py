@@ -1,5 +1,6 @@
 """Compiled decoding: no graph break, no recompilation after warm-up, and the tokens of eager mode."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -77,8 +78,39 @@ def test_sampling_with_a_static_cache_compiles_once_and_draws_the_tokens_of_eage
     assert not counters["graph_break"]
 
 
-def test_a_compiled_model_generates_the_tokens_of_eager_mode() -> None:
+def test_on_a_cpu_generate_compiles_the_decoder_and_not_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scored = converted(), []
+    score = model.head.score
+
+    def watched(hidden: torch.Tensor) -> object:
+        scored.append(torch.compiler.is_compiling())
+        return score(hidden)
+
+    monkeypatch.setattr(model.head, "score", watched)
+    generate(model, **compiled_choices())
+    assert scored.count(False) >= 11  # steps after prefill, as in eager mode: without logits of all tokens
+    assert not any(scored)
+
+
+def test_a_copy_of_a_model_compiles_its_own_decoder() -> None:
     model = converted()
+    generate(model, **compiled_choices())
+    assert model._compiled_decoder is not None
+    twin = copy.deepcopy(model)
+    assert twin._compiled_decoder is None
+    with torch.no_grad():
+        for parameter in twin.base.base_model.parameters():
+            parameter.mul_(-0.5)
+    assert generate(twin, **compiled_choices()).equal(generate(twin))
+    other = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    first = model._compiled_decoder
+    assert model.get_compiled_call(other) is not first
+    assert model.get_compiled_call(other) is model.get_compiled_call(other)
+
+
+@pytest.mark.parametrize("choices", [{}, {"num_rescored": 256}, {"router_packed": False}, {"combine": "learned"}])
+def test_a_compiled_model_generates_the_tokens_of_eager_mode(choices: dict[str, object]) -> None:
+    model = converted(**choices)
     expected, dense = generate(model), model.base.generate(IDS, max_new_tokens=12, do_sample=False, eos_token_id=None)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
     assert generate(model, cache_implementation="static").equal(expected)
