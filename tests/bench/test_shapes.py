@@ -15,6 +15,7 @@ from hf_topk.bench.random_experts import (
 )
 from hf_topk.bench.shapes import SHAPES, random_model, shape_config
 from hf_topk.convert import Recipe
+from hf_topk.convert.steps.choose_ranks import default_ranks
 from hf_topk.model.dense_model import random_dense_model
 from hf_topk.model.errors import InputError
 from hf_topk.model.head import TopKExpertsHead
@@ -122,8 +123,9 @@ def test_a_random_conversion_is_complete_and_shares_the_weights(
 def test_a_random_conversion_has_the_default_sizes(shape: str) -> None:
     config = config_at_random(shape_config(shape))
     recipe = Recipe().resolve(config.vocab_size)
-    for name in ("expert_size", "num_always_on", "router_rank", "tail_rank"):
+    for name in ("expert_size", "num_always_on"):
         assert getattr(config, name) == getattr(recipe, name)
+    assert default_ranks(recipe) == (config.router_rank, config.tail_rank)
     assert config.router_packed
     assert config.num_experts == recipe.num_experts
     assert config.num_experts_per_tok == round(SHARE_OF_EXPERTS * config.num_experts)

@@ -25,8 +25,8 @@ RECIPES = st.builds(
     num_experts_per_tok=st.none() | SIZES,
     num_always_on=st.none() | st.integers(0, 10**6),
     target_agreement=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
-    router_rank=SIZES,
-    tail_rank=SIZES,
+    router_rank=st.none() | SIZES,
+    tail_rank=st.none() | SIZES,
     num_rescored=st.none() | SIZES,
     combine=st.sampled_from(get_args(CombineType)),
     sparse_max_positions=st.none() | st.integers(0, 10**6),
@@ -89,14 +89,16 @@ LEFT_OPEN = {
     "sparse_max_positions",
     "target_agreement",
     "max_bytes_read",
+    "router_rank",
+    "tail_rank",
 }
 
 
-def test_resolving_sets_all_choices_but_k_and_r() -> None:
+def test_resolving_sets_all_choices_but_k_r_and_the_ranks() -> None:
     recipe = Recipe().resolve(32_768)
     assert {name for name, value in recipe.to_dict().items() if value is None} == LEFT_OPEN
-    assert recipe.num_always_on == 256
-    assert recipe.num_experts == 2032
+    assert recipe.num_always_on == 64
+    assert recipe.num_experts == 2044
 
 
 @pytest.mark.parametrize("name", ["num_experts_per_tok", "num_rescored", "sparse_max_positions"])
@@ -130,7 +132,7 @@ def test_the_number_of_always_on_tokens_leaves_full_experts(expert_size: int, ex
     resolved = Recipe(expert_size=expert_size).resolve(vocab_size)
     routed = vocab_size - resolved.num_always_on
     assert routed % expert_size == 0
-    assert resolved.num_always_on < min(256, vocab_size / 32) + expert_size
+    assert resolved.num_always_on < min(64, vocab_size / 32) + expert_size
 
 
 def test_windows_fit_the_model_s_positions() -> None:
