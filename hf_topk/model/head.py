@@ -15,7 +15,7 @@ from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
 from .kernels import expert_dot, gather_dot_sharing
 from .router import Router
-from .scored import Picked, Scored, log_mass, lowest_of_likeliest
+from .scored import Picked, Scored, lowest_of_likeliest, mass_over
 from .sharing import copy_sharing
 from .tail import Tail
 from .whole_head import check_whole, full_shape
@@ -195,7 +195,7 @@ class TopKExpertsHead(LaidOutHead):
         if shifts is not None:
             routed, masses = (routed + shifts.unsqueeze(-1)).to(routed.dtype), masses + shifts
         logits = torch.cat([always, routed.flatten(1)], dim=-1)
-        return Scored(logits, self.scored_ids(top), top, tail_scores, torch.zeros_like(offset), masses)
+        return Scored(logits, self.scored_ids(top), top, tail_scores, masses, torch.zeros_like(offset))
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
@@ -212,15 +212,11 @@ class TopKExpertsHead(LaidOutHead):
         kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
         always = self.always_on_ids.expand(places.shape[0], -1)
         ids = torch.cat([always, token_ids.flatten(1).gather(1, places)], dim=-1)
-        logits = self.exact_logits(hidden, ids)
-        exact = logits[:, always.shape[1] :].float()
-        if has_short:  # with fewer than R tokens to rescore, repeated ids fill the rest
-            exact = exact.masked_fill(kept.isneginf(), -torch.inf)
-        # The offset scales the exact logits to the mass of their estimates, so the experts keep their masses.
-        exact_mass, estimated_mass = log_mass(torch.stack([exact, kept]))
-        offset = exact_mass - estimated_mass
-        least = kept.amin(dim=-1, keepdim=True)
-        return Scored(logits, ids, top, scores, offset, top_scores, screened, places, least)
+        exact = self.exact_logits(hidden, ids)
+        offset = None
+        if has_short:
+            offset = mass_over(exact[:, always.shape[1] :].masked_fill(kept.isneginf(), -torch.inf), kept)
+        return Scored(exact, ids, top, scores, top_scores, offset, screened, places, kept)
 
     def check_rows(self) -> None:
         """Raise an InputError if this process does not have all rows."""

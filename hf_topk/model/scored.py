@@ -1,9 +1,12 @@
 """The results of the sparse head's steps: the picked experts, and the exact logits with the terms of the tail."""
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+ROUNDING = 1e-3  # of the mean of estimates, in nats
 
 
 class Picked(NamedTuple):
@@ -20,7 +23,8 @@ class Picked(NamedTuple):
     expert_scores: Tensor
 
 
-class Scored(NamedTuple):
+@dataclass(eq=False)
+class Scored:
     """The exact logits of N positions, and the terms of all other logits.
 
     Attributes:
@@ -29,22 +33,35 @@ class Scored(NamedTuple):
         ids: their token ids, int64, of the same shape.
         experts: the picked experts, [N, k] int64.
         scores: log mass of each expert for the tail, without the offset, fp32 [N, M].
-        offset: aligns the scores with the exact logits, fp32 [N, 1].
         masses: log mass of each picked expert, with a screen without the offset, fp32 [N, k].
+        known_offset: see `offset`; None until it is needed.
         screened: the screen's log p(v | e, h) of the picked experts' tokens, fp32 [N, k, S]; None without a screen.
         places: indices of the R tokens among the k S of the picked experts, [N, R] int64; None without a screen.
-        least: the least estimate among the R tokens, without the offset, fp32 [N, 1]; None without a screen.
+        kept: estimates of the R tokens, without the offset, fp32 [N, R]; None without a screen. Where fewer than R are
+            left, repeated ids fill the rest, with estimates of -inf, and the offset is known.
     """
 
     exact: Tensor
     ids: Tensor
     experts: Tensor
     scores: Tensor
-    offset: Tensor
     masses: Tensor
+    known_offset: Tensor | None = None
     screened: Tensor | None = None
     places: Tensor | None = None
-    least: Tensor | None = None
+    kept: Tensor | None = None
+
+    @property
+    def offset(self) -> Tensor:
+        """Aligns the scores with the exact logits, fp32 [N, 1].
+
+        It scales the mass of the estimates of the R tokens to that of their exact logits, so the experts keep their
+        masses.
+        """
+        if self.known_offset is None:
+            kept = cast(Tensor, self.kept)
+            self.known_offset = mass_over(self.exact[:, -kept.shape[1] :], kept)
+        return self.known_offset
 
     @property
     def tail_scores(self) -> Tensor:
@@ -58,18 +75,40 @@ class Scored(NamedTuple):
         The screen drops no token that is likelier than one that it keeps. In an expert that was not picked, no token is
         likelier than the whole expert, whose score is at most that of a picked one.
         """
-        if self.least is None:
-            return None
-        return torch.maximum(self.least, self.masses.amin(dim=-1, keepdim=True)) + self.offset
+        return None if self.kept is None else self._most_left(self.kept) + self.offset
+
+    def _most_left(self, kept: Tensor) -> Tensor:
+        return torch.maximum(kept.amin(dim=-1, keepdim=True), self.masses.amin(dim=-1, keepdim=True))
+
+    def has_the_likeliest(self) -> bool:
+        """Whether a quick test shows that at each position the likeliest token is one with an exact logit.
+
+        The mass of R exact logits is at most log R above the largest, and that of R estimates, by Jensen's inequality,
+        at least log R above their mean. So where the mean is above all other estimates, the largest exact logit is
+        above them with the offset.
+        """
+        if self.kept is None or self.known_offset is not None:  # logits may have been suppressed since
+            return False
+        return bool((self.kept.mean(dim=-1, keepdim=True) > self._most_left(self.kept) + ROUNDING).all())
+
+    def with_exact(self, exact: Tensor) -> "Scored":
+        """These values with other exact logits, and the same offset."""
+        return replace(self, exact=exact, known_offset=self.offset)
 
     def part(self, positions: Tensor | slice) -> "Scored":
         """These values at some of the positions."""
-        return Scored(*(cast(Tensor, None if tensor is None else tensor[positions]) for tensor in self))
+        return Scored(*(cast(Tensor, None if one is None else one[positions]) for one in vars(self).values()))
 
 
 def log_mass(logits: Tensor) -> Tensor:
     """Log-sum-exp over the last dimension, [..., n] to [..., 1], if some are finite; faster on a CPU than torch's."""
     return logits.amax(dim=-1, keepdim=True) - logits.log_softmax(dim=-1).amax(dim=-1, keepdim=True)
+
+
+def mass_over(exact: Tensor, estimates: Tensor) -> Tensor:
+    """Log of the mass of exact logits over that of estimates of the same tokens, [N, R] each to [N, 1]."""
+    of_exact, of_estimates = log_mass(torch.stack([exact.float(), estimates]))
+    return of_exact - of_estimates
 
 
 def lowest_of_likeliest(logits: Tensor, ids: Tensor) -> Tensor:

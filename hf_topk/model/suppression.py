@@ -70,7 +70,7 @@ class Priors:
         """The results of the head's steps, with exact logits of -inf for suppressed tokens."""
         if self.is_suppressed is None:
             return scored
-        return scored._replace(exact=self.masked(scored.exact, scored.ids))
+        return scored.with_exact(self.masked(scored.exact, scored.ids))
 
 
 class Suppression:

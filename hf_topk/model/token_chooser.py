@@ -134,7 +134,7 @@ class TokenChooser:
 
 def likeliest(head: TopKExpertsHead, scored: Scored, priors: Priors | None = None) -> Tensor:
     """The token of the largest sparse logit at each position, [N]."""
-    if head.tail_may_win(scored).any():
+    if not scored.has_the_likeliest() and head.tail_may_win(scored).any():
         return Candidates(head, scored, priors or Priors(head)).best()
     return head.best_scored(scored)
 

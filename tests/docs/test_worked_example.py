@@ -140,7 +140,7 @@ def test_logits_and_probabilities(head: TopKExpertsHead) -> None:
 def test_no_unscored_token_may_win(head: TopKExpertsHead) -> None:
     scored = head.score(HIDDEN)
     least, picked, most_left, best = in_text(r"max\(([\d.]+), ([\d.]+)\) \+ 0\.\d+ = ([\d.]+), below ([\d.]+)")
-    close(torch.stack([scored.least, scored.masses.amin().view(1, 1)]).flatten(), torch.tensor([least, picked]))
+    close(torch.stack([scored.kept.amin(), scored.masses.amin()]), torch.tensor([least, picked]))
     close(scored.most_left.flatten(), torch.tensor([most_left]))
     close(scored.exact.amax().view(1), torch.tensor([best]))
     assert not head.tail_may_win(scored).any()

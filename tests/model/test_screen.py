@@ -93,6 +93,29 @@ def test_the_likeliest_tokens_get_exact_logits_once_each(seed: int, choices: dic
     assert min(estimates[token] for token in rescored) >= max(left, default=-torch.inf) - 1e-4
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, choices=sizes(), num_rescored=st.integers(1, 60), spread=st.sampled_from([0.01, 0.3, 3.0]))
+def test_the_quick_test_never_says_more_than_the_bound(
+    seed: int, choices: dict[str, int], num_rescored: int, spread: float
+) -> None:
+    head, hidden = make_head(num_rescored=num_rescored, **choices), make_hidden(seed, 1) * spread
+    scored = head.score(hidden)
+    if scored.has_the_likeliest():
+        assert not head.tail_may_win(scored).any()
+
+
+def test_the_quick_test_is_for_all_positions_and_unchanged_logits() -> None:
+    head = make_head(num_always_on=4, num_experts_per_tok=5, num_rescored=6)  # no expert is short
+    hidden = make_hidden(0, 200)
+    sure = torch.tensor([head.score(one).has_the_likeliest() for one in hidden.split(1)])
+    assert 0 < int(sure.sum()) < len(sure)
+    assert head.score(hidden[sure]).has_the_likeliest()
+    assert not head.score(hidden).has_the_likeliest()
+    scored = head.score(hidden[sure][:1])
+    assert not scored.with_exact(scored.exact - 100).has_the_likeliest()
+    assert head.tail_may_win(scored.with_exact(scored.exact - 100)).all()
+
+
 def test_rescoring_all_picked_tokens_needs_no_screen() -> None:
     few, many, hidden = make_head(num_rescored=2 * 16 - 1), make_head(num_rescored=2 * 16), make_hidden(0, 3)
     assert few.screens
