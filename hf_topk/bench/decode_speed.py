@@ -73,17 +73,18 @@ class Decoding:
         decoders = {"dense": _decoder(self._models.dense), "auto": _decoder(self._models.sparse, "auto")}
         return self._measure(decoders, f"Decoding a batch of {size}", size)
 
-    def compiled(self, backend: str = "inductor") -> dict[str, Spread]:
-        """Greedy decoding compiled in one graph by `generate`, with a static KV cache.
+    def compiled(self, does_sample: bool = False, backend: str = "inductor") -> dict[str, Spread]:
+        """Decoding compiled by `generate`, with a static KV cache.
 
         Args:
+            does_sample: whether to sample with a temperature and top-p.
             backend: of `torch.compile`.
         """
         compile_config = CompileConfig(fullgraph=True, mode="default", backend=backend)
         compile_config._compile_all_devices = cast(Any, True)  # `generate` compiles only on accelerators otherwise
         choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
-        decoders = self._decoders("dense", "sparse", "no_head", **choices)
-        return self._measure(decoders, "Decoding, compiled")
+        decoders = self._decoders("dense", "sparse", "no_head", **choices, **(SAMPLING if does_sample else {}))
+        return self._measure(decoders, "Sampling, compiled" if does_sample else "Decoding, compiled")
 
     def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:
         return {name: _decoder(getattr(self._models, name), **choices) for name in names}

@@ -54,6 +54,8 @@ def tables(metrics: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     if metrics["e2e_compiled"]:
         yield "Decoding, compiled, tokens/s (quartiles)", _rates(metrics, "e2e_compiled")
     yield "Sampling with temperature and top-p, tokens/s (quartiles)", _rates(metrics, "sampling")
+    if metrics["sampling_compiled"]:
+        yield "Sampling, compiled, tokens/s (quartiles)", _rates(metrics, "sampling_compiled")
     yield "Head in a prefill, ms (quartiles)", _times(metrics, "prompt")
     yield "Batches: head and decoding", dict(_batches(metrics))
 

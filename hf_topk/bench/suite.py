@@ -28,6 +28,7 @@ ROUNDS = 8
 HEAD_ROUNDS_PER_ROUND = 5
 OURS = ("sparse", "lossless", "auto")  # prefixes of names
 OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
+RESULTS = ("head", "prompt", "e2e", "e2e_compiled", "sampling", "sampling_compiled")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 
 Metrics = dict[str, Any]
@@ -92,7 +93,8 @@ def bench(
     states = states_of(models)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
-    timed["e2e_compiled"] = _rates(decoding.compiled() if choices.compile else {})
+    for name, does_sample in (("e2e_compiled", False), ("sampling_compiled", True)):
+        timed[name] = _rates(decoding.compiled(does_sample) if choices.compile else {})
     heads, rounds = Heads(models, states, choices.without), choices.rounds * HEAD_ROUNDS_PER_ROUND
     timed["head"] = _times(heads.one_position(decoding.stats, rounds, choices.compile))
     timed["prompt"] = _Timed(heads.prompt(choices.rounds), "ms")
@@ -100,7 +102,7 @@ def bench(
     stats = decoding.stats
     return {
         **_circumstances(models, own),
-        **{name: timed[name].metrics() for name in ("head", "prompt", "e2e", "e2e_compiled", "sampling")},
+        **{name: timed[name].metrics() for name in RESULTS},
         "batches": {size: {**head.metrics(), **e2e.metrics()} for size, (head, e2e) in batches.items()},
         "ratios": {
             **{name: one.ratios() for name, one in timed.items()},

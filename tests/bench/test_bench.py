@@ -243,10 +243,11 @@ def test_medians_lie_within_their_quartiles(metrics: dict[str, Any]) -> None:
             assert low <= metrics[section][name] <= high
 
 
-def test_compiled_decoding_is_measured() -> None:
+@pytest.mark.parametrize("does_sample", [False, True])
+def test_compiled_decoding_is_measured(does_sample: bool) -> None:
     torch.compiler.reset()
     models = Competitors.of(tiny_converted(tiny_dense(num_hidden_layers=1), num_rescored=20))
-    spreads = Decoding(models, rounds=1).compiled(backend="eager")
+    spreads = Decoding(models, rounds=1).compiled(does_sample, backend="eager")
     assert set(spreads) == {"dense", "sparse", "no_head"}
     assert models.dense._compiled_call is not None
     assert models.no_head._compiled_call is not None
