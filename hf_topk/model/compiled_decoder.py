@@ -1,11 +1,11 @@
 """Decode steps that `generate` compiles: on a CPU the decoder alone, beside the head in eager mode."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CompileConfig
+from transformers import CompileConfig, PreTrainedModel
 
 
 class CompiledDecoder:
@@ -41,3 +41,20 @@ class CompiledDecoder:
     def __reduce__(self) -> Any:
         """Copies of a model, and pickled ones, compile anew."""
         return type(None), ()
+
+
+class CompiledDecoderMixin:
+    """The function of a converted model that `generate` calls for decode steps where it compiles them."""
+
+    base: PreTrainedModel
+    _compiled_decoder: CompiledDecoder | None = None
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Any:
+        """A function that runs this model compiled; on a CPU see [`CompiledDecoder`]."""
+        model: Any = self
+        decoder, compile_config = self.base.base_model, compile_config or model._default_compile_config()
+        if model.head.weight.device.type != "cpu" or decoder is self.base:
+            return cast(Any, super()).get_compiled_call(compile_config)
+        if self._compiled_decoder is None or not self._compiled_decoder.is_of(model, decoder, compile_config):
+            self._compiled_decoder = CompiledDecoder(model, decoder, compile_config)
+        return self._compiled_decoder

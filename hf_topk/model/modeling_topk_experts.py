@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -19,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .assistant import AssistantMixin, SharedTokens
 from .checkpoint_names import DenseNamesMixin, NamesUnder
-from .compiled_decoder import CompiledDecoder
+from .compiled_decoder import CompiledDecoderMixin
 from .configuration_topk_experts import HeadMode, TopKExpertsConfig
 from .dense_model import (
     ANSWERED_AS_THE_DENSE_CLASS,
@@ -61,6 +60,7 @@ class TopKExpertsForCausalLM(
     WholeHeadMixin,
     JointTrainingMixin,
     AssistantMixin,
+    CompiledDecoderMixin,
     DensePartsMixin,
     DenseNamesMixin,
     TopKExpertsPreTrainedModel,
@@ -91,7 +91,6 @@ class TopKExpertsForCausalLM(
     base: PreTrainedModel
     last_generation_stats: LosslessStats | None = None
     auto_class: str = "AutoModelForCausalLM"  # loads this class
-    _compiled_decoder: CompiledDecoder | None = None
     _tied_weights_keys: dict[str, str] = {}  # noqa: RUF012  # the dense model's own apply, which peft looks for
     _no_split_modules = ["TopKExpertsHead"]  # noqa: RUF012  # Transformers' type; device maps keep the head together
 
@@ -351,15 +350,6 @@ class TopKExpertsForCausalLM(
             with head.replaced_by(chooser.logits):
                 return cast(Any, super())._sample(input_ids, chooser, stopping_criteria, takes_the_best, **kwargs)
         return cast(Any, super())._sample(*arguments, **kwargs)
-
-    def get_compiled_call(self, compile_config: CompileConfig | None) -> Any:
-        """A function that runs this model compiled, for decode steps; on a CPU see [`CompiledDecoder`]."""
-        decoder, compile_config = self.base.base_model, compile_config or self._default_compile_config()
-        if self.head.weight.device.type != "cpu" or decoder is self.base:
-            return cast(Any, super()).get_compiled_call(compile_config)
-        if self._compiled_decoder is None or not self._compiled_decoder.is_of(self, decoder, compile_config):
-            self._compiled_decoder = CompiledDecoder(self, decoder, compile_config)
-        return self._compiled_decoder
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         found = cast(Any, super())._get_logits_processor(*args, **kwargs)
