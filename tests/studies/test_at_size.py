@@ -38,8 +38,7 @@ def test_the_metrics_are_of_a_conversion() -> None:
     metrics = at_size.convert_at_size(VOCAB_SIZE, HIDDEN_SIZE, recipe)
     steps = metrics["step_seconds"]
     assert list(steps) == [
-        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "tail",
-        "operating point",
+        "hidden states", "token statistics", "partition", "experts' masses", "distillation", "operating point",
     ]  # fmt: skip
     assert metrics["head_bytes"] == 2 * VOCAB_SIZE * HIDDEN_SIZE
     assert metrics["peak_share"] == metrics["peak_bytes"] / (2 * metrics["head_bytes"] + 2 * 10**9)
