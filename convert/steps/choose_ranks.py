@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hf_topk.model.modeling_topk_experts import TopKExpertsForCausalLM
-from hf_topk.model.router import Router
-from hf_topk.model.tail import Tail
 
 from ..recipe import ROUTER_RANK, TAIL_RANK, Recipe
 from .choose_operating_point import ArgmaxRanks, Target, fewest_bytes, rank_argmax
@@ -22,14 +20,11 @@ class Tried:
 
     Attributes:
         ranks: of router and screen.
-        router, tail: the modules.
         argmax_ranks: of the dense argmax.
         quality: the target that is reached, as far as it counts, and the negative share of bytes: larger is better.
     """
 
     ranks: Ranks
-    router: Router
-    tail: Tail
     argmax_ranks: ArgmaxRanks
     quality: tuple[float, float]
 
@@ -62,8 +57,8 @@ def choose_ranks(
 
     def tried(ranks: Ranks) -> Tried:
         quantise(ranks)
-        head, argmax_ranks = model.head, rank_argmax(model.head, dense)
-        return Tried(ranks, head.router, head.tail, argmax_ranks, fewest_bytes(model, dense, argmax_ranks, target))
+        argmax_ranks = rank_argmax(model.head, dense)
+        return Tried(ranks, argmax_ranks, fewest_bytes(model, dense, argmax_ranks, target))
 
     best = tried(default_ranks(recipe))
     for smaller in _open_ranks(recipe):
@@ -72,8 +67,7 @@ def choose_ranks(
             if one.quality <= best.quality:
                 break
             best = one
-    model.head.router, model.head.tail = best.router, best.tail
-    model.config.router_rank, model.config.tail_rank = best.ranks
+    quantise(best.ranks)
     return best.argmax_ranks
 
 

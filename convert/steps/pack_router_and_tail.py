@@ -73,10 +73,12 @@ class Quantiser:
         """
         self._model, self._floats = model, model.head.router
         self._metric, self._probabilities, self._unused = metric, probabilities, unused
+        self._routers: dict[int, Router] = {}
+        self._tails: dict[int, Tail] = {}
 
     @torch.no_grad()
     def __call__(self, ranks: Ranks) -> None:
-        """Give the model a new router and a new tail, of these ranks, in the dtype of the head.
+        """Give the model a router and a tail of these ranks, in the dtype of the head; each is made once.
 
         Args:
             ranks: of both.
@@ -84,13 +86,18 @@ class Quantiser:
         head, config = self._model.head, self._model.config
         config.router_rank, config.tail_rank, config.router_packed = *ranks, True
         device = head.weight.device
-        head.router = Router(head.in_features, head.num_experts, ranks.router).to(device).requires_grad_(False)
-        tail = Tail(head.in_features, head.num_experts, head.expert_size, ranks.tail)
-        head.tail = tail.to(device).requires_grad_(False)
-        for name in ("floats", "bias"):
-            getattr(head.router, name).copy_(getattr(self._floats, name))
-        pack_router(head.router, self._metric, head.stored_type)
-        fit_tail(head, self._metric, self._probabilities, self._unused)
+        if ranks.router not in self._routers:
+            router = Router(head.in_features, head.num_experts, ranks.router).to(device).requires_grad_(False)
+            router.floats.copy_(self._floats.floats)
+            router.bias.copy_(self._floats.bias)
+            pack_router(router, self._metric, head.stored_type)
+            self._routers[ranks.router] = router
+        head.router = self._routers[ranks.router]
+        if ranks.tail not in self._tails:
+            head.tail = Tail(head.in_features, head.num_experts, head.expert_size, ranks.tail).to(device)
+            fit_tail(head, self._metric, self._probabilities, self._unused)
+            self._tails[ranks.tail] = head.tail.requires_grad_(False)
+        head.tail = self._tails[ranks.tail]
         cast_additions(head)
 
 

@@ -24,15 +24,16 @@ class CompiledDecoder:
             compile_config: of the compilation.
         """
         self._model, self._decoder, self._config = model, decoder, compile_config
+        self._before = decoder._compiled_call_impl  # not looked up in each call: threads may be within one
         self._compiled: Callable[..., Any] = torch.compile(decoder._call_impl, **compile_config.to_dict())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
-        before, self._decoder._compiled_call_impl = self._decoder._compiled_call_impl, self._compiled
+        self._decoder._compiled_call_impl = self._compiled
         try:
             return self._model(*args, **kwargs)
         finally:
-            self._decoder._compiled_call_impl = before
+            self._decoder._compiled_call_impl = self._before
 
     def is_of(self, model: nn.Module, decoder: nn.Module, compile_config: CompileConfig) -> bool:
         """Whether it was made of these; see [`__init__`]."""

@@ -38,7 +38,7 @@ def test_the_table_of_choices_has_every_choice_and_its_default() -> None:
                 assert value == str(defaults[name])
                 compared += 1
     assert listed == set(defaults)
-    assert compared > 8
+    assert compared > 9
 
 
 def test_a_configuration_has_the_defaults_of_a_recipe() -> None:
