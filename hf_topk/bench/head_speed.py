@@ -161,7 +161,7 @@ class Heads:
         block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),
-            "dense_block": lambda _: self._sparse.dense_logits(block),
+            "dense_block": lambda _: self._sparse.fastest_dense_logits(block),
             **_parts(self._sparse, self.states),
         }
         if is_compiled:

@@ -41,7 +41,7 @@ def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
     def draft(states: Tensor) -> Tensor:
         return head.share_outside(head.score(states))
 
-    return drafting_is_faster(draft, head.dense_logits, head, rows, block, *head.sizes_of_sparse)
+    return drafting_is_faster(draft, head.fastest_dense_logits, head, rows, block, *head.sizes_of_sparse)
 
 
 @dataclass
@@ -110,7 +110,7 @@ class DraftingHead:
                     return hidden.new_empty(len(hidden), 1, self._head.out_features)
                 return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.has_verified = True
-        return self._head.dense_logits(torch.cat(self._states, dim=1))
+        return self._head.fastest_dense_logits(torch.cat(self._states, dim=1))
 
 
 class Drafter:

@@ -13,7 +13,7 @@ from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
-from .kernels import expert_dot, gather_dot_sharing
+from .kernels import expert_dot, gather_dot_sharing, largest, linear_in_float32
 from .router import Router
 from .scored import Picked, Scored, lowest_of_likeliest, mass_over
 from .sharing import copy_sharing
@@ -26,6 +26,8 @@ HEAD_MODES = ("auto", "sparse", "dense")
 LOGITS_AT_ONCE = 1 << 20
 # Positions that share one gathering of their experts' rows, and exact logits held at once.
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
+# Positions from which on dense products in fp32 can be faster than in half precision, and for how many it is measured.
+FEWEST_IN_FLOAT32, MEASURED_IN_FLOAT32 = 4, 8
 
 
 class TopKExpertsHead(LaidOutHead):
@@ -91,7 +93,7 @@ class TopKExpertsHead(LaidOutHead):
         if self.sparse_max_positions is not None:
             return num_positions <= self.sparse_max_positions
         run = run or self.sparse_logits
-        return is_faster(run, self.dense_logits, self, num_positions, run.__name__, *self.sizes_of_sparse)
+        return is_faster(run, self.fastest_dense_logits, self, num_positions, run.__name__, *self.sizes_of_sparse)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits of every token: hidden [..., d] to [..., V], in the dtype of `hidden`."""
@@ -104,7 +106,7 @@ class TopKExpertsHead(LaidOutHead):
         """Logits as in [`forward`], even while the head is replaced."""
         flat = hidden.reshape(-1, self.in_features)
         if not self.runs_sparse(flat.shape[0]):
-            return self.dense_logits(hidden)
+            return self.dense_logits(hidden) if self.head_mode == "dense" else self.fastest_dense_logits(hidden)
         return self.sparse_logits(flat).view(*hidden.shape[:-1], self.out_features)
 
     @contextmanager
@@ -135,6 +137,20 @@ class TopKExpertsHead(LaidOutHead):
         if self.weight.dim() != 2:  # a 2-d shard is valid here: the logits of the processes are put together
             check_whole(self)
         return super().forward(hidden)
+
+    def fastest_dense_logits(self, hidden: Tensor) -> Tensor:
+        """As [`dense_logits`], with other rounding where a CPU multiplies several positions faster in fp32."""
+        flat, dense = hidden.reshape(-1, self.in_features), self.dense_logits
+        is_half = self.weight.is_cpu and self.weight.itemsize < torch.float32.itemsize
+        if not is_half or len(flat) < FEWEST_IN_FLOAT32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return dense(hidden)
+        if not is_faster(self._logits_in_float32, dense, self, MEASURED_IN_FLOAT32, "float32"):
+            return dense(hidden)
+        return self._logits_in_float32(flat).view(*hidden.shape[:-1], self.out_features)
+
+    def _logits_in_float32(self, hidden: Tensor) -> Tensor:
+        check_whole(self)
+        return linear_in_float32(hidden, self.weight, self.bias)
 
     @property
     def full_bias(self) -> Tensor | None:
@@ -209,7 +225,7 @@ class TopKExpertsHead(LaidOutHead):
         else:
             screened = masked = screened.log_softmax(dim=-1)
         estimates = (masked + top_scores.unsqueeze(-1)).flatten(1)
-        kept, places = estimates.topk(self.num_rescored, dim=-1, sorted=False)
+        kept, places = largest(estimates, self.num_rescored)
         always = self.always_on_ids.expand(places.shape[0], -1)
         ids = torch.cat([always, token_ids.flatten(1).gather(1, places)], dim=-1)
         exact = self.exact_logits(hidden, ids)
@@ -259,14 +275,31 @@ class TopKExpertsHead(LaidOutHead):
         Returns:
             Exact and estimated logits, fp32 [N, A + k S].
         """
-        always, routed = scored.exact.float().tensor_split([self.num_always_on], dim=-1)
-        if scored.screened is not None and scored.places is not None:
-            masses = (scored.masses + scored.offset).unsqueeze(-1)
-            routed = (scored.screened + masses).flatten(1).scatter(1, scored.places, routed)
-        if self.has_short_experts:
+        exact = self.exact_once(scored)
+        if scored.screened is None or scored.places is None:
+            return exact
+        always, routed = exact.tensor_split([self.num_always_on], dim=-1)
+        return torch.cat([always, self.screened_logits(scored).scatter(1, scored.places, routed)], dim=-1)
+
+    def exact_once(self, scored: Scored) -> Tensor:
+        """The exact logits of N positions, -inf for repeated ids, fp32 [N, A + k S] or [N, A + R]."""
+        exact = scored.exact.float()
+        if not self.has_short_experts:
+            return exact
+        always, routed = exact.tensor_split([self.num_always_on], dim=-1)
+        if scored.kept is None:
             by_expert = routed.view(*scored.experts.shape, self.expert_size)
             routed = self.mask_padding(by_expert, self.expert_ids[scored.experts]).flatten(1)
+        else:
+            routed = routed.masked_fill(scored.kept.isneginf(), -torch.inf)
         return torch.cat([always, routed], dim=-1)
+
+    def screened_logits(self, scored: Scored) -> Tensor:
+        """The screen's logits of all tokens of the picked experts, -inf for repeated ids, fp32 [N, k S]."""
+        estimates = cast(Tensor, scored.screened) + (scored.masses + scored.offset).unsqueeze(-1)
+        if self.has_short_experts:
+            estimates = self.mask_padding(estimates, self.expert_ids[scored.experts])
+        return estimates.flatten(1)
 
     def log_prior(self, experts: Tensor | None = None) -> Tensor:
         """Log p(v | e) of all or some experts where they are not picked, -inf for repeated ids: fp32 [..., S]."""
@@ -278,7 +311,7 @@ class TopKExpertsHead(LaidOutHead):
     def pick(self, hidden: Tensor, with_level: bool = True) -> Picked:
         """Pick the experts of hidden states [N, d]; scores are those of [`Router.forward`]."""
         scores = self.router(hidden, with_level)
-        top_scores, top = scores.topk(self.num_experts_per_tok, dim=-1, sorted=False)
+        top_scores, top = largest(scores, self.num_experts_per_tok)
         return Picked(scores, top, top_scores)
 
     def _combine(

@@ -231,7 +231,7 @@ class VerifiedModel:
         accepted = returned - 1
         self.stats.accepted += accepted
         if accepted < len(block.draft_tokens):
-            self._size = accepted + 1
+            self._size = max(accepted + 1, self._size // 2)
         elif len(block.outputs) == self._size:
             self._size = min(LARGEST_SIZE, 2 * self._size)
 

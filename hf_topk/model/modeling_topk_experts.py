@@ -299,7 +299,7 @@ class TopKExpertsForCausalLM(
             shared_tokens = stack.enter_context(self._drafting_for(generation_config))
             is_lossless = self._asks_for_lossless(lossless, generation_config) and shared_tokens is None
             stack.enter_context(generating(is_lossless=is_lossless))
-            if (replacement := head.dense_logits if is_lossless else shared_tokens) is not None:
+            if (replacement := head.fastest_dense_logits if is_lossless else shared_tokens) is not None:
                 stack.enter_context(head.replaced_by(replacement))
                 if self._is_compiled:  # compiled code ignores replacements; this affects all threads
                     stack.enter_context(torch.compiler.set_stance("force_eager"))

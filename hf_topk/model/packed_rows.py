@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
 
 
 class PackedRows(nn.Module):
-    """Rows of r quantised numbers, a third of them in 4 bits, the others in 2.
+    """Rows of r quantised numbers, about a third of them in 4 bits, the others in 2.
 
     <row_v, h> is approximated by <x_v, B h - center> + bias_v, up to a term that is the same for all rows; the numbers
     in x_v lie halfway between integers. The factors come from a data-weighted SVD (DRONE, Chen et al. 2021,
@@ -72,7 +72,8 @@ class PackedRows(nn.Module):
             rank: r; rounded up to full bytes.
         """
         super().__init__()
-        bytes_4bit, bytes_2bit = -(-rank // 6), -(-(rank - rank // 3) // 4)
+        bytes_4bit = max(1, 2 * round(rank / 12))  # even, so that a rank that fills words stays as it is
+        bytes_2bit = max(1, -(-(rank - 2 * bytes_4bit) // 4))
         self.directions_4bit, directions_2bit = 2 * bytes_4bit, 4 * bytes_2bit
         directions = self.directions_4bit + directions_2bit
         self.register_buffer("basis", torch.empty(directions, hidden_size, dtype=torch.int8))

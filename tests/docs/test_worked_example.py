@@ -153,17 +153,17 @@ def test_bytes_of_a_published_shape() -> None:
         num_experts=3068,
         num_experts_per_tok=527,
         num_always_on=64,
-        num_rescored=802,
+        num_rescored=922,
         router_packed=True,
-        router_rank=256,
-        tail_rank=192,
+        router_rank=384,
+        tail_rank=144,
     )
     with torch.device("meta"):
         made = TopKExpertsHead(nn.Linear(576, 49152, bias=False), config)
     made.stored_type = torch.bfloat16
     *parts, total, dense = (int(row["bytes"].replace(",", "")) for row in rows_with("bytes"))
     of_router = sum(one.numel() * (2 if one.is_floating_point() else 1) for one in made.router.state_dict().values())
-    assert parts[:2] == [(64 + 802) * 576 * 2, of_router]
+    assert parts[:2] == [(64 + 922) * 576 * 2, of_router]
     assert parts[3] == made.tail.log_prior.numel() * 2
     assert sum(parts) == total == made.bytes_read()
     assert dense == made.dense_bytes()

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.heads import make_head
+from support.heads import make_head, make_hidden
 from support.tiny_models import QUICK, some_windows, tiny_converted, tiny_dense
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.convert import Recipe, convert
-from hf_topk.model import crossover
+from hf_topk.model import crossover, kernels
 from hf_topk.model.drafting import TYPICAL_SIZE, drafting_pays
 from hf_topk.model.scored import Scored
 
@@ -79,6 +79,39 @@ def test_lossless_decoding_drafts_if_its_passes_cost_less(
     assert drafting_pays(head, 1) == pays
     assert not drafting_pays(head, crossover.MOST_POSITIONS + 1)
     assert len(crossover._measured) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "positions", "is_faster", "uses_float32"),
+    [
+        (torch.bfloat16, "auto", 8, True, True),
+        (torch.float16, "auto", 64, True, True),
+        (torch.bfloat16, "auto", 8, False, False),
+        (torch.bfloat16, "auto", 3, True, False),
+        (torch.bfloat16, "dense", 8, True, False),
+        (torch.float32, "auto", 8, True, False),
+    ],
+)
+@torch.no_grad()
+def test_dense_products_are_in_float32_where_that_is_faster(
+    dtype: torch.dtype,
+    mode: str,
+    positions: int,
+    is_faster: bool,
+    uses_float32: bool,
+    head: TopKExpertsHead,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But never in head mode "dense", whose logits are bit for bit the dense model's."""
+    head = head.to(dtype)
+    head.head_mode, head.sparse_max_positions = mode, 0
+    monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *_: is_faster)
+    runs, in_float32 = [], kernels.linear_in_float32
+    monkeypatch.setattr("hf_topk.model.head.linear_in_float32", lambda *given: runs.append(1) or in_float32(*given))
+    hidden = make_hidden(0, positions).to(dtype)
+    logits = head(hidden)
+    assert len(runs) == uses_float32
+    torch.testing.assert_close(logits, head.dense_logits(hidden), rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()

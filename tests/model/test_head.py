@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from hf_topk import TopKExpertsHead
 from hf_topk.model import head, kernels
-from hf_topk.model.token_chooser import Candidates, Priors, likeliest
+from hf_topk.model.candidates import Candidates
+from hf_topk.model.suppression import Priors
+from hf_topk.model.token_chooser import likeliest
 
 
 def exact_mass(head: TopKExpertsHead, logits: Tensor, experts: list[int]) -> Tensor:

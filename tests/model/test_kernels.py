@@ -206,3 +206,28 @@ def test_unpacking_restores_packed_numbers(seed: int, bits: int, rows: int, widt
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.randint(0, 2**bits, (rows, width * 8 // bits), generator=generator)
     assert kernels.unpack(kernels.pack(numbers, bits), bits).equal(numbers.to(torch.int8))
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+def test_largest_values(values: int, length: int, seed: int, data: st.DataObject) -> None:
+    rows = torch.randint(-5, 5, (values, length), generator=torch.Generator().manual_seed(seed)).float()
+    rows[rows == -5] = -torch.inf
+    count = data.draw(st.integers(1, length))
+    found, places = kernels.largest(rows, count)
+    assert rows.gather(1, places).equal(found)
+    assert all(len(set(row)) == count for row in places.tolist())
+    assert found.sort(descending=True).values.equal(rows.topk(count).values)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 37, 100])
+def test_linear_in_float32(bias: bool, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts that do not fill up."""
+    monkeypatch.setattr(kernels, "CACHED_BYTES", 10 * 16 * 4)
+    hidden, weight = torch.randn(5, 16).bfloat16(), torch.randn(num_rows, 16).bfloat16()
+    added = torch.randn(num_rows).bfloat16() if bias else None
+    expected = F.linear(hidden.float(), weight.float()).bfloat16()
+    found = kernels.linear_in_float32(hidden, weight, added)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected if added is None else expected + added)

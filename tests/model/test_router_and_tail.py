@@ -87,7 +87,8 @@ def test_a_third_of_the_directions_have_4_bits_in_full_bytes(seed: int, experts:
     bits = packed.bits.tolist()
     assert rank <= len(bits) <= rank + 5
     assert bits == sorted(bits, reverse=True)
-    assert -1 < bits.count(4) - rank / 3 < 2
+    assert abs(bits.count(4) - rank / 3) <= 2
+    assert rank % 4 or rank < 8 or len(bits) == rank  # so that a rank that suits the kernels stays one
     assert sum(bits) == 8 * (packed.codes_4bit.shape[-1] + packed.codes_2bit.shape[-1])
     packed.set_codes(slice(None), coordinates := normal(seed, experts, size, len(bits)) * 3)
     whole = packed.coordinates().clone()
@@ -101,7 +102,7 @@ def test_a_third_of_the_directions_have_4_bits_in_full_bytes(seed: int, experts:
 def test_basis_is_approximated_and_coordinates_are_zero_at_the_mean(
     seed: int, dtype: torch.dtype, scale: float
 ) -> None:
-    packed, basis, mean = PackedRows(16, (3,), 7), normal(seed, 12, 16) * scale, normal(seed + 1, 16)
+    packed, basis, mean = PackedRows(16, (3,), 12), normal(seed, 12, 16) * scale, normal(seed + 1, 16)
     packed.set_basis(basis, mean, dtype)
     # A scale that is stored in few digits can be less than the largest number takes.
     steps = basis.abs().amax(dim=-1, keepdim=True) / 127
@@ -128,13 +129,13 @@ def test_products_are_those_of_the_factors(seed: int, dtype: torch.dtype, positi
     hidden = normal(seed, positions, 8).to(dtype)
     products = tail.products(hidden)
     exact, bound = exact_products(tail, hidden)
-    assert products.dtype == torch.float32
+    assert products.dtype == (torch.float32 if len(tail.basis) % 16 else torch.bfloat16)  # with torch's kernel
     assert products.shape == (positions, 3, 4)
     assert ((products.flatten(1) - exact).abs() <= 1.01 * bound + 1e-4).all()
     experts = torch.rand(positions, 3, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)[:, :2]
     picked = products.gather(1, experts.unsqueeze(-1).expand(-1, -1, 4))
     torch.testing.assert_close(tail.products_of(hidden, experts), picked)
-    torch.testing.assert_close(tail.screen(hidden, experts), picked + tail.bias[experts])
+    torch.testing.assert_close(tail.screen(hidden, experts), picked.float() + tail.bias[experts])
 
 
 # The router

@@ -15,7 +15,9 @@ from transformers.generation import logits_process as processors
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.model import token_chooser
-from hf_topk.model.token_chooser import Candidates, Priors, TokenChooser, can_choose, draw
+from hf_topk.model.candidates import Candidates, draw
+from hf_topk.model.suppression import Priors
+from hf_topk.model.token_chooser import TokenChooser, can_choose
 
 PREFIX = torch.tensor([[5, 17, 42, 8, 17, 3], [99, 3, 64, 2, 77, 99]])
 
@@ -103,12 +105,13 @@ def probabilities_of(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) ->
 
 def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     """The probability with which each token is drawn, [B, V], token by token."""
-    logits = candidates._logits
-    places = torch.arange(logits.shape[1]).expand_as(logits)
-    tokens = candidates._tokens(places)
+    logits, tokens = candidates._logits, candidates._ids
     masses = torch.full((len(logits), head.num_experts), -torch.inf)
     if not candidates._rest_is_removed:
-        masses = candidates._masses()
+        *unlisted, masses = candidates._unlisted()
+        logits = torch.cat([logits, *unlisted], dim=-1)
+        if unlisted:
+            tokens = torch.cat([tokens, head.expert_ids[candidates._experts].flatten(1)], dim=-1)
     shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
     probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
     probabilities.scatter_add_(1, tokens, shares[:, : logits.shape[1]])
@@ -197,7 +200,7 @@ def test_distribution_of_200_000_draws(
     for one in found:
         scores = one(PREFIX[:1], scores)
     if is_broken:
-        monkeypatch.setattr(Candidates, "_masses", lambda self: torch.full_like(self._scored.tail_scores, -torch.inf))
+        monkeypatch.setattr(Candidates, "_unlisted", lambda *_: [])
         monkeypatch.setattr(Candidates, "_expand_above", lambda *_: False)
     torch.manual_seed(0)
     many = hidden.expand(2000, -1)

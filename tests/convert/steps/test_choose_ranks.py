@@ -6,10 +6,12 @@ import pytest
 from support.tiny_models import QUICK, some_windows, tiny_dense
 
 from hf_topk.convert import convert
-from hf_topk.convert.recipe import Recipe
+from hf_topk.convert.recipe import ROUTER_RANK, TAIL_RANK, Recipe
 from hf_topk.convert.report import Report
 from hf_topk.convert.steps import choose_ranks as module
 from hf_topk.convert.steps.pack_router_and_tail import Quantiser, Ranks
+from hf_topk.model.kernels import COLUMNS_OF_GROUPS, COLUMNS_OF_KERNEL
+from hf_topk.model.packed_rows import PackedRows
 
 OPEN = {"router_rank": None, "tail_rank": None, "held_out": 0.5, "expert_size": 4, "target_agreement": 0.9}
 
@@ -84,3 +86,10 @@ def test_lower_ranks_are_tried_while_they_read_less(monkeypatch: pytest.MonkeyPa
     config = converted().model.config
     assert small == list(qualities)
     assert (config.router_rank, config.tail_rank) == (12, 24)
+
+
+def test_all_ranks_suit_the_kernels() -> None:
+    """Of 4 bits, for the router, and of int8."""
+    routers, tails = {ROUTER_RANK, *module.SMALLER_ROUTER_RANKS}, {TAIL_RANK, *module.SMALLER_TAIL_RANKS}
+    assert all(PackedRows(4, (3,), rank).basis.shape[0] % min(COLUMNS_OF_GROUPS) == 0 for rank in routers)
+    assert all(PackedRows(4, (3, 2), rank).basis.shape[0] % COLUMNS_OF_KERNEL == 0 for rank in tails)

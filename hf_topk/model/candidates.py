@@ -1,0 +1,241 @@
+"""The tokens that could be next, without logits of the whole vocabulary.
+
+An expert that was not picked stays one mass, of which a fixed prior gives each token a share. It is expanded to tokens
+only where top-k, top-p, min-p or a penalty could affect one of them, or the draw falls on it. The distribution is that
+of the sparse logits.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .head import TopKExpertsHead
+from .scored import Scored, log_mass, lowest_of_likeliest
+from .suppression import Priors
+
+FIRST_TRIED = 256  # likeliest tokens to try for top-p; four times as many while their probability is too small
+
+
+class Candidates:
+    """The tokens that could be next at some positions.
+
+    Listed one by one are at first those with an exact logit, then all of the picked experts, then those of further
+    experts. Filters list as many as they could keep.
+    """
+
+    def __init__(self, head: TopKExpertsHead, scored: Scored, priors: Priors) -> None:
+        """List the tokens with an exact logit.
+
+        Args:
+            head: the sparse head.
+            scored: of B positions.
+            priors: of the same head; its suppressed tokens are no candidates.
+        """
+        self._head, self._scored, self._priors, self._temperature = head, scored, priors, 1.0
+        self._ids = scored.ids  # of the listed tokens, (B, n)
+        self._logits = self._masked(head.exact_once(scored), priors)  # (B, n)
+        self._lists_picked = scored.screened is None  # all tokens of the picked experts
+        self._experts = scored.experts  # the picked ones, and others of which all tokens are listed
+        self._rest_is_removed = False
+
+    @cached_property
+    def _tail_scores(self) -> Tensor:
+        return self._scored.tail_scores
+
+    def penalise(self, input_ids: Tensor, penalty: float) -> None:
+        """Make the tokens of a prefix [B, T] less likely (CTRL, Keskar et al. 2019, https://arxiv.org/abs/1909.05858)."""
+        head = self._head
+        self._list_picked()
+        always, of_expert = head.places_of(input_ids)
+        experts = of_expert.clamp_min(0) // head.expert_size
+        is_seen = torch.zeros_like(self._tail_scores, dtype=torch.bool)
+        is_seen.scatter_reduce_(1, experts, of_expert >= 0, "amax")
+        self._expand(is_seen)
+        order = torch.arange(self._experts.shape[1]).expand_as(self._experts)
+        rank = torch.zeros_like(is_seen, dtype=torch.long).scatter_(1, self._experts, order)
+        within = head.num_always_on + rank.gather(1, experts) * head.expert_size + of_expert % head.expert_size
+        places = torch.where(of_expert >= 0, within, always)
+        logits = self._logits.gather(1, places)
+        self._logits.scatter_(1, places, torch.where(logits < 0, logits * penalty, logits / penalty))
+
+    def suppress(self, priors: Priors) -> None:
+        """Suppress more tokens: those of the given experts' terms."""
+        self._priors, self._logits = priors, self._masked(self._logits, priors)
+
+    def log_mass_of(self, priors: Priors) -> Tensor:
+        """Log-sum-exp of the logits of all tokens that are not suppressed in other terms, [B, 1]."""
+        logits = self._masked(self._logits, priors)
+        return torch.cat([logits, *self._unlisted(priors)], dim=-1).logsumexp(dim=-1, keepdim=True)
+
+    def most_of(self, priors: Priors) -> Tensor:
+        """The largest logit of the tokens that are not suppressed in other terms, [B, 1]."""
+        others = (self._tail_scores + priors.best).scatter(1, self._experts, -torch.inf)
+        parts = [self._masked(self._logits, priors), *self._unlisted_picked(priors), others]
+        return torch.cat(parts, dim=-1).amax(dim=-1, keepdim=True)
+
+    def apply_temperature(self, temperature: float) -> None:
+        """Divide the logits by a temperature."""
+        self._temperature = temperature
+        self._logits = self._logits / temperature
+
+    def keep_top_k(self, count: int) -> None:
+        """Keep the likeliest tokens, and those as likely as the last of them."""
+        while count > self._logits.shape[1] and self._expand_above(-math.inf):
+            pass
+        self._keep_above(lambda: self._logits.topk(min(count, self._logits.shape[1])).values[:, -1:])
+
+    def keep_top_p(self, share: float) -> None:
+        """Keep the likeliest tokens that together have a share of the probability.
+
+        Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+        """
+        least, likeliest = self._nucleus(share)
+        while self._expand_above(least):
+            least, likeliest = self._nucleus(share)
+        self._keep(least, *likeliest)
+
+    def _nucleus(self, share: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The likeliest candidates that have a share of the probability: the least logit of these, and the candidates.
+
+        Returns:
+            The least logit, -inf if all listed candidates do not have the share, [B, 1]. Logits and places of at least
+            these candidates, [B, n].
+        """
+        total, count, length = self._log_mass(), FIRST_TRIED, self._logits.shape[1]
+        while True:
+            likeliest, places = self._logits.topk(min(count, length))
+            probabilities = (likeliest - total).exp()
+            sums = probabilities.cumsum(dim=-1)
+            has_enough = sums[:, -1:] >= share
+            all_have = bool(has_enough.all())
+            if count >= length or all_have:
+                break
+            count *= 4
+        least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
+        is_least = self._rest_is_removed or all_have
+        return least if is_least else least.where(has_enough, -math.inf), (likeliest, places)
+
+    def keep_min_p(self, share: float) -> None:
+        """Remove tokens whose probability is less than a share of the likeliest one's."""
+        log_share = math.log(share) if share > 0 else -math.inf
+        self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + log_share)
+
+    def best(self) -> Tensor:
+        """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
+        self._expand_above_all(lambda: self._logits.amax(dim=-1, keepdim=True))
+        return lowest_of_likeliest(self._logits, self._ids)
+
+    def drawn(self) -> Tensor:
+        """Sample a token per row, [B]."""
+        if self._rest_is_removed:
+            return self._ids.gather(1, draw(self._logits)).squeeze(1)
+        count = self._logits.shape[1]
+        drawn = draw(torch.cat([self._logits, *self._unlisted()], dim=-1)).squeeze(1)
+        tokens = self._ids.gather(1, drawn.clamp_max(count - 1).unsqueeze(1)).squeeze(1)
+        for row in (drawn >= count).nonzero().flatten().tolist():
+            tokens[row] = self._drawn_unlisted(row, int(drawn[row]) - count)
+        return tokens
+
+    def _drawn_unlisted(self, row: int, place: int) -> Tensor:
+        """Token id of a row, for a place in what is not listed; drawn from the expert if that is one mass."""
+        head = self._head
+        if not self._lists_picked:
+            picked, size = self._experts[row], head.expert_size
+            if place < len(picked) * size:
+                return head.expert_ids[picked[place // size], place % size]
+            place -= len(picked) * size
+        prior = self._priors.log_prior(torch.tensor([place])) / self._temperature
+        return head.expert_ids[place, draw(prior).squeeze()]
+
+    def _log_mass(self) -> Tensor:
+        """Log-sum-exp of the logits of all tokens, [B, 1]."""
+        return log_mass(self._logits if self._rest_is_removed else torch.cat([self._logits, *self._unlisted()], dim=-1))
+
+    def _unlisted(self, priors: Priors | None = None) -> list[Tensor]:
+        """Logits of the picked experts' tokens that are not listed, and log masses of the other experts, [B, n] each.
+
+        Listed tokens and experts are -inf.
+        """
+        priors = priors or self._priors
+        masses = self._tail_scores / self._temperature + priors.mass(self._temperature)
+        return [*self._unlisted_picked(priors), masses.scatter(1, self._experts, -torch.inf)]
+
+    def _unlisted_picked(self, priors: Priors) -> list[Tensor]:
+        """The first part of [`_unlisted`]; nothing if all of the picked experts' tokens are listed."""
+        scored = self._scored
+        if self._lists_picked or scored.places is None:
+            return []
+        logits = self._head.screened_logits(scored)
+        if priors.is_suppressed is not None:
+            logits = priors.masked(logits, self._head.expert_ids[scored.experts].flatten(1))
+        return [logits.scatter(1, scored.places, -torch.inf) / self._temperature]
+
+    def _masked(self, logits: Tensor, priors: Priors) -> Tensor:
+        """The listed candidates' logits, [B, n], with those of suppressed tokens -inf."""
+        return priors.masked(logits, self._ids)
+
+    def _expand_above_all(self, find: Callable[[], Tensor]) -> Tensor:
+        """List all tokens above a logit that depends on those that are listed; return it, [B, 1]."""
+        while self._expand_above(logit := find()):
+            pass
+        return logit
+
+    def _expand_above(self, logit: Tensor | float) -> bool:
+        """List more tokens if some of them are above a logit, [B, 1]; return whether it has.
+
+        First the tokens of the picked experts: they may raise the logit that the caller looks for.
+        """
+        if self._rest_is_removed:
+            return False
+        most = self._scored.most_left
+        if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
+            return False
+        return self._list_picked() or self._expand(self._tail_scores + self._priors.best > logit * self._temperature)
+
+    def _list_picked(self) -> bool:
+        """List all tokens of the picked experts; return whether some were not listed."""
+        if self._lists_picked:
+            return False
+        self._lists_picked, self._ids = True, self._head.scored_ids(self._experts)
+        self._logits = self._masked(self._head.candidate_logits(self._scored), self._priors) / self._temperature
+        return True
+
+    def _expand(self, are_wanted: Tensor) -> bool:
+        """List the wanted experts, bool [B, M], and more to fill up rows; return whether there were any."""
+        are_wanted = are_wanted.scatter(1, self._experts, False)
+        count = int(are_wanted.sum(dim=-1).amax())
+        if count == 0:
+            return False
+        order = are_wanted.int().scatter(1, self._experts, -1)
+        more = order.topk(count, dim=-1).indices  # (B, count)
+        scores = self._tail_scores.gather(1, more).unsqueeze(-1)
+        logits = (scores + self._priors.log_prior(more)).flatten(1) / self._temperature
+        self._logits = torch.cat([self._logits, logits], dim=-1)
+        self._ids = torch.cat([self._ids, self._head.expert_ids[more].flatten(1)], dim=-1)
+        self._experts = torch.cat([self._experts, more], dim=-1)
+        return True
+
+    def _keep_above(self, find: Callable[[], Tensor]) -> None:
+        """Keep candidates from a logit on, [B, 1], that depends on those that are listed."""
+        least = self._expand_above_all(find)
+        count = int((self._logits >= least).sum(dim=-1).amax())
+        self._keep(least, *self._logits.topk(count))
+
+    def _keep(self, least: Tensor, likeliest: Tensor, places: Tensor) -> None:
+        """Of the likeliest candidates' logits and places, [B, n], keep those from a logit on, [B, 1], and no others."""
+        self._logits, self._rest_is_removed = likeliest.masked_fill(likeliest < least, -math.inf), True
+        self._ids = self._ids.gather(1, places)
+
+
+def draw(logits: Tensor) -> Tensor:
+    """Draw an index per row from the softmax of logits: fp32 [B, n] to [B, 1].
+
+    By inversion of the cumulative distribution, which is several times as fast as `torch.multinomial` on a CPU.
+    """
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
+    return drawn.clamp_max(logits.shape[1] - 1)
