@@ -218,7 +218,7 @@ def _draft(head: TopKExpertsHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
 def _next_token(head: TopKExpertsHead, found: Sequence[LogitsProcessor], does_sample: bool) -> Head:
     """The head as `generate` runs it with these processors, including the choice of the token."""
     chooser = TokenChooser(head, found, does_sample)
-    return lambda hidden: chooser.choose(hidden.new_empty(0), head.score(hidden))
+    return lambda hidden: chooser.choose(hidden.new_empty(len(hidden), 0), head.score(hidden))
 
 
 def _auto(head: TopKExpertsHead) -> Head:

@@ -19,6 +19,19 @@ from .suppression import Priors
 FIRST_TRIED = 256  # likeliest tokens to try for top-p; four times as many while their probability is too small
 
 
+class UnevenRowsError(Exception):
+    """Some rows of a batch need more candidates than others.
+
+    Attributes:
+        needs_more: which rows, [B] bool.
+    """
+
+    def __init__(self, needs_more: Tensor) -> None:
+        """Name the rows."""
+        super().__init__("some rows need more candidates")
+        self.needs_more = needs_more
+
+
 class Candidates:
     """The tokens that could be next at some positions.
 
@@ -59,7 +72,8 @@ class Candidates:
         within = head.num_always_on + rank.gather(1, experts) * head.expert_size + of_expert % head.expert_size
         places = torch.where(of_expert >= 0, within, always)
         logits = self._logits.gather(1, places)
-        self._logits.scatter_(1, places, torch.where(logits < 0, logits * penalty, logits / penalty))
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+        self._logits = self._logits.scatter(1, places, penalised)
 
     def suppress(self, priors: Priors) -> None:
         """Suppress more tokens: those of the given experts' terms."""
@@ -93,6 +107,7 @@ class Candidates:
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
         least, likeliest = self._nucleus(share)
+        self._check_rows_agree(least)
         while self._expand_above(least):
             least, likeliest = self._nucleus(share)
         self._keep(least, *likeliest)
@@ -190,10 +205,22 @@ class Candidates:
         """
         if self._rest_is_removed:
             return False
-        most = self._scored.most_left
-        if most is not None and isinstance(logit, Tensor) and (logit >= most / self._temperature).all():
+        if isinstance(logit, Tensor) and not self._needs_more(logit).any():
             return False
         return self._list_picked() or self._expand(self._tail_scores + self._priors.best > logit * self._temperature)
+
+    def _needs_more(self, logit: Tensor) -> Tensor:
+        """Whether tokens that are not listed could be above a logit, [B, 1] to [B] bool."""
+        most = self._scored.most_left
+        above = torch.ones_like(logit, dtype=torch.bool) if most is None else logit < most / self._temperature
+        return above.squeeze(1)
+
+    def _check_rows_agree(self, logit: Tensor) -> None:
+        """Raise an UnevenRowsError if only some rows need more than the exact logits above a logit, [B, 1]."""
+        if len(logit) > 1 and not self._lists_picked and not self._rest_is_removed:
+            needs_more = self._needs_more(logit)
+            if needs_more.any() and not needs_more.all():
+                raise UnevenRowsError(needs_more)
 
     def _list_picked(self) -> bool:
         """List all tokens of the picked experts; return whether some were not listed."""
@@ -220,6 +247,7 @@ class Candidates:
 
     def _keep_above(self, find: Callable[[], Tensor]) -> None:
         """Keep candidates from a logit on, [B, 1], that depends on those that are listed."""
+        self._check_rows_agree(find())
         least = self._expand_above_all(find)
         count = int((self._logits >= least).sum(dim=-1).amax())
         self._keep(least, *self._logits.topk(count))

@@ -5,6 +5,7 @@ A step of Transformers' sampling reads the logits of all V tokens several times.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import logits_process as processors
 
-from .candidates import Candidates, draw
+from .candidates import Candidates, UnevenRowsError, draw
 from .head import TopKExpertsHead
 from .logits_processors import SelectingTopPLogitsWarper
 from .scored import Scored
@@ -48,6 +49,7 @@ class TokenChooser:
         """
         self._head, self._processors, self._does_sample = head, found, does_sample
         self._leaves_logits = leaves_logits
+        self._are_sparse: dict[int, bool] = {}  # by number of rows
         self._suppression = Suppression(head, found)
         self._changes = [one for one in found if type(one) not in SUPPRESSORS]
         self._logits = torch.empty(0)
@@ -57,7 +59,7 @@ class TokenChooser:
     def logits(self, hidden: Tensor) -> Tensor:
         """Replace the head: [B, T, d] to [B, T, V], all -inf if `__call__` does not need them."""
         rows = len(hidden)
-        if self._leaves_logits and hidden.shape[1:-1] == (1,) and self._head.runs_sparse(rows, self._head.score):
+        if self._leaves_logits and hidden.shape[1:-1] == (1,) and self._runs_sparse(rows):
             with torch.inference_mode():  # some 5 % faster than `no_grad`, as are the small operations of `choose`
                 self._scored = self._head.score(hidden.flatten(0, 1))
             return self._nothing.to(hidden.dtype).expand(rows, 1, self._head.out_features)
@@ -67,6 +69,12 @@ class TokenChooser:
             # A copy: the dense model may change them in place.
             self._logits = logits[:, -1].clone() if later is None else logits[:, -1] + later
         return logits
+
+    def _runs_sparse(self, rows: int) -> bool:
+        """Whether the head scores tokens of a batch; asked once, as the head's settings are slow to read."""
+        if rows not in self._are_sparse:
+            self._are_sparse[rows] = self._head.runs_sparse(rows, self._head.score)
+        return self._are_sparse[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Replace the logits processors: give the chosen token the largest score.
@@ -98,10 +106,23 @@ class TokenChooser:
         Returns:
             Token ids, [B].
         """
-        if len(scored.ids) == 1 or not self._suppression.differs_by_row:
+        if len(scored.ids) > 1 and self._suppression.differs_by_row:
+            return self._choose_in_parts(input_ids, scored, torch.arange(len(input_ids)).split(1))
+        try:
             return self._choose(input_ids, scored)
-        rows = (slice(row, row + 1) for row in range(len(input_ids)))
-        return torch.cat([self._choose(input_ids[row], scored.part(row)) for row in rows])
+        except UnevenRowsError as error:
+            one_by_one = error.needs_more.nonzero().split(1)
+            others = (~error.needs_more).nonzero()
+            return self._choose_in_parts(
+                input_ids, scored, (others.squeeze(1), *(one.squeeze(1) for one in one_by_one))
+            )
+
+    def _choose_in_parts(self, input_ids: Tensor, scored: Scored, parts: Sequence[Tensor]) -> Tensor:
+        """As [`choose`], for some rows at a time, given by their numbers."""
+        tokens = torch.empty(len(input_ids), dtype=torch.long)
+        for rows in parts:
+            tokens[rows] = self.choose(input_ids[rows], scored.part(rows))
+        return tokens
 
     def _choose(self, input_ids: Tensor, scored: Scored) -> Tensor:
         """As [`choose`], for rows with the same suppressed tokens."""
@@ -135,9 +156,12 @@ class TokenChooser:
 
 def likeliest(head: TopKExpertsHead, scored: Scored, priors: Priors | None = None) -> Tensor:
     """The token of the largest sparse logit at each position, [N]."""
-    if not scored.has_the_likeliest() and head.tail_may_win(scored).any():
-        return Candidates(head, scored, priors or Priors(head)).best()
-    return head.best_scored(scored)
+    best = head.best_scored(scored)
+    if not scored.has_the_likeliest():
+        rows = head.tail_may_win(scored).nonzero().squeeze(1)
+        if len(rows):
+            best[rows] = Candidates(head, scored.part(rows), priors or Priors(head)).best()
+    return best
 
 
 def can_choose(head: TopKExpertsHead, found: Any, generation_config: GenerationConfig) -> bool:

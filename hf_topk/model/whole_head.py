@@ -32,6 +32,8 @@ def check_whole(head: nn.Linear) -> None:
     if torch.compiler.is_compiling():  # checked by the first call in eager mode
         return
     weight = head.weight
+    if type(weight) is nn.Parameter and weight.shape == (head.out_features, head.in_features):  # no DTensor
+        return
     is_split = hasattr(weight, "placements")  # a DTensor, whose shape is that of the whole tensor
     if is_split or tuple(weight.shape) != (head.out_features, head.in_features):
         here = cast(Any, weight).to_local().shape if is_split else weight.shape

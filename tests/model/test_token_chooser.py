@@ -94,13 +94,14 @@ def probabilities_of(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) ->
     left: list[Tensor] = []
 
     def drawn(candidates: Candidates) -> Tensor:
-        left.append(distribution(candidates, head))
-        return torch.zeros(len(left[-1]), dtype=torch.long)
+        """The places of the rows in `left`, in place of their tokens."""
+        left.extend(distribution(candidates, head))
+        return torch.arange(len(left))[-len(candidates._ids) :]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Candidates, "drawn", drawn)
-        chooser.choose(PREFIX[: len(hidden)], head.score(hidden))
-    return torch.cat(left)
+        places = chooser.choose(PREFIX[: len(hidden)], head.score(hidden))
+    return torch.stack(left)[places]
 
 
 def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
@@ -126,18 +127,45 @@ def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     positions=st.integers(1, 2),
     choices=sizes(),
     num_rescored=st.integers(1, 60),
-    spread=st.sampled_from([0.1, 1.0, 4.0]),
+    spreads=st.tuples(*[st.sampled_from([0.1, 1.0, 4.0])] * 2),
     combine=st.sampled_from(["exact", "exact", "learned"]),
     found=some_of(("penalty", *SAMPLING), 5) | some_of(WARPERS, 3),
 )
 def test_probabilities_are_those_of_the_sparse_logits(
-    seed: int, positions: int, choices: dict[str, int], num_rescored: int, spread: float, combine: str, found: list[Any]
+    seed: int,
+    positions: int,
+    choices: dict[str, int],
+    num_rescored: int,
+    spreads: tuple[float, float],
+    combine: str,
+    found: list[Any],
 ) -> None:
     """After any of the usual processors, against Transformers' own on all logits."""
     head, hidden = make_head(num_rescored=num_rescored, combine=combine, **choices), make_hidden(seed, positions)
-    hidden = hidden * spread
+    hidden = hidden * torch.tensor(spreads[:positions]).unsqueeze(1)
     expected = processed(head.sparse_logits(hidden), found).double().softmax(-1)
     torch.testing.assert_close(probabilities_of(head, hidden, found), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("top_k", 0.01), ("top_p", 0.2), ("min_p", 0.2)])
+def test_more_candidates_are_listed_for_the_rows_that_need_them(
+    name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row has a flat distribution, the other one likely token."""
+    head, hidden = make_head(num_rescored=30), make_hidden(1, 2) * torch.tensor([[0.01], [20.0]])
+    listed: list[int] = []
+    list_picked = Candidates._list_picked
+
+    def watched(self: Candidates) -> bool:
+        has_listed = list_picked(self)
+        listed.extend([len(self._ids)] * has_listed)
+        return has_listed
+
+    monkeypatch.setattr(Candidates, "_list_picked", watched)
+    found = [WARPERS[name](value)]
+    expected = found[0](PREFIX, head.sparse_logits(hidden)).double().softmax(-1)
+    torch.testing.assert_close(probabilities_of(head, hidden, found), expected, rtol=1e-3, atol=1e-5)
+    assert listed == [1]
 
 
 prefixes = st.lists(st.lists(st.sampled_from([2, 17, 98, 99]), min_size=8, max_size=8), min_size=1, max_size=2)
