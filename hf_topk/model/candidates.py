@@ -20,7 +20,7 @@ FIRST_TRIED = 256  # likeliest tokens to try for top-p; four times as many while
 
 
 class UnevenRowsError(Exception):
-    """Some rows of a batch need more candidates than others.
+    """Some rows of a batch need more candidates than others: [`TokenChooser`] takes these one by one.
 
     Attributes:
         needs_more: which rows, [B] bool.

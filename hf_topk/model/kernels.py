@@ -19,6 +19,7 @@ FEW_POSITIONS = 64
 COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
 # Of the kernel for 4 bits: the processors that it is written for, numbers of columns with a scale, and rows of a block.
 FAST_WITH_FOUR_BITS, COLUMNS_OF_GROUPS, ROWS_OF_BLOCK = ("AVX2", "AVX512"), (256, 128, 64, 32), 64
+FEWEST_FOR_NUMPY = 4096  # values from which on NumPy finds the largest in less time than torch
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -167,13 +168,14 @@ def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest values of each row, and their places, in no order: fp32 [N, n] to [N, count] each.
 
-    On a CPU by NumPy, whose quickselect is vectorised: of 16,384 values it takes a quarter of `torch.topk`'s time.
+    Of many on a CPU by NumPy, whose quickselect is vectorised: of 16,384 values it takes a quarter of `torch.topk`'s
+    time.
     """
-    if not values.is_cpu or values.requires_grad or torch.compiler.is_compiling():
-        found = values.topk(count, dim=-1, sorted=False)
-        return found.values, found.indices
-    places = torch.from_numpy(np.argpartition(values.numpy(), -count)[:, -count:])
-    return values.gather(1, places), places
+    is_plain = values.is_cpu and not values.requires_grad and not torch.compiler.is_compiling()
+    if is_plain and values.shape[1] >= FEWEST_FOR_NUMPY:
+        places = torch.from_numpy(values.numpy().argpartition(-count)[:, -count:])
+        return values.gather(1, places), places
+    return values.topk(count, dim=-1, sorted=False)
 
 
 def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:

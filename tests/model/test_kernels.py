@@ -209,7 +209,12 @@ def test_unpacking_restores_packed_numbers(seed: int, bits: int, rows: int, widt
 
 
 @settings(max_examples=50, deadline=None)
-@given(values=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+@given(
+    values=st.integers(1, 3),
+    length=st.integers(1, 40) | st.integers(kernels.FEWEST_FOR_NUMPY - 1, 5000),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
 def test_largest_values(values: int, length: int, seed: int, data: st.DataObject) -> None:
     rows = torch.randint(-5, 5, (values, length), generator=torch.Generator().manual_seed(seed)).float()
     rows[rows == -5] = -torch.inf
