@@ -1,9 +1,8 @@
-"""The inner loops of the sparse head in plain torch: exact logits of gathered rows, and products of packed rows."""
+"""The inner loops of the sparse head: exact logits of gathered rows, products of packed rows, and the largest values."""
 
 from importlib.util import find_spec
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
