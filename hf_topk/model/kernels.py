@@ -1,4 +1,4 @@
-"""The inner loops of the sparse head: exact logits of gathered rows, products of packed rows, and the largest values."""
+"""The inner loops of the sparse head: exact logits of gathered rows, products of packed rows, the largest values."""
 
 from importlib.util import find_spec
 from typing import NamedTuple
