@@ -140,7 +140,8 @@ class Candidates:
 
     def best(self) -> Tensor:
         """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
-        self._expand_above_all(lambda: self._logits.amax(dim=-1, keepdim=True))
+        while self._expand_above(self._logits.amax(dim=-1, keepdim=True)):
+            pass
         return lowest_of_likeliest(self._logits, self._ids)
 
     def drawn(self) -> Tensor:
@@ -192,12 +193,6 @@ class Candidates:
         """The listed candidates' logits, [B, n], with those of suppressed tokens -inf."""
         return priors.masked(logits, self._ids)
 
-    def _expand_above_all(self, find: Callable[[], Tensor]) -> Tensor:
-        """List all tokens above a logit that depends on those that are listed; return it, [B, 1]."""
-        while self._expand_above(logit := find()):
-            pass
-        return logit
-
     def _expand_above(self, logit: Tensor | float) -> bool:
         """List more tokens if some of them are above a logit, [B, 1]; return whether it has.
 
@@ -247,8 +242,10 @@ class Candidates:
 
     def _keep_above(self, find: Callable[[], Tensor]) -> None:
         """Keep candidates from a logit on, [B, 1], that depends on those that are listed."""
-        self._check_rows_agree(find())
-        least = self._expand_above_all(find)
+        least = find()
+        self._check_rows_agree(least)
+        while self._expand_above(least):
+            least = find()
         count = int((self._logits >= least).sum(dim=-1).amax())
         self._keep(least, *self._logits.topk(count))
 

@@ -43,9 +43,8 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         return logits if bias is None else logits + bias[rows]
     if hidden.shape[0] == 1:
         return shared_rows_dot(hidden, weight, bias, rows[0])
-    if hidden.is_cpu and len(
-        hidden
-    ):  # one position at a time is up to six times as fast as a batched product of copied rows
+    # On a CPU one position at a time is up to six times as fast as a batched product of copied rows.
+    if hidden.is_cpu and len(hidden):
         pairs = zip(hidden.split(1), rows, strict=True)
         logits = torch.cat([_copied_rows_dot(one, weight, own_rows) for one, own_rows in pairs])
     else:

@@ -110,11 +110,8 @@ class TokenChooser:
         try:
             return self._choose(input_ids, scored)
         except UnevenRowsError as error:
-            one_by_one = error.needs_more.nonzero().split(1)
-            others = (~error.needs_more).nonzero()
-            return self._choose_in_parts(
-                input_ids, scored, (others.squeeze(1), *(one.squeeze(1) for one in one_by_one))
-            )
+            others, uneven = (rows.nonzero().squeeze(1) for rows in (~error.needs_more, error.needs_more))
+            return self._choose_in_parts(input_ids, scored, (others, *uneven.split(1)))
 
     def _choose_in_parts(self, input_ids: Tensor, scored: Scored, parts: Sequence[Tensor]) -> Tensor:
         """As [`choose`], for some rows at a time, given by their numbers."""
