@@ -12,7 +12,7 @@ from support.command_line import run_main
 from support.seq2seq_models import tiny_model
 from support.tiny_models import TINY_SHAPE, tiny_checkpoint, tiny_converted, tiny_dense, tiny_text
 from test_cli import run_script
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
@@ -115,6 +115,15 @@ def test_constant_logits_have_a_row_for_each_sequence() -> None:
     ready = NoHead(50, torch.bfloat16)
     assert ready(torch.zeros(3, 1, 8)).shape == (3, 1, 50)
     assert ready(torch.zeros(3, 1, 8)).dtype == torch.bfloat16
+
+
+def test_compiled_constant_logits_leave_no_layer_out() -> None:
+    ready = NoHead(50, torch.float32)
+    model = nn.Sequential(nn.Linear(8, 8), ready)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for hidden in (torch.full((2, 1, 8), 3.0), torch.full((2, 1, 8), -5.0)):
+        compiled(hidden)
+        torch.testing.assert_close(ready.kept[:2], model[0](hidden)[:, 0, 0])
 
 
 # The baselines
