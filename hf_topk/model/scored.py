@@ -75,10 +75,9 @@ class Scored:
         The screen drops no token that is likelier than one that it keeps. In an expert that was not picked, no token is
         likelier than the whole expert, whose score is at most that of a picked one.
         """
-        return None if self.kept is None else self._most_left(self.kept) + self.offset
-
-    def _most_left(self, kept: Tensor) -> Tensor:
-        return torch.maximum(kept.amin(dim=-1, keepdim=True), self.masses.amin(dim=-1, keepdim=True))
+        if self.kept is None:
+            return None
+        return torch.maximum(self.kept.amin(dim=-1, keepdim=True), self.masses.amin(dim=-1, keepdim=True)) + self.offset
 
     def has_the_likeliest(self) -> bool:
         """Whether a quick test shows that at each position the likeliest token is one with an exact logit.
@@ -89,7 +88,10 @@ class Scored:
         """
         if self.kept is None or self.known_offset is not None:  # logits may have been suppressed since
             return False
-        return bool((self.kept.mean(dim=-1, keepdim=True) > self._most_left(self.kept) + ROUNDING).all())
+        # Compared in Python: four operations on a few numbers take longer.
+        means, least_kept = self.kept.mean(dim=-1).tolist(), self.kept.amin(dim=-1).tolist()
+        most_left = map(max, least_kept, self.masses.amin(dim=-1).tolist())
+        return all(mean > most + ROUNDING for mean, most in zip(means, most_left, strict=True))
 
     def with_exact(self, exact: Tensor) -> "Scored":
         """These values with other exact logits, and the same offset."""
