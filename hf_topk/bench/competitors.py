@@ -56,7 +56,8 @@ class Competitors:
 class NoHead(nn.Module):
     """A head that returns constant logits.
 
-    It keeps a number of each hidden state. If nothing depended on these, the compiler would leave out most of the last layer.
+    It keeps a number of each hidden state: if nothing depended on these, the compiler would leave out most of the last
+    layer.
     """
 
     logits: Tensor
