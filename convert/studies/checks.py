@@ -1,5 +1,6 @@
 """Checks that the studies of model types share."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,8 +25,8 @@ def are_close(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def every_draft() -> Iterator[None]:
     """Inside the context, lossless decoding drafts even where the router is unsure, as in tiny models."""
-    before, drafting.DOUBTFUL_SHARE = drafting.DOUBTFUL_SHARE, 1.0
+    before, drafting.DOUBTFUL = drafting.DOUBTFUL, math.inf
     try:
         yield
     finally:
-        drafting.DOUBTFUL_SHARE = before
+        drafting.DOUBTFUL = before

@@ -212,7 +212,7 @@ def _parts(head: TopKExpertsHead, states: Tensor) -> dict[str, Head]:
 def _draft(head: TopKExpertsHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """What lossless decoding computes in the head for a greedy draft token."""
     scored = head.score(hidden)
-    return head.share_outside(scored), head.best_scored(scored)
+    return head.mass_outside(scored), head.best_scored(scored)
 
 
 def _next_token(head: TopKExpertsHead, found: Sequence[LogitsProcessor], does_sample: bool) -> Head:

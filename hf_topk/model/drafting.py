@@ -20,9 +20,9 @@ from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 TYPICAL_SIZE = 11  # mean length of the blocks of real models
-# Drafting stops where more of the probability lies outside the scored tokens: such draft tokens are often rejected, and
-# all that follow a rejected one are lost.
-DOUBTFUL_SHARE = 0.6
+# Drafting stops where the tokens of experts that were not picked together are likelier, by these nats, than the draft
+# token, or in sampling than all others: such draft tokens are often rejected, and all that follow one are lost.
+DOUBTFUL = 0.0
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
 
@@ -39,7 +39,7 @@ def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
     block = max(1, min(TYPICAL_SIZE, MOST_POSITIONS // rows))
 
     def draft(states: Tensor) -> Tensor:
-        return head.share_outside(head.score(states))
+        return head.mass_outside(head.score(states))
 
     return drafting_is_faster(draft, head.fastest_dense_logits, head, rows, block, *head.sizes_of_sparse)
 
@@ -70,16 +70,18 @@ class DraftingHead:
         has_verified: whether the last call was the verification pass.
     """
 
-    def __init__(self, head: TopKExpertsHead, size: int, choose: Choose | None) -> None:
+    def __init__(self, head: TopKExpertsHead, size: int, choose: Choose | None, does_sample: bool) -> None:
         """Start a block.
 
         Args:
             head: the head to replace.
             size: positions in the block, at most.
             choose: chooses draft tokens without logits of all tokens; None if that is not possible.
+            does_sample: whether tokens are sampled.
         """
         self._head = head
         self._choose = choose
+        self._does_sample = does_sample
         self._states: list[Tensor] = []
         self.size = size
         self.prefix = torch.empty(0)
@@ -102,10 +104,11 @@ class DraftingHead:
         if len(self._states) < self.size:
             with torch.inference_mode():  # faster than `no_grad`
                 scored = self._head.score(hidden.flatten(0, 1))
-                outside = self._head.share_outside(scored)
+                most = self._head.mass_inside(scored) if self._does_sample else scored.exact.amax(dim=-1)
+                doubt = self._head.mass_outside(scored) - most
                 if self.ended is not None:
-                    outside = outside.masked_fill(self.ended.to(outside.device), 0)
-                is_likely = bool(outside.amax() <= DOUBTFUL_SHARE)
+                    doubt = doubt.masked_fill(self.ended.to(doubt.device), -torch.inf)
+                is_likely = bool(doubt.amax() <= DOUBTFUL)
             if is_likely:
                 if self._choose is not None:
                     self.draft_token = self._choose(self.prefix, scored)
@@ -180,7 +183,7 @@ class Drafter:
             size: positions in the block, at most.
             cache: of the KV cache in `kwargs`.
         """
-        block, head = Block(), DraftingHead(self._model.head, size, self._choose)
+        block, head = Block(), DraftingHead(self._model.head, size, self._choose, self._does_sample)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()

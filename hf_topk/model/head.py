@@ -179,20 +179,14 @@ class TopKExpertsHead(LaidOutHead):
             parts += [self.logits_of(scored.part(slice(i, i + at_once))) for i in range(0, len(some), at_once)]
         return torch.cat(parts)
 
-    def share_outside(self, scored: Scored) -> Tensor:
-        """The router's estimate of the probability that the next token was not scored.
+    def mass_outside(self, scored: Scored) -> Tensor:
+        """The router's estimate of the log mass of the tokens of all experts that were not picked, [N]."""
+        return scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
 
-        Args:
-            scored: of N positions.
-
-        Returns:
-            Probability of all tokens outside the picked experts and the always-on tokens, fp32 [N].
-        """
-        outside = scored.scores.scatter(1, scored.experts, -torch.inf).logsumexp(dim=-1) + scored.offset.squeeze(1)
-        inside = scored.masses.logsumexp(dim=-1, keepdim=True) + (0 if scored.screened is None else scored.offset)
-        always = scored.exact[:, : self.num_always_on].float()
-        inside = torch.cat([always, inside], dim=-1).logsumexp(dim=-1)
-        return torch.sigmoid(outside - inside)
+    def mass_inside(self, scored: Scored) -> Tensor:
+        """The log mass of all other tokens, [N]."""
+        masses = scored.masses if scored.screened is None else scored.masses + scored.offset
+        return torch.cat([scored.exact[:, : self.num_always_on].float(), masses], dim=-1).logsumexp(dim=-1)
 
     def score(self, hidden: Tensor) -> Scored:
         """Route hidden states [N, d], and compute the exact logits."""

@@ -32,8 +32,7 @@ logger = logging.get_logger(__name__)
 # Whether the current generation of this thread is lossless.
 is_lossless_generation: ContextVar[bool] = ContextVar("is_lossless_generation", default=False)
 
-FIRST_SIZE = 8  # positions in the first block
-LARGEST_SIZE = 16
+FIRST_SIZE, LARGEST_SIZE = 16, 32  # positions in a block
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Lossless against dense decoding: differing tokens are counted, and ties are told apart."""
 
+import math
+
 import pytest
 import torch
 from support.lossless import NEW_TOKENS, convert
@@ -17,7 +19,7 @@ from hf_topk.windows import Window
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Converted encoder-decoders: their output is the dense model's."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
 
 
 @pytest.fixture(scope="module", params=[*TEXT, *SPEECH])

@@ -337,10 +337,12 @@ def test_the_tail_is_computed_only_where_it_may_win(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_share_outside_is_the_probability_of_unscored_tokens(combine: str) -> None:
+def test_masses_are_those_of_the_logits_of_scored_and_unscored_tokens(combine: str) -> None:
     head, hidden = make_head(combine=combine), make_hidden(0, 20) * 0.3
-    logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
-    for row, state, share_outside in zip(logits, hidden, outside, strict=True):
-        picked = head.pick(state.unsqueeze(0))
-        inside = row.softmax(-1)[head.scored_ids(picked.experts)[0].unique()].sum()
-        assert abs(share_outside - 1 + inside) < 1e-4
+    logits, scored = head.sparse_logits(hidden), head.score(hidden)
+    masses = zip(logits, hidden, head.mass_outside(scored), head.mass_inside(scored), strict=True)
+    for row, state, outside, inside in masses:
+        is_inside = torch.zeros_like(row, dtype=torch.bool)
+        is_inside[head.scored_ids(head.pick(state.unsqueeze(0)).experts)[0]] = True
+        assert abs(outside - row[~is_inside].logsumexp(-1)) < 1e-4
+        assert abs(inside - row[is_inside].logsumexp(-1)) < 1e-4

@@ -1,5 +1,6 @@
 """Lossless decoding returns the dense model's own tokens, for any draft tokens."""
 
+import math
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 1.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
 
 
 # Of the quick ones, one has a plain cache, one has sliding windows, and one starts a new cache.
@@ -119,7 +120,7 @@ def test_tokens_do_not_depend_on_the_drafts(way: str, experts: int, llama: PreTr
 
 
 def test_unsure_router_ends_a_block(monkeypatch: pytest.MonkeyPatch, small: TopKExpertsForCausalLM) -> None:
-    monkeypatch.setattr(drafting, "DOUBTFUL_SHARE", 0.0)
+    monkeypatch.setattr(drafting, "DOUBTFUL", -math.inf)
     generate(small, lossless=True)
     assert stats_of(small) == LosslessStats(NEW_TOKENS, NEW_TOKENS, NEW_TOKENS, 0, 0)
 

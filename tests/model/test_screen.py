@@ -142,15 +142,16 @@ def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)
 
 
-def test_share_outside_the_picked_experts() -> None:
+def test_masses_of_the_picked_experts_and_of_the_others() -> None:
     head, hidden = make_head(num_rescored=5, num_experts_per_tok=3), make_hidden(1, 6)
-    logits, outside = head.sparse_logits(hidden), head.share_outside(head.score(hidden))
+    logits, scored = head.sparse_logits(hidden), head.score(hidden)
     picked = torch.zeros_like(logits, dtype=torch.bool)
     picked[:, head.always_on_ids] = True
     for position, experts in enumerate(picked_experts(head, hidden)):
         picked[position, head.expert_ids[experts].flatten()] = True
-    expected = logits.softmax(dim=-1).masked_fill(picked, 0).sum(dim=-1)
-    torch.testing.assert_close(outside, expected, rtol=1e-3, atol=1e-4)
+    for mass, is_part in ((head.mass_outside(scored), ~picked), (head.mass_inside(scored), picked)):
+        expected = logits.masked_fill(~is_part, -torch.inf).logsumexp(dim=-1)
+        torch.testing.assert_close(mass, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("router_packed", [False, True])
