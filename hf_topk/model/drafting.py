@@ -3,6 +3,7 @@
 [`lossless`] returns these blocks to the sampling loop.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -20,9 +21,9 @@ from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 TYPICAL_SIZE = 11  # mean length of the blocks of real models
-# Drafting stops where the tokens of experts that were not picked together are likelier, by these nats, than the draft
-# token, or in sampling than all others: such draft tokens are often rejected, and all that follow one are lost.
-DOUBTFUL = 0.0
+# Drafting stops where the tokens of experts that were not picked have together more than twice the probability of the
+# draft token, or in sampling of all others: such draft tokens are often rejected, and all that follow one are lost.
+DOUBTFUL = math.log(2)
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
 
