@@ -84,6 +84,8 @@ class Decoding:
         compile_config._compile_all_devices = cast(Any, True)  # `generate` compiles only on accelerators otherwise
         choices: dict[str, Any] = {"cache_implementation": "static", "compile_config": compile_config}
         decoders = self._decoders("dense", "sparse", "no_head", **choices, **(SAMPLING if does_sample else {}))
+        if not does_sample:
+            decoders["lossless"] = _decoder(self._models.sparse, lossless=True, **choices)
         return self._measure(decoders, "Sampling, compiled" if does_sample else "Decoding, compiled")
 
     def _decoders(self, *names: str, **choices: Any) -> dict[str, Decoder]:

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 
 class CompiledDecoder:
@@ -54,8 +54,25 @@ class CompiledDecoderMixin:
         """A function that runs this model compiled; on a CPU see [`CompiledDecoder`]."""
         model: Any = self
         decoder, compile_config = self.base.base_model, compile_config or model._default_compile_config()
-        if model.head.weight.device.type != "cpu" or decoder is self.base:
+        if not self._compiles_the_decoder_alone:
             return cast(Any, super()).get_compiled_call(compile_config)
         if self._compiled_decoder is None or not self._compiled_decoder.is_of(model, decoder, compile_config):
             self._compiled_decoder = CompiledDecoder(model, decoder, compile_config)
         return self._compiled_decoder
+
+    def call_with_own_head(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> Any:
+        """A function that runs this model with its head in eager mode; compiled where `generate` compiles, if possible.
+
+        Args:
+            model_kwargs: of the decode steps.
+            generation_config: of the generation.
+        """
+        model: Any = self
+        if self._compiles_the_decoder_alone and model._valid_auto_compile_criteria(model_kwargs, generation_config):
+            return self.get_compiled_call(generation_config.compile_config)
+        return model
+
+    @property
+    def _compiles_the_decoder_alone(self) -> bool:
+        head: Any = cast(Any, self).head
+        return head.weight.device.type == "cpu" and self.base.base_model is not self.base

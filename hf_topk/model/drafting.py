@@ -3,7 +3,6 @@
 [`lossless`] returns these blocks to the sampling loop.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,9 +20,9 @@ from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 TYPICAL_SIZE = 11  # mean length of the blocks of real models
-# Drafting stops where the tokens of experts that were not picked have together more than twice the probability of the
-# draft token, or in sampling of all others: such draft tokens are often rejected, and all that follow one are lost.
-DOUBTFUL = math.log(2)
+# Drafting stops where the tokens of experts that were not picked are together likelier, by more than these nats, than
+# the draft token, or in sampling than all others: such draft tokens are often rejected, and all that follow are lost.
+DOUBTFUL = 0.0
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
 
@@ -125,6 +124,7 @@ class Drafter:
     def __init__(
         self,
         model: Any,
+        call: Any,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
@@ -133,11 +133,12 @@ class Drafter:
 
         Args:
             model: a converted model.
+            call: runs it with its head in eager mode.
             logits_processor: of the sampling loop.
             stopping_criteria: of the sampling loop.
             generation_config: of the sampling loop.
         """
-        self._model = model
+        self._model, self._call = model, call
         self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
         self._does_sample = bool(generation_config.do_sample)
         self._choose: Choose | None = None
@@ -198,7 +199,7 @@ class Drafter:
                 inputs = self._model.prepare_inputs_for_generation(
                     input_ids, next_sequence_length=next_length, **kwargs
                 )
-                output = self._model(**inputs, return_dict=True)
+                output = self._call(**inputs, return_dict=True)
                 block.outputs.append(output)
                 if head.has_verified:
                     block.dense = output.logits

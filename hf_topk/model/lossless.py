@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 # Whether the current generation of this thread is lossless.
 is_lossless_generation: ContextVar[bool] = ContextVar("is_lossless_generation", default=False)
 
-FIRST_SIZE, LARGEST_SIZE = 16, 32  # positions in a block
+FIRST_SIZE, LARGEST_SIZE = 8, 24  # positions in a block
 
 
 @dataclass
@@ -115,8 +115,9 @@ def sample(
     Returns:
         The loop's result, and the statistics of the generation.
     """
-    drafter = Drafter(model, logits_processor, stopping_criteria, generation_config)
-    view = VerifiedModel(model, drafter, synced_gpus)
+    call = model.call_with_own_head(kwargs, generation_config)
+    drafter = Drafter(model, call, logits_processor, stopping_criteria, generation_config)
+    view = VerifiedModel(model, call, drafter, synced_gpus)
     try:
         result = cast(Any, GenerationMixin)._sample(
             view,
@@ -142,15 +143,16 @@ class VerifiedModel:
         stats: the statistics so far.
     """
 
-    def __init__(self, model: Any, drafter: Drafter, synced_gpus: bool) -> None:
+    def __init__(self, model: Any, call: Any, drafter: Drafter, synced_gpus: bool) -> None:
         """Wrap a model for one generation.
 
         Args:
             model: a converted model.
+            call: runs it.
             drafter: drafts and verifies blocks.
             synced_gpus: whether other processes wait for each forward pass.
         """
-        self._model = model
+        self._model, self._call = model, call
         self._drafter = drafter
         self._synced_gpus = synced_gpus
         self._cache: CroppableCache | None = None
@@ -163,7 +165,7 @@ class VerifiedModel:
         return getattr(self._model, name)
 
     def _valid_auto_compile_criteria(self, *_: Any) -> bool:
-        return False  # the loop would call a compiled forward of the model, not this object
+        return False  # the loop would call a compiled forward of the model, not this object; `call` may be compiled
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Find the output of the next step, with which the loop then calls this object.
@@ -218,7 +220,7 @@ class VerifiedModel:
     def _dense_step(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Any:
         self.stats.forward_passes += 1
         self.stats.dense_passes += 1
-        return self._model(**self._model.prepare_inputs_for_generation(input_ids, **kwargs), return_dict=True)
+        return self._call(**self._model.prepare_inputs_for_generation(input_ids, **kwargs), return_dict=True)
 
     def _end_block(self) -> None:
         """Crop rejected draft tokens, and adapt the size of the next block to how many were accepted."""

@@ -1,7 +1,9 @@
 """Compiled decoding: no graph break, no recompilation after warm-up, and the tokens of eager mode."""
 
 import copy
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_topk import TopKExpertsForCausalLM
+from hf_topk.model import drafting
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +123,20 @@ def test_a_compiled_model_generates_the_tokens_of_eager_mode(choices: dict[str, 
     model.head_mode = "dense"
     assert lossless.equal(generate(model))
     assert dense.shape == lossless.shape
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_lossless_decoding_compiles_the_decoder_once(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tokens of eager mode, though rejected draft tokens are cropped from the cache."""
+    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    model = converted(model_type)
+    choices: dict[str, Any] = {"lossless": True, **compiled_choices()}
+    choices["compile_config"].dynamic = None  # sliding windows count their tokens in Python
+    expected = generate(model, lossless=True)
+    for _ in range(2):
+        before = counters["stats"]["unique_graphs"]
+        assert generate(model, **choices).equal(expected)
+    assert model._compiled_decoder is not None
+    assert model.last_generation_stats.drafted > model.last_generation_stats.accepted
+    assert counters["stats"]["unique_graphs"] == before > 0
+    assert not counters["graph_break"]
