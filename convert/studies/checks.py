@@ -25,8 +25,8 @@ def are_close(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def every_draft() -> Iterator[None]:
     """Inside the context, lossless decoding drafts even where the router is unsure, as in tiny models."""
-    before, drafting.DOUBTFUL = drafting.DOUBTFUL, math.inf
+    before, drafting.DOUBT_A_PASS = drafting.DOUBT_A_PASS, math.inf
     try:
         yield
     finally:
-        drafting.DOUBTFUL = before
+        drafting.DOUBT_A_PASS = before

@@ -20,9 +20,10 @@ from .token_chooser import TokenChooser, knows
 
 MOST_POSITIONS = 128  # of all rows, in a block; with more, the dense head is compute-bound
 TYPICAL_SIZE = 11  # mean length of the blocks of real models
-# Drafting stops where the tokens of experts that were not picked are together likelier, by more than these nats, than
-# the draft token, or in sampling than all others: such draft tokens are often rejected, and all that follow are lost.
-DOUBTFUL = 0.0
+# Drafting stops where the tokens of experts that were not picked are together so many times as likely as the draft
+# token, or in sampling as all others, times the forward passes of the decoder that the dense head costs: such draft
+# tokens are often rejected, and the passes that follow are lost.
+DOUBT_A_PASS = 2.0
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
 
@@ -42,6 +43,17 @@ def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
         return head.mass_outside(head.score(states))
 
     return drafting_is_faster(draft, head.fastest_dense_logits, head, rows, block, *head.sizes_of_sparse)
+
+
+def passes_of_the_head(model: Any) -> float:
+    """What the dense head costs in forward passes of the decoder, by the bytes of their weights.
+
+    Args:
+        model: a converted model.
+    """
+    decoder, looked_up = model.base.get_decoder(), {id(model.get_input_embeddings().weight), id(model.head.weight)}
+    read = (one for one in (*decoder.parameters(), *decoder.buffers()) if id(one) not in looked_up)
+    return float(model.head.weight.nbytes / max(1, sum(one.nbytes for one in read)))
 
 
 @dataclass
@@ -70,7 +82,9 @@ class DraftingHead:
         has_verified: whether the last call was the verification pass.
     """
 
-    def __init__(self, head: TopKExpertsHead, size: int, choose: Choose | None, does_sample: bool) -> None:
+    def __init__(
+        self, head: TopKExpertsHead, size: int, choose: Choose | None, does_sample: bool, doubt: float
+    ) -> None:
         """Start a block.
 
         Args:
@@ -78,10 +92,12 @@ class DraftingHead:
             size: positions in the block, at most.
             choose: chooses draft tokens without logits of all tokens; None if that is not possible.
             does_sample: whether tokens are sampled.
+            doubt: ratio of probabilities up to which drafting goes on; see [`DOUBT_A_PASS`].
         """
         self._head = head
         self._choose = choose
         self._does_sample = does_sample
+        self._doubt = doubt
         self._states: list[Tensor] = []
         self.size = size
         self.prefix = torch.empty(0)
@@ -108,7 +124,7 @@ class DraftingHead:
                 doubt = self._head.mass_outside(scored) - most
                 if self.ended is not None:
                     doubt = doubt.masked_fill(self.ended.to(doubt.device), -torch.inf)
-                is_likely = bool(doubt.amax() <= DOUBTFUL)
+                is_likely = bool(doubt.amax().exp() <= self._doubt)
             if is_likely:
                 if self._choose is not None:
                     self.draft_token = self._choose(self.prefix, scored)
@@ -146,6 +162,7 @@ class Drafter:
             self._choose = TokenChooser(model.head, logits_processor, does_sample=False).choose
         elif not self._does_sample and not self._processor:
             self._choose = lambda _, scored: model.head.best_scored(scored)
+        self._doubt = DOUBT_A_PASS * passes_of_the_head(model)
         self._max_length = stopping_criteria.max_length
         config = model.config.get_text_config()
         self._max_positions = getattr(config, "max_position_embeddings", None)
@@ -185,7 +202,7 @@ class Drafter:
             size: positions in the block, at most.
             cache: of the KV cache in `kwargs`.
         """
-        block, head = Block(), DraftingHead(self._model.head, size, self._choose, self._does_sample)
+        block, head = Block(), DraftingHead(self._model.head, size, self._choose, self._does_sample, self._doubt)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()

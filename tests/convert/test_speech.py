@@ -60,7 +60,7 @@ def test_loads_as_both(converted: Path) -> None:
 
 @pytest.mark.slow
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
     long = features(converted, 4.5)
     segments = []
     for folder, choices in (("dense", {}), ("out", {"lossless": True})):

@@ -19,7 +19,7 @@ from hf_topk.windows import Window
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
 
 
 @pytest.fixture

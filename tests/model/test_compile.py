@@ -128,7 +128,7 @@ def test_a_compiled_model_generates_the_tokens_of_eager_mode(choices: dict[str, 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_lossless_decoding_compiles_the_decoder_once(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tokens of eager mode, though rejected draft tokens are cropped from the cache."""
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
     model = converted(model_type)
     choices: dict[str, Any] = {"lossless": True, **compiled_choices()}
     choices["compile_config"].dynamic = None  # sliding windows count their tokens in Python

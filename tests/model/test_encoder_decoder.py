@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
 
 
 @pytest.fixture(scope="module", params=[*TEXT, *SPEECH])

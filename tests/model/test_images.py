@@ -44,7 +44,7 @@ def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[lis
 def test_text_about_an_image_is_the_dense_model_s(
     dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
     dense, inputs = dense_and_inputs
     expected, text = dense(**inputs).logits, continuation(dense, inputs)
     tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)

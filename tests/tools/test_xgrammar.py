@@ -92,7 +92,7 @@ def test_lossless_json_is_the_dense_one(
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(drafting, "DOUBTFUL", math.inf)  # a tiny model's router is unsure throughout
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)  # a tiny model's router is unsure throughout
     for seed in range(3):
         expected, _ = answer(dense, tokenizer, seed, **WAYS[way])
         check_valid(expected, tokenizer)
