@@ -51,7 +51,8 @@ def passes_of_the_head(model: Any) -> float:
     Args:
         model: a converted model.
     """
-    decoder, looked_up = model.base.get_decoder(), {id(model.get_input_embeddings().weight), id(model.head.weight)}
+    embeddings, decoder = model.get_input_embeddings(), model.base.get_decoder()
+    looked_up = {id(getattr(embeddings, "weight", None)), id(model.head.weight)}
     read = (one for one in (*decoder.parameters(), *decoder.buffers()) if id(one) not in looked_up)
     return float(model.head.weight.nbytes / max(1, sum(one.nbytes for one in read)))
 
