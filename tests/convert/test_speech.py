@@ -165,7 +165,10 @@ def test_bench(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "of the ceiling" in capsys.readouterr().out
 
 
-def test_serve_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_is_refused(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_topk.serving.is_serve_available", lambda: True)
     check_refused(monkeypatch, capsys, "serve", converted / "out", parts=("has an encoder", "hf-topk generate"))
 
