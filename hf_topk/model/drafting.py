@@ -3,12 +3,12 @@
 [`lossless`] returns these blocks to the sampling loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_rollback import CroppableCache
@@ -51,10 +51,16 @@ def passes_of_the_head(model: Any) -> float:
     Args:
         model: a converted model.
     """
-    embeddings, decoder = model.get_input_embeddings(), model.base.get_decoder()
-    looked_up = {id(getattr(embeddings, "weight", None)), id(model.head.weight)}
-    read = (one for one in (*decoder.parameters(), *decoder.buffers()) if id(one) not in looked_up)
-    return float(model.head.weight.nbytes / max(1, sum(one.nbytes for one in read)))
+    decoder = (model.base.get_decoder() if model.config.is_encoder_decoder else None) or model.base
+    others = [model.head, *(one for one in decoder.modules() if isinstance(one, nn.Embedding))]  # which is looked up
+    ids_of_others = {id(tensor) for one in others for tensor in _tensors(one)}
+    read = sum(tensor.nbytes for tensor in _tensors(decoder) if id(tensor) not in ids_of_others)
+    return float(model.head.weight.nbytes / max(1, read))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Converted models of many architectures: equal to the dense model with all experts, in memory and on disk."""
 
 import copy
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ def test_the_check_of_each_type_fails_without_drafting(
 ) -> None:
     dense = tiny_model(AutoModelForCausalLM, model_type)
     check_conversion(dense, tmp_path / "right")
-    assert math.inf > drafting.DOUBTFUL  # as it was before
+    assert drafting.DOUBT_A_PASS == 2.0  # as it was before
     monkeypatch.setattr(lossless, "FIRST_SIZE", 1)
     monkeypatch.setattr(lossless, "LARGEST_SIZE", 1)
     with pytest.raises(TopKExpertsError, match="is not drafted") if is_drafted else nullcontext():
