@@ -75,9 +75,11 @@ class Scored:
         The screen drops no token that is likelier than one that it keeps. In an expert that was not picked, no token is
         likelier than the whole expert, whose score is at most that of a picked one.
         """
-        if self.kept is None:
-            return None
-        return torch.maximum(self.kept.amin(dim=-1, keepdim=True), self.masses.amin(dim=-1, keepdim=True)) + self.offset
+        return None if self.kept is None else torch.maximum(*self._bounds(self.kept)).unsqueeze(1) + self.offset
+
+    def _bounds(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Upper bounds without the offset: of the picked experts' tokens, and of all others, fp32 [N] each."""
+        return kept.amin(dim=-1), self.masses.amin(dim=-1)
 
     def has_the_likeliest(self) -> bool:
         """Whether a quick test shows that at each position the likeliest token is one with an exact logit.
@@ -89,9 +91,10 @@ class Scored:
         if self.kept is None or self.known_offset is not None:  # logits may have been suppressed since
             return False
         # Compared in Python: four operations on a few numbers take longer.
-        means, least_kept = self.kept.mean(dim=-1).tolist(), self.kept.amin(dim=-1).tolist()
-        most_left = map(max, least_kept, self.masses.amin(dim=-1).tolist())
-        return all(mean > most + ROUNDING for mean, most in zip(means, most_left, strict=True))
+        most_left = map(max, *(bound.tolist() for bound in self._bounds(self.kept)))
+        return all(
+            mean > most + ROUNDING for mean, most in zip(self.kept.mean(dim=-1).tolist(), most_left, strict=True)
+        )
 
     def with_exact(self, exact: Tensor) -> "Scored":
         """These values with other exact logits, and the same offset."""

@@ -1,7 +1,6 @@
 """Speech models: converted with recordings, they transcribe as the dense model does."""
 
 import json
-import math
 import shutil
 import wave
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import check_refused, run_main
+from support.lossless import draft_everywhere
 from support.seq2seq_models import RATE, TIMESTAMPS_FROM, tiny_speech, tiny_whisper_checkpoint, words_of_whisper
 from support.spoken import FOLDER, spoken
 from support.tiny_models import QUICK, VOCAB_SIZE
@@ -24,7 +24,6 @@ from hf_topk import TopKExpertsForSpeechSeq2Seq
 from hf_topk.convert import Recipe, convert_checkpoint
 from hf_topk.examples import Processor, read_examples
 from hf_topk.loading import load_converted
-from hf_topk.model import drafting
 from hf_topk.speech import read_speech
 from hf_topk.targets import windows_of_examples
 
@@ -60,7 +59,7 @@ def test_loads_as_both(converted: Path) -> None:
 
 @pytest.mark.slow
 def test_long_speech_has_the_same_segments_lossless(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
     long = features(converted, 4.5)
     segments = []
     for folder, choices in (("dense", {}), ("out", {"lossless": True})):

@@ -1,10 +1,8 @@
 """Lossless against dense decoding: differing tokens are counted, and ties are told apart."""
 
-import math
-
 import pytest
 import torch
-from support.lossless import NEW_TOKENS, convert
+from support.lossless import NEW_TOKENS, convert, draft_everywhere
 from support.tiny_models import tiny_dense
 from torch import Tensor
 from transformers import GenerationConfig
@@ -19,7 +17,7 @@ from hf_topk.windows import Window
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
 
 
 @pytest.fixture

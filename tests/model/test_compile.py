@@ -1,18 +1,17 @@
 """Compiled decoding: no graph break, no recompilation after warm-up, and the tokens of eager mode."""
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.lossless import draft_everywhere
 from support.tiny_models import tiny_converted, tiny_dense
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_topk import TopKExpertsForCausalLM
-from hf_topk.model import drafting
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +127,7 @@ def test_a_compiled_model_generates_the_tokens_of_eager_mode(choices: dict[str, 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_lossless_decoding_compiles_the_decoder_once(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tokens of eager mode, though rejected draft tokens are cropped from the cache."""
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
     model = converted(model_type)
     choices: dict[str, Any] = {"lossless": True, **compiled_choices()}
     choices["compile_config"].dynamic = None  # sliding windows count their tokens in Python

@@ -1,20 +1,19 @@
 """Converted encoder-decoders: their output is the dense model's."""
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from support.lossless import draft_everywhere
 from support.seq2seq_models import SPEECH, TEXT, tiny_model
 from support.tiny_models import tiny_converted, tiny_dense
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from hf_topk import InputError, TopKExpertsForSeq2SeqLM, TopKExpertsForSpeechSeq2Seq
-from hf_topk.model import drafting
 
 NEW_TOKENS = 24
 WAYS: dict[str, dict[str, Any]] = {
@@ -32,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
 
 
 @pytest.fixture(scope="module", params=[*TEXT, *SPEECH])

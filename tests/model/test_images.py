@@ -1,6 +1,5 @@
 """Vision-language models: their output is the dense model's."""
 
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.image_models import tiny_gemma3, tiny_llava, tiny_mllama, tiny_qwen2_vl
+from support.lossless import draft_everywhere
 from support.tiny_models import QUICK, tiny_checkpoint, tiny_converted, tiny_text, tiny_tokenizer
 from transformers import (
     AutoConfig,
@@ -24,7 +24,6 @@ from transformers import (
 
 from hf_topk import InputError, TopKExpertsForCausalLM
 from hf_topk.convert import Recipe, convert_checkpoint
-from hf_topk.model import drafting
 from hf_topk.model.dense_model import dense_class_of
 from hf_topk.model.hub_card import named
 
@@ -44,7 +43,7 @@ def continuation(model: Any, inputs: dict[str, Any], **choices: Any) -> list[lis
 def test_text_about_an_image_is_the_dense_model_s(
     dense_and_inputs: tuple[PreTrainedModel, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
     dense, inputs = dense_and_inputs
     expected, text = dense(**inputs).logits, continuation(dense, inputs)
     tiny_converted(dense, num_experts_per_tok=6, head_mode="sparse").save_pretrained(tmp_path)

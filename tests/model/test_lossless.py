@@ -1,12 +1,11 @@
 """Lossless decoding returns the dense model's own tokens, for any draft tokens."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chi2
-from support.lossless import NEW_TOKENS, PROMPT, SAMPLED, convert, generate, stats_of
+from support.lossless import NEW_TOKENS, PROMPT, SAMPLED, convert, draft_everywhere, generate, stats_of
 from support.tiny_models import tiny_dense, tiny_tokenizer, with_cache
 from torch import Tensor
 from transformers import (
@@ -21,7 +20,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_topk import InputError, LosslessStats, TopKExpertsForCausalLM
 from hf_topk.model import drafting, lossless
-from hf_topk.model.drafting import passes_of_the_head
 
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -65,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def drafts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft everywhere, as the routers of tiny models are always unsure."""
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
+    draft_everywhere(monkeypatch)
 
 
 # Of the quick ones, one has a plain cache, one has sliding windows, and one starts a new cache.
@@ -118,32 +116,6 @@ def test_tokens_do_not_depend_on_the_drafts(way: str, experts: int, llama: PreTr
         assert stats.acceptance == 1
         assert stats.dense_passes <= 4
         assert stats.forward_passes == NEW_TOKENS
-
-
-def test_unsure_router_ends_a_block(monkeypatch: pytest.MonkeyPatch, small: TopKExpertsForCausalLM) -> None:
-    monkeypatch.setattr(drafting, "DOUBT_A_PASS", 0.0)
-    generate(small, lossless=True)
-    assert stats_of(small) == LosslessStats(NEW_TOKENS, NEW_TOKENS, NEW_TOKENS, 0, 0)
-
-
-def test_a_router_that_is_less_sure_drafts_on_where_the_head_costs_more(
-    monkeypatch: pytest.MonkeyPatch, small: TopKExpertsForCausalLM
-) -> None:
-    drafted = []
-    for doubt in (0.0, 1.0, 5.0, math.inf):
-        monkeypatch.setattr(drafting, "DOUBT_A_PASS", doubt)
-        generate(small, lossless=True)
-        drafted.append(stats_of(small).drafted)
-    assert drafted == sorted(drafted)
-    assert len(set(drafted)) > 2
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_cost_of_the_head_in_passes_of_the_decoder(tied: bool) -> None:
-    dense = tiny_dense(tied=tied)
-    layers = sum(one.numel() for one in dense.base_model.layers.parameters()) + dense.base_model.norm.weight.numel()
-    expected = dense.get_output_embeddings().weight.numel() / layers
-    assert passes_of_the_head(convert(dense)) == pytest.approx(expected, rel=0.01)  # there are some small buffers
 
 
 def test_other_settings_of_vllm_for_logits(llama: PreTrainedModel) -> None:

@@ -1,12 +1,15 @@
 """Helpers for the tests of lossless decoding."""
 
+import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_topk import LosslessStats, TopKExpertsForCausalLM
+from hf_topk.model import drafting
 from support.tiny_models import tiny_converted
 
 PROMPT = torch.tensor([[5, 17, 42, 8, 23], [99, 3, 64, 2, 77]])
@@ -33,3 +36,8 @@ def generate(
 def stats_of(model: TopKExpertsForCausalLM) -> LosslessStats:
     assert model.last_generation_stats is not None
     return model.last_generation_stats
+
+
+def draft_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft however unsure the router is, as the routers of tiny models always are."""
+    monkeypatch.setattr(drafting, "DOUBT_A_PASS", math.inf)
