@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..model.crossover import MOST_POSITIONS
 from ..model.head import TopKExpertsHead
@@ -39,6 +39,7 @@ GRAPHS = ("dense_bfloat16", "dense_float32", "sparse", "flashhead")  # also time
 # In the results, each is the fastest of its variants.
 BEST_OF = {
     "dense": ("dense_bfloat16", "dense_float32"),
+    "dense_sampling": ("dense_sampling_bfloat16", "dense_sampling_float32"),
     "dense_graph": ("dense_bfloat16_graph", "dense_float32_graph"),
     "int8": ("int8_eager", "int8_compiled"),
 }
@@ -113,7 +114,9 @@ class Heads:
         head = self._sparse
         if head.weight.device.type != "cpu":  # tokens are chosen from logits of the whole vocabulary there
             return {"sparse": head.sparse_logits, "auto": _auto(head)}
+        dense = {name: run for name, run in self._runs.items() if name.startswith("dense_")}
         return {
+            **{name.replace("dense", "dense_sampling"): _sampled(run) for name, run in dense.items()},
             "sparse": _next_token(head, (), does_sample=False),
             "sampling": _next_token(head, warpers(), does_sample=True),
             "sparse_all_logits": head.sparse_logits,
@@ -184,6 +187,17 @@ def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
 
     def run(hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(dtype), weight, bias)
+
+    return run
+
+
+def _sampled(dense: Head) -> Head:
+    """A dense head and the choice of the token, as Transformers samples."""
+    chain: Any = LogitsProcessorList(warpers())
+
+    def run(hidden: Tensor) -> Tensor:
+        scores = chain(hidden.new_empty(len(hidden), 0), dense(hidden).float())
+        return scores.softmax(dim=-1).multinomial(1)
 
     return run
 

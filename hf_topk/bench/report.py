@@ -9,6 +9,7 @@ Rows = dict[str, str]
 
 NAMES = {
     "dense": "dense",
+    "dense_sampling": "dense, with sampling",
     "dense_compiled": "dense, compiled",
     "dense_graph": "dense, CUDA graph",
     "int8": "int8 (torchao)",

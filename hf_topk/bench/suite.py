@@ -26,8 +26,9 @@ from .timing import Spread
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 8
 HEAD_ROUNDS_PER_ROUND = 5
-OURS = ("sparse", "lossless", "auto")  # prefixes of names
+OURS = ("sparse", "lossless", "auto", "sampling")  # prefixes of names
 OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
+OTHERS_OF = {"sampling": ("dense_sampling",)}  # what is compared with others than these
 RESULTS = ("head", "prompt", "e2e", "e2e_compiled", "sampling", "sampling_compiled")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 
@@ -152,8 +153,12 @@ class _Timed:
 
     def ratios(self) -> Metrics:
         ours = [name for name in self.spreads if name.startswith(OURS)]
-        others = [name for name in OTHERS if name in self.spreads]
-        ratios: Metrics = {f"{name}_over_{other}": self._ratio(name, other) for name in ours for other in others}
+        ratios: Metrics = {
+            f"{name}_over_{other}": self._ratio(name, other)
+            for name in ours
+            for other in OTHERS_OF.get(name, OTHERS)
+            if other in self.spreads
+        }
         if "no_head" in self.spreads:
             ratios |= {f"{name}_share_of_ceiling": self._ratio(name, "no_head") for name in ours}
             ratios["ceiling_over_dense"] = self._ratio("no_head", "dense")

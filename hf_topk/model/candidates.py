@@ -8,6 +8,7 @@ of the sparse logits.
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .head import TopKExpertsHead
 from .scored import Scored, log_mass, lowest_of_likeliest
 from .suppression import Priors
 
-FIRST_TRIED = 256  # likeliest tokens to try for top-p; four times as many while their probability is too small
+SMALLEST_SHARE = 1e-9  # of the probability, which the likeliest token always has
 
 
 class UnevenRowsError(Exception):
@@ -30,6 +31,24 @@ class UnevenRowsError(Exception):
         """Name the rows."""
         super().__init__("some rows need more candidates")
         self.needs_more = needs_more
+
+
+class Entries(NamedTuple):
+    """What a draw can fall on: listed tokens, the other tokens of the picked experts, and the other experts as a whole.
+
+    Attributes:
+        logits: of tokens, log masses of experts, fp32 [B, n].
+        weights: in proportion to the probability, fp32 [B, n].
+        most: with top-p, logits of tokens, and of experts that of the likeliest token, fp32 [B, n].
+        largest: of `logits`, whose weight is 1, fp32 [B, 1].
+        total: the weight of all tokens that top-p chooses from, fp32 [B, 1].
+    """
+
+    logits: Tensor
+    weights: Tensor
+    most: Tensor
+    largest: Tensor
+    total: Tensor
 
 
 class Candidates:
@@ -53,6 +72,8 @@ class Candidates:
         self._lists_picked = scored.screened is None  # all tokens of the picked experts
         self._experts = scored.experts  # the picked ones, and others of which all tokens are listed
         self._rest_is_removed = False
+        self._top_p = 1.0  # keeps all tokens
+        self._mass: Tensor | None = None  # of the tokens that top-p chose from, (B, 1); None if these are all
 
     @cached_property
     def _tail_scores(self) -> Tensor:
@@ -102,39 +123,16 @@ class Candidates:
         self._keep_above(lambda: self._logits.topk(min(count, self._logits.shape[1])).values[:, -1:])
 
     def keep_top_p(self, share: float) -> None:
-        """Keep the likeliest tokens that together have a share of the probability.
+        """Keep the likeliest tokens that together have a share of the probability; [`drawn`] rejects all others.
 
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
-        least, likeliest = self._nucleus(share)
-        self._check_rows_agree(least)
-        while self._expand_above(least):
-            least, likeliest = self._nucleus(share)
-        self._keep(least, *likeliest)
-
-    def _nucleus(self, share: float) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The likeliest candidates that have a share of the probability: the least logit of these, and the candidates.
-
-        Returns:
-            The least logit, -inf if all listed candidates do not have the share, [B, 1]. Logits and places of at least
-            these candidates, [B, n].
-        """
-        total, count, length = self._log_mass(), FIRST_TRIED, self._logits.shape[1]
-        while True:
-            likeliest, places = self._logits.topk(min(count, length))
-            probabilities = (likeliest - total).exp()
-            sums = probabilities.cumsum(dim=-1)
-            has_enough = sums[:, -1:] >= share
-            all_have = bool(has_enough.all())
-            if count >= length or all_have:
-                break
-            count *= 4
-        least = likeliest.masked_fill(sums - probabilities >= share, math.inf).amin(dim=-1, keepdim=True)
-        is_least = self._rest_is_removed or all_have
-        return least if is_least else least.where(has_enough, -math.inf), (likeliest, places)
+        self._top_p = max(share, SMALLEST_SHARE)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
+        if self._top_p < 1:
+            self._mass = log_mass(self._entries().logits)
         log_share = math.log(share) if share > 0 else -math.inf
         self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + log_share)
 
@@ -145,30 +143,82 @@ class Candidates:
         return lowest_of_likeliest(self._logits, self._ids)
 
     def drawn(self) -> Tensor:
-        """Sample a token per row, [B]."""
-        if self._rest_is_removed:
-            return self._ids.gather(1, draw(self._logits)).squeeze(1)
-        count = self._logits.shape[1]
-        drawn = draw(torch.cat([self._logits, *self._unlisted()], dim=-1)).squeeze(1)
-        tokens = self._ids.gather(1, drawn.clamp_max(count - 1).unsqueeze(1)).squeeze(1)
-        for row in (drawn >= count).nonzero().flatten().tolist():
-            tokens[row] = self._drawn_unlisted(row, int(drawn[row]) - count)
+        """Sample a token per row, [B]; with top-p until it is in the nucleus, so that nothing is sorted.
+
+        Rejection sampling with a pivot, as in FlashInfer (Ye et al. 2025, https://arxiv.org/abs/2501.01005): after a
+        token outside the nucleus only likelier ones are drawn.
+        """
+        entries = self._entries()
+        tokens, logits = self._drawn_from(entries.weights, entries)
+        if self._top_p == 1:
+            return tokens
+        are_outside, pivots = self._are_outside(logits, entries), torch.full_like(logits, -torch.inf)
+        while are_outside.any():
+            pivots = torch.where(are_outside, logits.maximum(pivots), pivots)
+            more, logits = self._drawn_from(entries.weights.masked_fill(entries.most <= pivots, 0.0), entries)
+            tokens = torch.where(are_outside.squeeze(1), more, tokens)
+            are_outside &= self._are_outside(logits, entries)
         return tokens
 
-    def _drawn_unlisted(self, row: int, place: int) -> Tensor:
-        """Token id of a row, for a place in what is not listed; drawn from the expert if that is one mass."""
-        head = self._head
+    def _entries(self) -> Entries:
+        """All that a draw can fall on."""
+        parts = [self._logits] if self._rest_is_removed else [self._logits, *self._unlisted()]
+        logits = most = torch.cat(parts, dim=-1)
+        if self._top_p < 1 and not self._rest_is_removed:
+            bounds = (self._tail_scores + self._priors.best) / self._temperature
+            most = torch.cat([*parts[:-1], bounds.scatter(1, self._experts, -torch.inf)], dim=-1)
+        largest = logits.amax(dim=-1, keepdim=True)
+        weights = (logits - largest).exp()
+        total = weights.sum(dim=-1, keepdim=True) if self._mass is None else (self._mass - largest).exp()
+        return Entries(logits, weights, most, largest, total)
+
+    def _drawn_from(self, weights: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        """Draw by the entries' weights, [B, n]: a token per row, [B], and its logit, [B, 1]."""
+        places = drawn_by(weights)
+        count, logits = self._logits.shape[1], entries.logits.gather(1, places)
+        tokens = self._ids.gather(1, places.clamp_max(count - 1)).squeeze(1)
+        for row, place in enumerate(places.flatten().tolist()):
+            if place >= count:
+                tokens[row], logits[row] = self._drawn_unlisted(row, place, logits[row])
+        return tokens, logits
+
+    def _drawn_unlisted(self, row: int, place: int, logit: Tensor) -> tuple[Tensor, Tensor]:
+        """Id and logit of a token that is not listed, at a row and place of the entries.
+
+        If the entry is an expert, the token is drawn from it.
+        """
+        head, place = self._head, place - self._logits.shape[1]
         if not self._lists_picked:
             picked, size = self._experts[row], head.expert_size
             if place < len(picked) * size:
-                return head.expert_ids[picked[place // size], place % size]
+                return head.expert_ids[picked[place // size], place % size], logit
             place -= len(picked) * size
-        prior = self._priors.log_prior(torch.tensor([place])) / self._temperature
-        return head.expert_ids[place, draw(prior).squeeze()]
+        logits = self._expanded(row, torch.tensor([place]))
+        within = draw(logits).squeeze()
+        return head.expert_ids[place, within], logits[0, within]
 
-    def _log_mass(self) -> Tensor:
-        """Log-sum-exp of the logits of all tokens, [B, 1]."""
-        return log_mass(self._logits if self._rest_is_removed else torch.cat([self._logits, *self._unlisted()], dim=-1))
+    def _expanded(self, row: int, experts: Tensor) -> Tensor:
+        """Logits of the tokens of experts that are not listed, [m] to [m, S]."""
+        scores = self._tail_scores[row, experts].unsqueeze(1)
+        return (scores + self._priors.log_prior(experts)) / self._temperature
+
+    def _are_outside(self, logits: Tensor, entries: Entries) -> Tensor:
+        """Whether tokens are outside the nucleus, by their logits: [B, 1] to bool [B, 1].
+
+        They are if likelier tokens have its share of the probability together. Experts with a likelier token are
+        expanded only where their whole mass would decide.
+        """
+        limit = entries.total * self._top_p
+        likelier = entries.weights * (entries.most > logits)
+        num_tokens = entries.logits.shape[1] - (0 if self._rest_is_removed else self._head.num_experts)
+        above = likelier[:, :num_tokens].sum(dim=-1, keepdim=True)
+        are_outside = above >= limit
+        are_unclear = ~are_outside & (likelier.sum(dim=-1, keepdim=True) >= limit)
+        for row in are_unclear.flatten().nonzero().flatten().tolist():
+            expanded = self._expanded(row, likelier[row, num_tokens:].nonzero().squeeze(1))
+            weights = (expanded - entries.largest[row]).exp() * (expanded > logits[row])
+            are_outside[row] = above[row] + weights.sum() >= limit[row]
+        return are_outside
 
     def _unlisted(self, priors: Priors | None = None) -> list[Tensor]:
         """Logits of the picked experts' tokens that are not listed, and log masses of the other experts, [B, n] each.
@@ -256,11 +306,15 @@ class Candidates:
 
 
 def draw(logits: Tensor) -> Tensor:
-    """Draw an index per row from the softmax of logits: fp32 [B, n] to [B, 1].
+    """Draw an index per row from the softmax of logits: fp32 [B, n] to [B, 1]."""
+    return drawn_by((logits - logits.amax(dim=-1, keepdim=True)).exp())
+
+
+def drawn_by(weights: Tensor) -> Tensor:
+    """Draw an index per row in proportion to weights: fp32 [B, n] to [B, 1].
 
     By inversion of the cumulative distribution, which is several times as fast as `torch.multinomial` on a CPU.
     """
-    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
     sums = weights.cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
-    return drawn.clamp_max(logits.shape[1] - 1)
+    return drawn.clamp_max(weights.shape[1] - 1)

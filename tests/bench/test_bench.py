@@ -222,7 +222,8 @@ def test_every_key_is_there(metrics: dict[str, Any]) -> None:
 
 def test_dense_is_the_faster_of_two_dtypes(metrics: dict[str, Any]) -> None:
     for medians in (metrics["head"], *metrics["batches"].values()):
-        assert medians["dense_ms"] == min(medians["dense_bfloat16_ms"], medians["dense_float32_ms"])
+        for name in ("dense", "dense_sampling"):
+            assert medians[f"{name}_ms"] == min(medians[f"{name}_bfloat16_ms"], medians[f"{name}_float32_ms"])
 
 
 def test_ratios_are_those_of_the_medians(metrics: dict[str, Any]) -> None:
@@ -242,6 +243,7 @@ def test_ratios_are_those_of_the_medians(metrics: dict[str, Any]) -> None:
     assert counted > 20
     for other in ("dense", "flashhead"):
         assert f"sparse_over_{other}" in metrics["ratios"]["head"]
+    assert [name for name in metrics["ratios"]["head"] if "sampling" in name] == ["sampling_over_dense_sampling"]
     for share in ("sparse", "lossless"):
         assert f"{share}_share_of_ceiling" in metrics["ratios"]["e2e"]
 

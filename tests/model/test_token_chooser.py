@@ -106,19 +106,23 @@ def probabilities_of(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) ->
 
 def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     """The probability with which each token is drawn, [B, V], token by token."""
-    logits, tokens = candidates._logits, candidates._ids
-    masses = torch.full((len(logits), head.num_experts), -torch.inf)
-    if not candidates._rest_is_removed:
-        *unlisted, masses = candidates._unlisted()
-        logits = torch.cat([logits, *unlisted], dim=-1)
-        if unlisted:
-            tokens = torch.cat([tokens, head.expert_ids[candidates._experts].flatten(1)], dim=-1)
-    shares = torch.cat([logits, masses], dim=-1).double().softmax(dim=-1)
-    probabilities = torch.zeros(len(logits), head.out_features, dtype=torch.float64)
-    probabilities.scatter_add_(1, tokens, shares[:, : logits.shape[1]])
-    within = (candidates._priors.log_prior() / candidates._temperature).double().softmax(dim=-1).nan_to_num(0.0)
-    of_others = shares[:, logits.shape[1] :].unsqueeze(-1) * within
-    return probabilities.scatter_add_(1, head.expert_ids.flatten().expand(len(logits), -1), of_others.flatten(1))
+    entries = candidates._entries()
+    num_experts = 0 if candidates._rest_is_removed else head.num_experts
+    logits, masses = entries.logits.split([entries.logits.shape[1] - num_experts, num_experts], dim=-1)
+    tokens = candidates._ids
+    if tokens.shape[1] < logits.shape[1]:
+        tokens = torch.cat([tokens, head.expert_ids[candidates._experts].flatten(1)], dim=-1)
+    by_token = torch.full((len(logits), head.out_features), -torch.inf)
+    if num_experts:
+        scores = candidates._tail_scores.masked_fill(masses.isneginf(), -torch.inf).unsqueeze(-1)
+        of_others = (scores + candidates._priors.log_prior()) / candidates._temperature
+        ids = head.expert_ids.flatten().expand(len(logits), -1)
+        by_token.scatter_reduce_(1, ids, of_others.flatten(1), "amax")
+    by_token.scatter_reduce_(1, tokens, logits, "amax")
+    if candidates._top_p < 1:
+        are_outside = [candidates._are_outside(one, entries) for one in by_token.split(1, dim=1)]
+        by_token = by_token.masked_fill(torch.cat(are_outside, dim=1), -torch.inf)
+    return by_token.double().softmax(dim=-1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -147,7 +151,7 @@ def test_probabilities_are_those_of_the_sparse_logits(
     torch.testing.assert_close(probabilities_of(head, hidden, found), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_k", 0.01), ("top_p", 0.2), ("min_p", 0.2)])
+@pytest.mark.parametrize(("name", "value"), [("top_k", 0.01), ("min_p", 0.2)])
 def test_more_candidates_are_listed_for_the_rows_that_need_them(
     name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,23 +217,40 @@ def p_value(counts: Tensor, probabilities: Tensor) -> float:
     return float(chi2.sf(float(distance), int(is_there.sum()) - 1))
 
 
+def without_the_unlisted(patch: pytest.MonkeyPatch) -> None:
+    """Leave out the mass of the tokens that are not listed."""
+    unlisted = Candidates._unlisted
+    patch.setattr(Candidates, "_unlisted", lambda *args: [torch.full_like(one, -torch.inf) for one in unlisted(*args)])
+
+
+def without_rejection(patch: pytest.MonkeyPatch) -> None:
+    """Accept every draw."""
+    patch.setattr(Candidates, "_are_outside", lambda _, logits, __: torch.zeros_like(logits, dtype=torch.bool))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("is_broken", [False, True])
-@pytest.mark.parametrize("chosen", [{}, {"temperature": 1.5, "top_p": 0.9}])
-def test_distribution_of_200_000_draws(
-    chosen: dict[str, float], is_broken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fails if the mass of unscored tokens is left out."""
+@pytest.mark.parametrize(
+    ("top_p", "breaks"),
+    [
+        (None, None),
+        (None, without_the_unlisted),
+        (0.9, None),
+        (0.9, without_the_unlisted),
+        (0.3, None),
+        (0.3, without_rejection),
+    ],
+)
+def test_distribution_of_200_000_draws(top_p: float | None, breaks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken rule fails."""
     head, hidden = make_head(num_rescored=20), make_hidden(3, 1) / 3
     scores = head.sparse_logits(hidden)
     found = []
-    if chosen:
-        found = [processors.TemperatureLogitsWarper(1.5), processors.TopPLogitsWarper(0.9)]
+    if top_p is not None:
+        found = [processors.TemperatureLogitsWarper(1.5), processors.TopPLogitsWarper(top_p)]
     for one in found:
         scores = one(PREFIX[:1], scores)
-    if is_broken:
-        monkeypatch.setattr(Candidates, "_unlisted", lambda *_: [])
-        monkeypatch.setattr(Candidates, "_expand_above", lambda *_: False)
+    if breaks is not None:
+        breaks(monkeypatch)
     torch.manual_seed(0)
     many = hidden.expand(2000, -1)
     counts = torch.zeros(VOCAB_SIZE, dtype=torch.long)
@@ -238,7 +259,17 @@ def test_distribution_of_200_000_draws(
         tokens = chooser.choose(PREFIX[:1].expand(2000, -1), head.score(many))
         counts += tokens.bincount(minlength=VOCAB_SIZE)
     found_p = p_value(counts, scores.double().softmax(-1)[0])
-    assert (found_p < 1e-6) if is_broken else (found_p > 1e-4)
+    assert (found_p > 1e-4) if breaks is None else (found_p < 1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0])
+def test_the_smallest_nucleus_is_the_likeliest_token(spread: float) -> None:
+    """Wherever that is: with an exact logit, in a picked expert, in another one."""
+    head, hidden = make_head(num_rescored=1, num_experts_per_tok=1), make_hidden(2, 64) * spread
+    chooser = TokenChooser(head, [processors.TopPLogitsWarper(0.0)], does_sample=True)
+    tokens = chooser.choose(torch.zeros(64, 1, dtype=torch.long), head.score(hidden))
+    logits = head.sparse_logits(hidden)
+    torch.testing.assert_close(logits.gather(1, tokens.unsqueeze(1)), logits.amax(1, keepdim=True))
 
 
 def test_tokens_without_probability_are_never_drawn() -> None:
