@@ -13,7 +13,7 @@ from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
-from .kernels import expert_dot, gather_dot_sharing, largest, linear_in_float32
+from .kernels import expert_dot, gather_dot_sharing, largest, linear_in_float32, runs_on_triton
 from .router import Router
 from .scored import Picked, Scored, lowest_of_likeliest, mass_over
 from .sharing import copy_sharing
@@ -209,6 +209,10 @@ class TopKExpertsHead(LaidOutHead):
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
+        if self.router.rows is None and runs_on_triton(hidden, self.weight, self.full_bias):
+            from .triton_head import score
+
+            return score(self, hidden)
         scores, top, top_scores = self.pick(hidden, with_level=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
         token_ids = F.embedding(top, self.expert_ids)
@@ -253,12 +257,20 @@ class TopKExpertsHead(LaidOutHead):
 
     def logits_of(self, scored: Scored) -> Tensor:
         """Exact logits of the scored tokens and the tail of all others, less `later_bias`, [N, V]."""
+        logits = self._scattered(scored)
+        return logits if self.later_bias is None else logits - self.later_bias.to(logits.dtype)
+
+    def _scattered(self, scored: Scored) -> Tensor:
+        """As [`logits_of`], with `later_bias`."""
+        if scored.screened is not None and runs_on_triton(scored.exact, self.tail.log_prior):
+            from .triton_head import logits_of
+
+            return logits_of(self, scored)
         num_positions = len(scored.exact)
         logits = scored.exact.new_empty(num_positions, self.out_features)  # every token is routed or always on
         within = self._within(scored) + scored.tail_scores.unsqueeze(-1)  # (N, M, S)
         logits.scatter_(1, self.expert_ids.flatten().expand(num_positions, -1), within.flatten(1).to(logits.dtype))
-        logits.scatter_(1, scored.ids, scored.exact)
-        return logits if self.later_bias is None else logits - self.later_bias.to(logits.dtype)
+        return logits.scatter_(1, scored.ids, scored.exact)
 
     def candidate_logits(self, scored: Scored) -> Tensor:
         """Logits of the always-on tokens and of all tokens of the picked experts, -inf for repeated ids.

@@ -29,28 +29,35 @@ def gather_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor
         Logits in the dtype of `hidden`, [N, R].
     """
     logits = torch.empty(rows.shape, dtype=hidden.dtype, device=hidden.device)
-    _multiply_rows(logits, hidden, weight, rows=rows, bias=bias, scales=None)
+    _multiply_rows(logits, hidden, weight, rows=rows, bias=bias)
     return logits
 
 
-def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-    """[`kernels.int8_products`] in one launch; sums are in fp32.
+def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor, less: Tensor | None = None) -> Tensor:
+    """[`kernels.int8_products`] in one launch, less a number for each row; sums are in fp32.
 
     Args:
         inputs: [N, r], any float dtype.
         rows: [R, r] int8.
         scales: [R], any float dtype.
+        less: [R], any float dtype, or None.
 
     Returns:
-        inputs @ rows^T * scales, fp32 [N, R].
+        inputs @ rows^T * scales - less, fp32 [N, R].
     """
     products = torch.empty(len(inputs), len(rows), dtype=torch.float32, device=inputs.device)
-    _multiply_rows(products, inputs, rows, rows=None, bias=None, scales=scales)
+    _multiply_rows(products, inputs, rows, rows=None, bias=None, scales=scales, less=less)
     return products
 
 
 def _multiply_rows(
-    products: Tensor, inputs: Tensor, matrix: Tensor, rows: Tensor | None, bias: Tensor | None, scales: Tensor | None
+    products: Tensor,
+    inputs: Tensor,
+    matrix: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+    less: Tensor | None = None,
 ) -> None:
     """Fill [N, R] with products of inputs [N, d] and rows of a matrix [V, d]: each position's own, [N, R], or all."""
     num_positions, num_rows = products.shape
@@ -58,7 +65,7 @@ def _multiply_rows(
     block_columns = min(triton.next_power_of_2(columns), COLUMNS_GATHERED_AT_ONCE)
     block_rows = ELEMENTS_GATHERED_AT_ONCE // block_columns
     grid = (num_positions * triton.cdiv(num_rows, block_rows),)
-    with _on_device_of(inputs):
+    with on_device_of(inputs):
         _rows_kernel[grid](
             products,
             inputs,
@@ -66,6 +73,7 @@ def _multiply_rows(
             rows,
             bias,
             scales,
+            less,
             num_rows,
             *inputs.stride(),
             *matrix.stride(),
@@ -84,6 +92,7 @@ def _rows_kernel(
     rows,
     bias,
     scales,
+    less,
     num_rows,
     inputs_stride,
     inputs_column_stride,
@@ -117,35 +126,41 @@ def _rows_kernel(
     result = tl.sum(sums, axis=1)
     if scales is not None:
         result *= tl.load(scales + ids, mask=is_row, other=0).to(tl.float32)
+    if less is not None:
+        result -= tl.load(less + ids, mask=is_row, other=0).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + ids, mask=is_row, other=0).to(tl.float32)
     tl.store(products + position * num_rows + places, result.to(products.dtype.element_ty), mask=is_row)
 
 
-def packed_products(inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None) -> Tensor:
-    """[`kernels.packed_products`] in one launch; codes are unpacked in registers.
+def packed_products(
+    inputs: Tensor, codes_4bit: Tensor, codes_2bit: Tensor, experts: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """[`kernels.packed_products`] in one launch, with a bias; codes are unpacked in registers.
 
     Args:
         inputs: fp32 [N, r].
         codes_4bit: [M, S, b] uint8.
         codes_2bit: [M, S, c] uint8, with r = 2 b + 4 c.
         experts: [N, k] int64, or None for all.
+        bias: [M, S] or flat, any float dtype, or None.
 
     Returns:
-        Products in steps, fp32 [N, k or M, S].
+        Products in steps and bias, fp32 [N, k or M, S].
     """
     num_positions, expert_size = len(inputs), codes_4bit.shape[1]
     num_picked = len(codes_4bit) if experts is None else experts.shape[1]
     num_rows = num_picked * expert_size
     products = torch.empty(num_positions, num_picked, expert_size, dtype=torch.float32, device=inputs.device)
     grid = (num_positions * triton.cdiv(num_rows, ROWS_UNPACKED_AT_ONCE),)
-    with _on_device_of(inputs):
+    with on_device_of(inputs):
         _packed_kernel[grid](
             products,
             inputs,
             codes_4bit,
             codes_2bit,
             experts,
+            bias,
             num_rows,
             *inputs.stride(),
             *((0, 0) if experts is None else experts.stride()),
@@ -165,6 +180,7 @@ def _packed_kernel(
     codes_4bit,
     codes_2bit,
     experts,
+    bias,
     num_rows,
     inputs_stride,
     column_stride,
@@ -186,14 +202,16 @@ def _packed_kernel(
         picked = tl.load(experts + position * experts_stride + places // SIZE * picked_stride, mask=is_row, other=0)
         rows = picked * SIZE + places % SIZE
     own = inputs + position * inputs_stride
-    sums = _few_bits(own, column_stride, codes_4bit, rows, is_row, 4, BYTES_4BIT, BLOCK_ROWS, BLOCK_BYTES)
+    sums = few_bits(own, column_stride, codes_4bit, rows, is_row, 4, BYTES_4BIT, BLOCK_ROWS, BLOCK_BYTES)
     own += 2 * BYTES_4BIT * column_stride
-    sums += _few_bits(own, column_stride, codes_2bit, rows, is_row, 2, BYTES_2BIT, BLOCK_ROWS, BLOCK_BYTES)
+    sums += few_bits(own, column_stride, codes_2bit, rows, is_row, 2, BYTES_2BIT, BLOCK_ROWS, BLOCK_BYTES)
+    if bias is not None:
+        sums += tl.load(bias + rows, mask=is_row, other=0).to(tl.float32)
     tl.store(products + position * num_rows + places, sums, mask=is_row)
 
 
 @triton.jit
-def _few_bits(
+def few_bits(
     inputs,
     column_stride,
     codes,
@@ -220,8 +238,8 @@ def _few_bits(
     return tl.sum(sums, axis=1)
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    # Triton launches on the current device, not on that of the tensors; compiled code sets the device itself.
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Make a tensor's device the current one, on which Triton launches; compiled code does this itself."""
     if torch.compiler.is_compiling() or not tensor.is_cuda:
         return nullcontext()
     return torch.cuda.device(tensor.device)

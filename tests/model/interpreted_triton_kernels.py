@@ -6,9 +6,11 @@ cannot be had any more, and where it was imported with it nothing else could use
 
 import pytest
 import torch
+from support.heads import make_head
 from torch import Tensor
 
-from hf_topk.model import kernels, triton_kernels
+from hf_topk import TopKExpertsHead
+from hf_topk.model import kernels, triton_head, triton_kernels
 
 FLOAT_TYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,6 +65,17 @@ def test_int8_products(dtype: torch.dtype, positions: int, columns: int, num_row
     torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=1e-2)
 
 
+def test_products_with_a_number_for_each_row() -> None:
+    inputs, rows = normal(0, 2, 12), whole(1, -127, 128, 5, 12).to(torch.int8)
+    scales, less, bias = normal(2, 5), normal(3, 5), normal(4, 5)
+    found = triton_kernels.int8_products(inputs, rows, scales, less)
+    torch.testing.assert_close(found, kernels.int8_products(inputs, rows, scales) - less, rtol=1e-5, atol=1e-3)
+    codes = [whole(5, 0, 256, 5, 1, 2).to(torch.uint8) for _ in range(2)]
+    found = triton_kernels.packed_products(inputs, *codes, None, bias)
+    expected = kernels.packed_products(inputs, *codes, None) + bias.unsqueeze(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("is_picked", [False, True])
 @pytest.mark.parametrize(
     ("positions", "experts", "size", "bytes_4bit", "bytes_2bit"),
@@ -94,3 +107,60 @@ def test_no_positions_give_nothing() -> None:
     assert triton_kernels.int8_products(torch.empty(0, 4), weight.to(torch.int8), torch.ones(9)).shape == (0, 9)
     codes = torch.zeros(9, 2, 1, dtype=torch.uint8)
     assert triton_kernels.packed_products(torch.empty(0, 6), codes, codes, None).shape == (0, 9, 2)
+
+
+# The head
+
+
+@pytest.mark.parametrize("count", [1, 7, 40, 300])
+def test_largest(count: int) -> None:
+    values = normal(0, 3, 300)
+    values[1].round_()  # some are equal
+    values[2, 5:] = -torch.inf
+    found, places = triton_head.largest(values, count)
+    assert found.equal(values.gather(1, places))
+    assert found.sort().values.equal(values.topk(count).values.sort().values)
+    assert all(len(row.unique()) == count for row in places)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_rescored": 20, "num_experts_per_tok": 3},
+        {"num_always_on": 0, "expert_size": 10, "num_experts": 10, "num_experts_per_tok": 4, "num_rescored": 30},
+        {"num_always_on": 9, "expert_size": 7, "num_experts": 13, "num_experts_per_tok": 12, "num_rescored": 1},
+        # Of the last expert four tokens are left, so R may exceed the tokens of the picked experts.
+        {"num_always_on": 6, "expert_size": 45, "num_experts": 3, "num_experts_per_tok": 1, "num_rescored": 44},
+    ],
+)
+def test_head(sizes: dict[str, int], positions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the plain steps, with products in fp32."""
+    monkeypatch.setattr(kernels, "FEW_POSITIONS", 0)
+    head, hidden = filled(make_head(bias=dtype == torch.float32, **sizes)).to(dtype), normal(6, positions, 32).to(dtype)
+    assert head.screens
+    plain, found = head.score(hidden), triton_head.score(head, hidden)
+    assert found.experts.sort().values.equal(plain.experts.sort().values)
+    assert found.ids.sort().values.equal(plain.ids.sort().values)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(found.offset, plain.offset, **close)
+    torch.testing.assert_close(triton_head.logits_of(head, found), head.logits_of(plain), **close)
+
+
+def filled(head: TopKExpertsHead) -> TopKExpertsHead:
+    """A head with random numbers in its packed router and its tail."""
+    head.router.pack()
+    for rows in (head.router, head.tail):
+        rows.basis.copy_(whole(1, -127, 128, *rows.basis.shape))
+        rows.basis_scales.fill_(2**-8)
+        for codes in (rows.codes_4bit, rows.codes_2bit):
+            codes.copy_(whole(2, 0, 256, *codes.shape))
+        rows.center.copy_(normal(3, *rows.center.shape))
+        rows.bias.copy_(normal(4, *rows.bias.shape))
+    tail = head.tail
+    tail.log_prior.copy_(normal(5, *tail.log_prior.shape).log_softmax(dim=-1))
+    repeats = head.expert_ids == head.expert_ids[:, :1]
+    for values in (tail.codes_4bit, tail.codes_2bit, tail.bias, tail.log_prior):
+        values[repeats] = values[:, :1].expand_as(values)[repeats]
+    return head

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.heads import make_head
+from support.tiny_models import VOCAB_SIZE
 from torch import Tensor
 
 from hf_topk.model import kernels
@@ -61,7 +63,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
     """The kernels that would have been launched, with their arguments."""
-    from hf_topk.model import triton_kernels
+    from hf_topk.model import triton_head, triton_kernels
 
     recorded: list[tuple[Any, tuple, dict]] = []
 
@@ -73,9 +75,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple, dict]]:
             assert all(isinstance(size, int) for size in grid)
             return lambda *args, **constants: recorded.append((self.kernel, args, constants))
 
-    for name, kernel in list(vars(triton_kernels).items()):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(triton_kernels, name, Recorder(kernel))
+    for module in (triton_kernels, triton_head):
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Recorder(kernel))
     monkeypatch.setattr(kernels, "runs_on_triton", lambda *inputs: True)
     return recorded
 
@@ -86,6 +89,7 @@ def compile_for_cuda(kernel: Any, args: tuple, constants: dict, capability: int)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
     given = dict(zip(kernel.arg_names, args, strict=False)) | constants
     signature, fixed, hints = {}, {}, {}
     for place, (name, value) in enumerate(given.items()):
@@ -97,7 +101,9 @@ def compile_for_cuda(kernel: Any, args: tuple, constants: dict, capability: int)
             signature[name] = "i32"
         if isinstance(value, Tensor) or (signature[name] == "i32" and value % 16 == 0):
             hints[(place,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(ASTSource(kernel, signature, fixed, hints), target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(
+        ASTSource(kernel, signature, fixed, hints), target=GPUTarget("cuda", capability, 32), options=options
+    )
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
@@ -113,6 +119,33 @@ def test_kernels_compile_for_cuda(
     compiled = [compile_for_cuda(*launch, capability) for launch in launches]
     assert len(compiled) == 1
     assert "ld.global.v4" in compiled[0]  # rows are read 16 bytes at a time
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("expert_size", "num_experts"), [(19, 5), (1, 95)])
+def test_the_head_compiles_for_cuda(
+    expert_size: int,
+    num_experts: int,
+    capability: int,
+    launches: list,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All its launches; with two tokens that repeat, or without."""
+    from hf_topk.model import triton_head
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    sizes = {"expert_size": expert_size, "num_experts": num_experts, "num_always_on": 6}
+    head = make_head(num_rescored=2, num_experts_per_tok=3, dtype=torch.bfloat16, **sizes)
+    head.router.pack()
+    monkeypatch.setattr(head, "exact_logits", lambda hidden, ids: kernels.gather_dot(hidden, head.weight, None, ids))
+    scored = triton_head.score(head, torch.ones(2, 32, dtype=torch.bfloat16))
+    scored.ids.zero_()
+    assert triton_head.logits_of(head, scored).shape == (2, VOCAB_SIZE)
+    assert len(launches) == 11
+    for launch in launches:
+        compile_for_cuda(*launch, capability)
 
 
 # When they run
@@ -148,6 +181,18 @@ def test_cpu_tensors_never_go_to_triton(chosen: list[str]) -> None:
     assert chosen == []
 
 
+def test_the_head_goes_to_triton_with_a_packed_router(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = SimpleNamespace(score=lambda head, hidden: "scored", logits_of=lambda head, scored: "logits")
+    monkeypatch.setitem(sys.modules, "hf_topk.model.triton_head", fakes)
+    head, hidden = make_head(num_rescored=20), torch.ones(1, 32)
+    scored = head.score(hidden)
+    monkeypatch.setattr("hf_topk.model.head.runs_on_triton", lambda *_: True)
+    assert head.score(hidden) != "scored"
+    head.router.pack()
+    assert head.score(hidden) == "scored"
+    assert head.logits_of(scored) == "logits"
+
+
 def test_the_plain_reference_runs_where_triton_is_missing(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "HAS_TRITON", False)
     assert [call().shape for call in calls(OnCuda).values()] == [(2, 48), (2, 1000), (2, 5, 16)]
@@ -178,13 +223,14 @@ def test_gradients_of_inputs_go_through_the_plain_reference(chosen: list[str]) -
 # Beside torch.compile
 
 TRACE = """
+from types import SimpleNamespace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _triton
 
 _triton.has_triton = lambda: True  # as if there were a GPU
 
-from hf_topk.model import kernels
+from hf_topk.model import kernels, triton_head
 
 traced = []
 
@@ -196,11 +242,30 @@ def call(hidden, weight, bias, rows, factors, codes):
     return (kernels.gather_dot(hidden, weight, bias, rows), kernels.int8_products(hidden, factors, bias),
             kernels.packed_products(hidden, *codes, rows))
 
+def rows(*shape):
+    codes = torch.empty(*shape, 4, dtype=torch.uint8)
+    return SimpleNamespace(basis=torch.empty(24, 40, dtype=torch.int8), basis_scales=torch.empty(24),
+                           center=torch.empty(24), codes_4bit=codes, codes_2bit=codes, bias=torch.empty(*shape))
+
+def make_head(weight):
+    ids = {"always_on_ids": torch.empty(3, dtype=torch.int64), "expert_ids": torch.empty(6, 16, dtype=torch.int64)}
+    sizes = {"num_always_on": 3, "num_experts": 6, "expert_size": 16, "num_experts_per_tok": 2, "num_rescored": 20}
+    head = SimpleNamespace(router=rows(6), tail=rows(6, 16), out_features=99,
+                           has_short_experts=False, **ids, **sizes)
+    head.tail.log_prior = torch.empty(6, 16)
+    head.exact_logits = lambda hidden, ids: kernels.gather_dot(hidden, weight, None, ids)
+    return head
+
+def run_head(hidden):
+    return triton_head.logits_of(head, triton_head.score(head, hidden))
+
 with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
     hidden, weight, bias = torch.empty(3, 40), torch.empty(99, 40), torch.empty(99)
-    rows, factors = torch.empty(3, 7, dtype=torch.int64), torch.empty(99, 40, dtype=torch.int8)
+    picks, factors = torch.empty(3, 7, dtype=torch.int64), torch.empty(99, 40, dtype=torch.int8)
     codes = [torch.empty(99, 2, width, dtype=torch.uint8) for width in (6, 7)]
-    logits = torch.compile(call, fullgraph=True, backend=keep)(hidden, weight, bias, rows, factors, codes)
+    logits = torch.compile(call, fullgraph=True, backend=keep)(hidden, weight, bias, picks, factors, codes)
+    head = make_head(weight)
+    assert torch.compile(run_head, fullgraph=True, backend=keep)(hidden).shape == (3, 99)
 assert [tuple(some.shape) for some in logits] == [(3, 7), (3, 99), (3, 7, 2)]
 print(*traced)
 """
@@ -211,4 +276,4 @@ print(*traced)
 def test_launches_are_traced_into_one_graph() -> None:
     done = subprocess.run([sys.executable, "-c", TRACE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["triton_kernel_wrapper_mutation"] * 3
+    assert done.stdout.split() == ["triton_kernel_wrapper_mutation"] * (3 + 11)
