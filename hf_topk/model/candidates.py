@@ -8,16 +8,18 @@ of the sparse logits.
 import math
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from .draws import drawn_by
 from .head import TopKExpertsHead
-from .scored import Scored, log_mass, lowest_of_likeliest
+from .scored import Scored, lowest_of_likeliest
 from .suppression import Priors
 
 SMALLEST_SHARE = 1e-9  # of the probability, which the likeliest token always has
+SAME = 1 + 1e-6  # up to this factor the weights of tokens are equal but for rounding
 
 
 class UnevenRowsError(Exception):
@@ -34,21 +36,15 @@ class UnevenRowsError(Exception):
 
 
 class Entries(NamedTuple):
-    """What a draw can fall on: listed tokens, the other tokens of the picked experts, and the other experts as a whole.
+    """All that a draw can fall on: listed tokens, the other tokens of the picked experts, and the other experts.
 
     Attributes:
-        logits: of tokens, log masses of experts, fp32 [B, n].
         weights: in proportion to the probability, fp32 [B, n].
-        most: with top-p, logits of tokens, and of experts that of the likeliest token, fp32 [B, n].
-        largest: of `logits`, whose weight is 1, fp32 [B, 1].
-        total: the weight of all tokens that top-p chooses from, fp32 [B, 1].
+        largest: the logit of weight 1, less the offset, [B, 1].
     """
 
-    logits: Tensor
     weights: Tensor
-    most: Tensor
     largest: Tensor
-    total: Tensor
 
 
 class Candidates:
@@ -73,7 +69,7 @@ class Candidates:
         self._experts = scored.experts  # the picked ones, and others of which all tokens are listed
         self._rest_is_removed = False
         self._top_p = 1.0  # keeps all tokens
-        self._mass: Tensor | None = None  # of the tokens that top-p chose from, (B, 1); None if these are all
+        self._mass: Tensor | None = None  # log mass of what top-p chose from, less the offset, (B, 1); None if all
 
     @cached_property
     def _tail_scores(self) -> Tensor:
@@ -101,14 +97,13 @@ class Candidates:
         self._priors, self._logits = priors, self._masked(self._logits, priors)
 
     def log_mass_of(self, priors: Priors) -> Tensor:
-        """Log-sum-exp of the logits of all tokens that are not suppressed in other terms, [B, 1]."""
-        logits = self._masked(self._logits, priors)
-        return torch.cat([logits, *self._unlisted(priors)], dim=-1).logsumexp(dim=-1, keepdim=True)
+        """Log mass of all tokens that are not suppressed in other terms, less the offset, [B, 1]."""
+        return torch.cat([self._listed(priors), *self._unlisted(priors)], dim=-1).logsumexp(dim=-1, keepdim=True)
 
     def most_of(self, priors: Priors) -> Tensor:
-        """The largest logit of the tokens that are not suppressed in other terms, [B, 1]."""
-        others = (self._tail_scores + priors.best).scatter(1, self._experts, -torch.inf)
-        parts = [self._masked(self._logits, priors), *self._unlisted_picked(priors), others]
+        """The largest logit of the tokens that are not suppressed in other terms, less the offset, [B, 1]."""
+        others = (self._scored.scores + priors.best).scatter(1, self._experts, -torch.inf)
+        parts = [self._listed(priors), *self._unlisted_picked(priors), others]
         return torch.cat(parts, dim=-1).amax(dim=-1, keepdim=True)
 
     def apply_temperature(self, temperature: float) -> None:
@@ -132,7 +127,8 @@ class Candidates:
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
         if self._top_p < 1:
-            self._mass = log_mass(self._entries().logits)
+            entries = self._entries()
+            self._mass = entries.weights.sum(dim=-1, keepdim=True).log() + entries.largest
         log_share = math.log(share) if share > 0 else -math.inf
         self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + log_share)
 
@@ -149,95 +145,114 @@ class Candidates:
         token outside the nucleus only likelier ones are drawn.
         """
         entries = self._entries()
-        tokens, logits = self._drawn_from(entries.weights, entries)
+        tokens, weights = self._drawn_from(entries)
         if self._top_p == 1:
             return tokens
-        are_outside, pivots = self._are_outside(logits, entries), torch.full_like(logits, -torch.inf)
+        are_outside, pivots = self._are_outside(weights, entries), torch.zeros_like(weights)
         while are_outside.any():
-            pivots = torch.where(are_outside, logits.maximum(pivots), pivots)
-            more, logits = self._drawn_from(entries.weights.masked_fill(entries.most <= pivots, 0.0), entries)
+            pivots = torch.where(are_outside, weights.maximum(pivots), pivots)
+            more, weights = self._drawn_from(self._likelier(entries, pivots))
             tokens = torch.where(are_outside.squeeze(1), more, tokens)
-            are_outside &= self._are_outside(logits, entries)
+            are_outside &= self._are_outside(weights, entries)
         return tokens
 
     def _entries(self) -> Entries:
-        """All that a draw can fall on."""
-        parts = [self._logits] if self._rest_is_removed else [self._logits, *self._unlisted()]
-        logits = most = torch.cat(parts, dim=-1)
-        if self._top_p < 1 and not self._rest_is_removed:
-            bounds = (self._tail_scores + self._priors.best) / self._temperature
-            most = torch.cat([*parts[:-1], bounds.scatter(1, self._experts, -torch.inf)], dim=-1)
+        parts = [self._listed(self._priors), *([] if self._rest_is_removed else self._unlisted(self._priors))]
+        logits = torch.cat(parts, dim=-1)
         largest = logits.amax(dim=-1, keepdim=True)
-        weights = (logits - largest).exp()
-        total = weights.sum(dim=-1, keepdim=True) if self._mass is None else (self._mass - largest).exp()
-        return Entries(logits, weights, most, largest, total)
+        return Entries(logits.sub_(largest).exp_(), largest)
 
-    def _drawn_from(self, weights: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
-        """Draw by the entries' weights, [B, n]: a token per row, [B], and its logit, [B, 1]."""
-        places = drawn_by(weights)
-        count, logits = self._logits.shape[1], entries.logits.gather(1, places)
+    def _drawn_from(self, entries: Entries) -> tuple[Tensor, Tensor]:
+        """Draw a token per row: ids, [B], and weights, [B, 1]."""
+        count = self._ids.shape[1]
+        places = drawn_by(entries.weights, count)
         tokens = self._ids.gather(1, places.clamp_max(count - 1)).squeeze(1)
+        weights = entries.weights.gather(1, places)
         for row, place in enumerate(places.flatten().tolist()):
             if place >= count:
-                tokens[row], logits[row] = self._drawn_unlisted(row, place, logits[row])
-        return tokens, logits
+                tokens[row], weights[row] = self._drawn_unlisted(row, place, entries, weights[row])
+        return tokens, weights
 
-    def _drawn_unlisted(self, row: int, place: int, logit: Tensor) -> tuple[Tensor, Tensor]:
-        """Id and logit of a token that is not listed, at a row and place of the entries.
+    def _drawn_unlisted(self, row: int, place: int, entries: Entries, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Id and weight of a token that is not listed, for a place in a row; if that is an expert, drawn from it."""
+        expert_ids, size = self._head.expert_ids, self._head.expert_size
+        expert = place - entries.weights.shape[1] + len(expert_ids)
+        if expert < 0:
+            picked, within = divmod(place - self._ids.shape[1], size)
+            return expert_ids[self._experts[row, picked], within], weight
+        expanded = self._expanded(row, torch.tensor([expert]), entries)
+        within = int(drawn_by(expanded, size))
+        return expert_ids[expert, within], expanded[0, within]
 
-        If the entry is an expert, the token is drawn from it.
-        """
-        head, place = self._head, place - self._logits.shape[1]
-        if not self._lists_picked:
-            picked, size = self._experts[row], head.expert_size
-            if place < len(picked) * size:
-                return head.expert_ids[picked[place // size], place % size], logit
-            place -= len(picked) * size
-        logits = self._expanded(row, torch.tensor([place]))
-        within = draw(logits).squeeze()
-        return head.expert_ids[place, within], logits[0, within]
+    def _expanded(self, row: int, experts: Tensor, entries: Entries) -> Tensor:
+        """Weights of the tokens of experts that are not listed: [m] to [m, S]."""
+        logits = self._scored.scores[row, experts].unsqueeze(1) + self._priors.log_prior(experts)
+        return logits.div_(self._temperature).sub_(entries.largest[row]).exp_()
 
-    def _expanded(self, row: int, experts: Tensor) -> Tensor:
-        """Logits of the tokens of experts that are not listed, [m] to [m, S]."""
-        scores = self._tail_scores[row, experts].unsqueeze(1)
-        return (scores + self._priors.log_prior(experts)) / self._temperature
+    def _likelier(self, entries: Entries, weights: Tensor) -> Entries:
+        """Only entries with tokens that are likelier than those of some weights, [B, 1]."""
+        are_likelier = entries.weights > weights * SAME
+        if not self._rest_is_removed:
+            are_likelier[:, -self._head.num_experts :] = self._have_likelier(weights, entries)
+        return entries._replace(weights=entries.weights * are_likelier)
 
-    def _are_outside(self, logits: Tensor, entries: Entries) -> Tensor:
-        """Whether tokens are outside the nucleus, by their logits: [B, 1] to bool [B, 1].
+    def _have_likelier(self, weights: Tensor, entries: Entries) -> Tensor:
+        """Which experts would have a token that is likelier than those of some weights, [B, 1] to [B, M]."""
+        logits = (weights.log() + entries.largest) * self._temperature
+        return self._scored.scores + self._priors.best > logits
+
+    def _are_outside(self, weights: Tensor, entries: Entries) -> Tensor:
+        """Whether tokens are outside the nucleus, by their weights: [B, 1] to bool [B, 1].
 
         They are if likelier tokens have its share of the probability together. Experts with a likelier token are
-        expanded only where their whole mass would decide.
+        expanded only where their whole weight would decide.
         """
-        limit = entries.total * self._top_p
-        likelier = entries.weights * (entries.most > logits)
-        num_tokens = entries.logits.shape[1] - (0 if self._rest_is_removed else self._head.num_experts)
-        above = likelier[:, :num_tokens].sum(dim=-1, keepdim=True)
-        are_outside = above >= limit
-        are_unclear = ~are_outside & (likelier.sum(dim=-1, keepdim=True) >= limit)
+        if self._mass is None:
+            limit = entries.weights.sum(dim=-1, keepdim=True) * self._top_p
+        else:
+            limit = (self._mass - entries.largest).exp() * self._top_p
+        least, num_listed = weights * SAME, self._ids.shape[1]
+        if self._rest_is_removed or self._are_above_the_rest(weights, entries):
+            return weight_above(least, entries.weights[:, :num_listed]) >= limit
+        of_tokens, of_experts = entries.weights.tensor_split([-self._head.num_experts], dim=-1)
+        above, likelier = weight_above(least, of_tokens), of_experts * self._have_likelier(weights, entries)
+        are_unclear = (above < limit) & (above + likelier.sum(dim=-1, keepdim=True) >= limit)
         for row in are_unclear.flatten().nonzero().flatten().tolist():
-            expanded = self._expanded(row, likelier[row, num_tokens:].nonzero().squeeze(1))
-            weights = (expanded - entries.largest[row]).exp() * (expanded > logits[row])
-            are_outside[row] = above[row] + weights.sum() >= limit[row]
-        return are_outside
+            expanded = self._expanded(row, likelier[row].nonzero().squeeze(1), entries)
+            above[row] += weight_above(least[row], expanded.flatten())
+        return above >= limit
 
-    def _unlisted(self, priors: Priors | None = None) -> list[Tensor]:
+    def _are_above_the_rest(self, weights: Tensor, entries: Entries) -> bool:
+        """Whether a quick test shows that all tokens that are not listed are less likely than those of some weights."""
+        if self._scored.kept is None:
+            return False
+        rows = zip(weights.tolist(), entries.largest.tolist(), self._scored.most_left_by_row(), strict=True)
+        return all(
+            weight > 0 and math.log(weight) + largest >= most / self._temperature
+            for (weight,), (largest,), most in rows
+        )
+
+    def _listed(self, priors: Priors) -> Tensor:
+        """Logits of the listed tokens, less the offset, [B, n]."""
+        return self._masked(self._logits, priors) - self._scored.offset / self._temperature
+
+    def _unlisted(self, priors: Priors) -> list[Tensor]:
         """Logits of the picked experts' tokens that are not listed, and log masses of the other experts, [B, n] each.
 
-        Listed tokens and experts are -inf.
+        All are less the offset. Listed tokens and experts are -inf.
         """
-        priors = priors or self._priors
-        masses = self._tail_scores / self._temperature + priors.mass(self._temperature)
-        return [*self._unlisted_picked(priors), masses.scatter(1, self._experts, -torch.inf)]
+        masses = torch.add(priors.mass(self._temperature), self._scored.scores, alpha=1 / self._temperature)
+        return [*self._unlisted_picked(priors), masses.scatter_(1, self._experts, -torch.inf)]
 
     def _unlisted_picked(self, priors: Priors) -> list[Tensor]:
         """The first part of [`_unlisted`]; nothing if all of the picked experts' tokens are listed."""
         scored = self._scored
         if self._lists_picked or scored.places is None:
             return []
-        logits = self._head.screened_logits(scored)
+        estimates = self._head.estimates(scored)
         if priors.is_suppressed is not None:
-            logits = priors.masked(logits, self._head.expert_ids[scored.experts].flatten(1))
-        return [logits.scatter(1, scored.places, -torch.inf) / self._temperature]
+            estimates = priors.masked(estimates, self._head.expert_ids[scored.experts].flatten(1))
+        return [estimates.scatter_(1, scored.places, -torch.inf).mul_(1 / self._temperature)]
 
     def _masked(self, logits: Tensor, priors: Priors) -> Tensor:
         """The listed candidates' logits, [B, n], with those of suppressed tokens -inf."""
@@ -272,7 +287,11 @@ class Candidates:
         if self._lists_picked:
             return False
         self._lists_picked, self._ids = True, self._head.scored_ids(self._experts)
-        self._logits = self._masked(self._head.candidate_logits(self._scored), self._priors) / self._temperature
+        head, scored = self._head, self._scored
+        always, routed = head.exact_once(scored).tensor_split([head.num_always_on], dim=-1)
+        estimates = head.estimates(scored) + scored.offset
+        logits = torch.cat([always, estimates.scatter_(1, cast(Tensor, scored.places), routed)], dim=-1)
+        self._logits = self._masked(logits, self._priors) / self._temperature
         return True
 
     def _expand(self, are_wanted: Tensor) -> bool:
@@ -305,16 +324,6 @@ class Candidates:
         self._ids = self._ids.gather(1, places)
 
 
-def draw(logits: Tensor) -> Tensor:
-    """Draw an index per row from the softmax of logits: fp32 [B, n] to [B, 1]."""
-    return drawn_by((logits - logits.amax(dim=-1, keepdim=True)).exp())
-
-
-def drawn_by(weights: Tensor) -> Tensor:
-    """Draw an index per row in proportion to weights: fp32 [B, n] to [B, 1].
-
-    By inversion of the cumulative distribution, which is several times as fast as `torch.multinomial` on a CPU.
-    """
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
-    drawn = torch.searchsorted(sums, torch.rand_like(sums[:, :1]) * sums[:, -1:], right=True)
-    return drawn.clamp_max(weights.shape[1] - 1)
+def weight_above(least: Tensor, weights: Tensor) -> Tensor:
+    """The sum of the weights above a limit: [..., 1] and [..., n] to [..., 1]."""
+    return (weights * (weights > least)).sum(dim=-1, keepdim=True)

@@ -272,21 +272,6 @@ class TopKExpertsHead(LaidOutHead):
         logits.scatter_(1, self.expert_ids.flatten().expand(num_positions, -1), within.flatten(1).to(logits.dtype))
         return logits.scatter_(1, scored.ids, scored.exact)
 
-    def candidate_logits(self, scored: Scored) -> Tensor:
-        """Logits of the always-on tokens and of all tokens of the picked experts, -inf for repeated ids.
-
-        Args:
-            scored: of N positions.
-
-        Returns:
-            Exact and estimated logits, fp32 [N, A + k S].
-        """
-        exact = self.exact_once(scored)
-        if scored.screened is None or scored.places is None:
-            return exact
-        always, routed = exact.tensor_split([self.num_always_on], dim=-1)
-        return torch.cat([always, self.screened_logits(scored).scatter(1, scored.places, routed)], dim=-1)
-
     def exact_once(self, scored: Scored) -> Tensor:
         """The exact logits of N positions, -inf for repeated ids, fp32 [N, A + k S] or [N, A + R]."""
         exact = scored.exact.float()
@@ -300,9 +285,9 @@ class TopKExpertsHead(LaidOutHead):
             routed = routed.masked_fill(scored.kept.isneginf(), -torch.inf)
         return torch.cat([always, routed], dim=-1)
 
-    def screened_logits(self, scored: Scored) -> Tensor:
-        """The screen's logits of all tokens of the picked experts, -inf for repeated ids, fp32 [N, k S]."""
-        estimates = cast(Tensor, scored.screened) + (scored.masses + scored.offset).unsqueeze(-1)
+    def estimates(self, scored: Scored) -> Tensor:
+        """Estimates of all tokens of the picked experts, less the offset, -inf for repeated ids: fp32 [N, k S]."""
+        estimates = cast(Tensor, scored.screened) + scored.masses.unsqueeze(-1)
         if self.has_short_experts:
             estimates = self.mask_padding(estimates, self.expert_ids[scored.experts])
         return estimates.flatten(1)

@@ -77,6 +77,14 @@ class Scored:
         """
         return None if self.kept is None else torch.maximum(*self._bounds(self.kept)).unsqueeze(1) + self.offset
 
+    def most_left_by_row(self) -> list[float]:
+        """[`most_left`] without the offset; with a screen.
+
+        In Python, as operations on a few numbers take longer.
+        """
+        bounds = self._bounds(cast(Tensor, self.kept))
+        return list(map(max, *(bound.tolist() for bound in bounds)))
+
     def _bounds(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Upper bounds without the offset: of the picked experts' tokens, and of all others, fp32 [N] each."""
         return kept.amin(dim=-1), self.masses.amin(dim=-1)
@@ -90,11 +98,8 @@ class Scored:
         """
         if self.kept is None or self.known_offset is not None:  # logits may have been suppressed since
             return False
-        # Compared in Python: four operations on a few numbers take longer.
-        most_left = map(max, *(bound.tolist() for bound in self._bounds(self.kept)))
-        return all(
-            mean > most + ROUNDING for mean, most in zip(self.kept.mean(dim=-1).tolist(), most_left, strict=True)
-        )
+        means = self.kept.mean(dim=-1).tolist()
+        return all(mean > most + ROUNDING for mean, most in zip(means, self.most_left_by_row(), strict=True))
 
     def with_exact(self, exact: Tensor) -> "Scored":
         """These values with other exact logits, and the same offset."""

@@ -83,7 +83,7 @@ class Suppression:
             head: the sparse head.
             found: the generation's logits processors; those of other kinds are ignored.
         """
-        self._head = head
+        self._head, self._without = head, Priors(head)
         self._suppressors = [one for one in found if type(one) in SUPPRESSORS]
         self._priors: dict[object, Priors] = {}
         self._rule: Any = next((one for one in found if type(one) is Timestamps), None)
@@ -120,6 +120,8 @@ class Suppression:
         return self._known(input_ids, "text")
 
     def _known(self, input_ids: Tensor, part: str) -> Priors:
+        if not self._suppressors:
+            return self._without
         length = input_ids.shape[-1]
         state = [SUPPRESSORS[type(one)](one, length) for one in self._suppressors if type(one) in SUPPRESSORS]
         if self._rule is not None:
@@ -138,9 +140,7 @@ class Suppression:
         last = timestamps[-1] if timestamps and not ends_with_pair and part != "text" else None
         return len(prefix) == self._rule.begin_index, ends_with_one, ends_with_pair, last
 
-    def _suppressed(self, input_ids: Tensor, part: str) -> Tensor | None:
-        if not self._suppressors:
-            return None
+    def _suppressed(self, input_ids: Tensor, part: str) -> Tensor:
         scores = torch.zeros(1, self._head.out_features, device=self._head.weight.device)
         for one in self._suppressors:
             scores = one(input_ids, scores)

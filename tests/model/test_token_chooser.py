@@ -15,7 +15,8 @@ from transformers.generation import logits_process as processors
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.model import token_chooser
-from hf_topk.model.candidates import Candidates, draw
+from hf_topk.model.candidates import Candidates
+from hf_topk.model.draws import draw
 from hf_topk.model.suppression import Priors
 from hf_topk.model.token_chooser import TokenChooser, can_choose
 
@@ -106,23 +107,22 @@ def probabilities_of(head: TopKExpertsHead, hidden: Tensor, found: list[Any]) ->
 
 def distribution(candidates: Candidates, head: TopKExpertsHead) -> Tensor:
     """The probability with which each token is drawn, [B, V], token by token."""
-    entries = candidates._entries()
-    num_experts = 0 if candidates._rest_is_removed else head.num_experts
-    logits, masses = entries.logits.split([entries.logits.shape[1] - num_experts, num_experts], dim=-1)
+    entries, num_experts = candidates._entries(), 0 if candidates._rest_is_removed else head.num_experts
+    of_tokens, of_experts = entries.weights.split([entries.weights.shape[1] - num_experts, num_experts], dim=-1)
     tokens = candidates._ids
-    if tokens.shape[1] < logits.shape[1]:
+    if tokens.shape[1] < of_tokens.shape[1]:
         tokens = torch.cat([tokens, head.expert_ids[candidates._experts].flatten(1)], dim=-1)
-    by_token = torch.full((len(logits), head.out_features), -torch.inf)
+    by_token = torch.zeros(len(of_tokens), head.out_features).scatter_reduce_(1, tokens, of_tokens, "amax")
     if num_experts:
-        scores = candidates._tail_scores.masked_fill(masses.isneginf(), -torch.inf).unsqueeze(-1)
-        of_others = (scores + candidates._priors.log_prior()) / candidates._temperature
-        ids = head.expert_ids.flatten().expand(len(logits), -1)
-        by_token.scatter_reduce_(1, ids, of_others.flatten(1), "amax")
-    by_token.scatter_reduce_(1, tokens, logits, "amax")
+        everything = torch.arange(num_experts)
+        expanded = torch.stack([candidates._expanded(row, everything, entries) for row in range(len(by_token))])
+        torch.testing.assert_close(expanded.sum(dim=-1)[of_experts > 0], of_experts[of_experts > 0])
+        expanded *= (of_experts > 0).unsqueeze(-1)
+        by_token.scatter_reduce_(1, head.expert_ids.flatten().expand(len(by_token), -1), expanded.flatten(1), "amax")
     if candidates._top_p < 1:
-        are_outside = [candidates._are_outside(one, entries) for one in by_token.split(1, dim=1)]
-        by_token = by_token.masked_fill(torch.cat(are_outside, dim=1), -torch.inf)
-    return by_token.double().softmax(dim=-1)
+        are_outside = [candidates._are_outside(weights, entries) for weights in by_token.split(1, dim=1)]
+        by_token = by_token.masked_fill(torch.cat(are_outside, dim=1), 0.0)
+    return by_token.double() / by_token.double().sum(dim=-1, keepdim=True)
 
 
 @settings(max_examples=150, deadline=None)
@@ -220,12 +220,12 @@ def p_value(counts: Tensor, probabilities: Tensor) -> float:
 def without_the_unlisted(patch: pytest.MonkeyPatch) -> None:
     """Leave out the mass of the tokens that are not listed."""
     unlisted = Candidates._unlisted
-    patch.setattr(Candidates, "_unlisted", lambda *args: [torch.full_like(one, -torch.inf) for one in unlisted(*args)])
+    patch.setattr(Candidates, "_unlisted", lambda *args: [one.fill_(-torch.inf) for one in unlisted(*args)])
 
 
 def without_rejection(patch: pytest.MonkeyPatch) -> None:
     """Accept every draw."""
-    patch.setattr(Candidates, "_are_outside", lambda _, logits, __: torch.zeros_like(logits, dtype=torch.bool))
+    patch.setattr(Candidates, "_are_outside", lambda _, weights, __: torch.zeros_like(weights, dtype=torch.bool))
 
 
 @pytest.mark.slow
