@@ -37,6 +37,7 @@ ROWS = (
     ("lossless: verification passes per token", "{prose[dense_passes_per_token]:.3f}"),
     ("lossless: forward passes per token", "{prose[forward_passes_per_token]:.3f}"),
     ("head, dense, ms", "{speed[head][dense_ms]:.3f}"),
+    ("head, dense, with top-p sampling, ms", "{speed[head][dense_sampling_ms]:.3f}"),
     ("head, sparse, ms", "{speed[head][sparse_ms]:.3f}"),
     ("head, sparse, with top-p sampling, ms", "{speed[head][sampling_ms]:.3f}"),
     ("end to end, dense, tokens/s", "{speed[e2e][dense_tok_s]:.1f}"),
