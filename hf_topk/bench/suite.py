@@ -28,7 +28,7 @@ ROUNDS = 8
 HEAD_ROUNDS_PER_ROUND = 5
 OURS = ("sparse", "lossless", "auto", "sampling")  # prefixes of names
 OTHERS = ("dense", *BASELINES, "dense_compiled", "dense_graph", "flashhead_graph")
-OTHERS_OF = {"sampling": ("dense_sampling",)}  # what is compared with others than these
+OTHERS_OF = {"sampling": ("dense_sampling",)}  # in place of `OTHERS`
 RESULTS = ("head", "prompt", "e2e", "e2e_compiled", "sampling", "sampling_compiled")
 PACKAGES = ("hf-topk", "torch", "transformers", "torchao", "hnswlib")
 

@@ -36,10 +36,11 @@ class UnevenRowsError(Exception):
 
 
 class Entries(NamedTuple):
-    """All that a draw can fall on: listed tokens, the other tokens of the picked experts, and the other experts.
+    """All that a draw can fall on.
 
     Attributes:
-        weights: in proportion to the probability, fp32 [B, n].
+        weights: in proportion to the probability, of the listed tokens; unless the rest is removed, then of the picked
+            experts' tokens that are not listed, and of all M experts, 0 if they are listed; fp32 [B, n].
         largest: the logit of weight 1, less the offset, [B, 1].
     """
 
@@ -51,7 +52,7 @@ class Candidates:
     """The tokens that could be next at some positions.
 
     Listed one by one are at first those with an exact logit, then all of the picked experts, then those of further
-    experts. Filters list as many as they could keep.
+    experts. Top-k and min-p list as many as they could keep; top-p rejects draws.
     """
 
     def __init__(self, head: TopKExpertsHead, scored: Scored, priors: Priors) -> None:
@@ -120,17 +121,20 @@ class Candidates:
     def keep_top_p(self, share: float) -> None:
         """Keep the likeliest tokens that together have a share of the probability; [`drawn`] rejects all others.
 
+        Of equally likely tokens at the edge all are kept.
+
         Nucleus sampling, Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
         """
         self._top_p = max(share, SMALLEST_SHARE)
 
     def keep_min_p(self, share: float) -> None:
         """Remove tokens whose probability is less than a share of the likeliest one's."""
+        if share <= 0:
+            return
         if self._top_p < 1:
             entries = self._entries()
             self._mass = entries.weights.sum(dim=-1, keepdim=True).log() + entries.largest
-        log_share = math.log(share) if share > 0 else -math.inf
-        self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + log_share)
+        self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + math.log(share))
 
     def best(self) -> Tensor:
         """The likeliest token, [B]; see [`lowest_of_likeliest`]."""
@@ -142,18 +146,20 @@ class Candidates:
         """Sample a token per row, [B]; with top-p until it is in the nucleus, so that nothing is sorted.
 
         Rejection sampling with a pivot, as in FlashInfer (Ye et al. 2025, https://arxiv.org/abs/2501.01005): after a
-        token outside the nucleus only likelier ones are drawn.
+        token outside the nucleus only tokens that are likelier, and experts that have such, are drawn.
         """
         entries = self._entries()
-        tokens, weights = self._drawn_from(entries)
-        if self._top_p == 1:
-            return tokens
-        are_outside, pivots = self._are_outside(weights, entries), torch.zeros_like(weights)
-        while are_outside.any():
-            pivots = torch.where(are_outside, weights.maximum(pivots), pivots)
-            more, weights = self._drawn_from(self._likelier(entries, pivots))
-            tokens = torch.where(are_outside.squeeze(1), more, tokens)
-            are_outside &= self._are_outside(weights, entries)
+        rows = list(range(len(entries.weights)))
+        tokens, weights = self._drawn_from(entries, rows)
+        pivots = torch.zeros_like(weights)
+        while self._top_p < 1:
+            are_outside = self._are_outside(weights, entries, rows)
+            rows = [row for row in rows if are_outside[row]]
+            if not rows:
+                break
+            pivots[rows] = weights[rows].maximum(pivots[rows])
+            more, weights = self._drawn_from(self._likelier(entries, pivots), rows)
+            tokens[rows] = more[rows]
         return tokens
 
     def _entries(self) -> Entries:
@@ -162,14 +168,14 @@ class Candidates:
         largest = logits.amax(dim=-1, keepdim=True)
         return Entries(logits.sub_(largest).exp_(), largest)
 
-    def _drawn_from(self, entries: Entries) -> tuple[Tensor, Tensor]:
-        """Draw a token per row: ids, [B], and weights, [B, 1]."""
+    def _drawn_from(self, entries: Entries, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Draw a token for some rows: ids, [B], and weights, [B, 1], which have no meaning in the other rows."""
         count = self._ids.shape[1]
         places = drawn_by(entries.weights, count)
         tokens = self._ids.gather(1, places.clamp_max(count - 1)).squeeze(1)
         weights = entries.weights.gather(1, places)
-        for row, place in enumerate(places.flatten().tolist()):
-            if place >= count:
+        for row in rows:
+            if (place := int(places[row])) >= count:
                 tokens[row], weights[row] = self._drawn_unlisted(row, place, entries, weights[row])
         return tokens, weights
 
@@ -201,8 +207,8 @@ class Candidates:
         logits = (weights.log() + entries.largest) * self._temperature
         return self._scored.scores + self._priors.best > logits
 
-    def _are_outside(self, weights: Tensor, entries: Entries) -> Tensor:
-        """Whether tokens are outside the nucleus, by their weights: [B, 1] to bool [B, 1].
+    def _are_outside(self, weights: Tensor, entries: Entries, rows: list[int]) -> Tensor:
+        """Whether the tokens of some rows are outside the nucleus, by their weights: [B, 1] to bool [B, 1].
 
         They are if likelier tokens have its share of the probability together. Experts with a likelier token are
         expanded only where their whole weight would decide.
@@ -212,29 +218,30 @@ class Candidates:
         else:
             limit = (self._mass - entries.largest).exp() * self._top_p
         least, num_listed = weights * SAME, self._ids.shape[1]
-        if self._rest_is_removed or self._are_above_the_rest(weights, entries):
+        if self._rest_is_removed or self._are_above_the_rest(weights, entries, rows):
             return weight_above(least, entries.weights[:, :num_listed]) >= limit
         of_tokens, of_experts = entries.weights.tensor_split([-self._head.num_experts], dim=-1)
         above, likelier = weight_above(least, of_tokens), of_experts * self._have_likelier(weights, entries)
         are_unclear = (above < limit) & (above + likelier.sum(dim=-1, keepdim=True) >= limit)
-        for row in are_unclear.flatten().nonzero().flatten().tolist():
+        for row in (row for row in rows if are_unclear[row]):
             expanded = self._expanded(row, likelier[row].nonzero().squeeze(1), entries)
             above[row] += weight_above(least[row], expanded.flatten())
         return above >= limit
 
-    def _are_above_the_rest(self, weights: Tensor, entries: Entries) -> bool:
-        """Whether a quick test shows that all tokens that are not listed are less likely than those of some weights."""
+    def _are_above_the_rest(self, weights: Tensor, entries: Entries, rows: list[int]) -> bool:
+        """Whether a quick test shows that in some rows no unlisted token is likelier than that of a weight."""
         if self._scored.kept is None:
             return False
-        rows = zip(weights.tolist(), entries.largest.tolist(), self._scored.most_left_by_row(), strict=True)
+        by_row = list(zip(weights.tolist(), entries.largest.tolist(), self._scored.most_left_by_row(), strict=True))
         return all(
             weight > 0 and math.log(weight) + largest >= most / self._temperature
-            for (weight,), (largest,), most in rows
+            for (weight,), (largest,), most in map(by_row.__getitem__, rows)
         )
 
     def _listed(self, priors: Priors) -> Tensor:
         """Logits of the listed tokens, less the offset, [B, n]."""
-        return self._masked(self._logits, priors) - self._scored.offset / self._temperature
+        logits = self._logits if priors is self._priors else self._masked(self._logits, priors)
+        return logits - self._scored.offset / self._temperature
 
     def _unlisted(self, priors: Priors) -> list[Tensor]:
         """Logits of the picked experts' tokens that are not listed, and log masses of the other experts, [B, n] each.

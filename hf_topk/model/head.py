@@ -24,6 +24,7 @@ HEAD_MODES = ("auto", "sparse", "dense")
 # Elements of sparse logits computed at once; more positions are split into chunks. The allocator reuses small blocks of
 # memory and fetches large ones from the system each time.
 LOGITS_AT_ONCE = 1 << 20
+MOST_TOKENS_IN_TRITON = 64  # of an expert; with more, its kernel for the screen needs too many registers
 # Positions that share one gathering of their experts' rows, and exact logits held at once.
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
 # Positions from which on dense products in fp32 can be faster than in half precision, and for how many it is measured.
@@ -169,7 +170,7 @@ class TopKExpertsHead(LaidOutHead):
         Returns:
             Logits, [N, V], in the dtype of `hidden`.
         """
-        at_once = max(1, LOGITS_AT_ONCE // self.out_features)
+        at_once = SCORED_AT_ONCE if self._runs_in_triton(hidden) else max(1, LOGITS_AT_ONCE // self.out_features)
         if hidden.shape[0] <= at_once:
             return self.logits_of(self.score(hidden))
         # Many positions are scored at once, as they share rows; logits are computed for a few positions at a time.
@@ -209,7 +210,7 @@ class TopKExpertsHead(LaidOutHead):
 
     def _score_screened(self, hidden: Tensor) -> Scored:
         """Route, screen the tokens of the picked experts, and compute the exact logits of the R likeliest of them."""
-        if self.router.rows is None and runs_on_triton(hidden, self.weight, self.full_bias):
+        if self._runs_in_triton(hidden):
             from .triton_head import score
 
             return score(self, hidden)
@@ -231,6 +232,13 @@ class TopKExpertsHead(LaidOutHead):
         if has_short:
             offset = mass_over(exact[:, always.shape[1] :].masked_fill(kept.isneginf(), -torch.inf), kept)
         return Scored(exact, ids, top, scores, top_scores, offset, screened, places, kept)
+
+    def _runs_in_triton(self, hidden: Tensor) -> bool:
+        """Whether all steps with a screen have kernels; a router of floats and its training have none."""
+        if not hidden.is_cuda or self.router.rows is not None or not self.screens:
+            return False
+        is_narrow = self.expert_size <= MOST_TOKENS_IN_TRITON
+        return is_narrow and runs_on_triton(hidden, self.weight, self.full_bias, self.router.bias)
 
     def check_rows(self) -> None:
         """Raise an InputError if this process does not have all rows."""
@@ -262,7 +270,8 @@ class TopKExpertsHead(LaidOutHead):
 
     def _scattered(self, scored: Scored) -> Tensor:
         """As [`logits_of`], with `later_bias`."""
-        if scored.screened is not None and runs_on_triton(scored.exact, self.tail.log_prior):
+        screened = scored.screened
+        if screened is not None and runs_on_triton(scored.exact, scored.scores, scored.offset, screened):
             from .triton_head import logits_of
 
             return logits_of(self, scored)

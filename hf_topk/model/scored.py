@@ -34,7 +34,7 @@ class Scored:
         experts: the picked experts, [N, k] int64.
         scores: log mass of each expert for the tail, without the offset, fp32 [N, M].
         masses: log mass of each picked expert, with a screen without the offset, fp32 [N, k].
-        known_offset: see `offset`; None until it is needed.
+        known_offset: see `offset`; where it was not computed with the rest, None until it is needed.
         screened: the screen's log p(v | e, h) of the picked experts' tokens, fp32 [N, k, S]; None without a screen.
         places: indices of the R tokens among the k S of the picked experts, [N, R] int64; None without a screen.
         kept: estimates of the R tokens, without the offset, fp32 [N, R]; None without a screen. Where fewer than R are

@@ -1,10 +1,10 @@
-"""The sparse head with a screen in Triton, for CUDA: some ten launches that never wait for the device.
+"""The sparse head with a screen and a packed router in Triton, for CUDA: a dozen launches that wait for nothing.
 
 The plain reference of each step is in `head.py`. Shapes depend on the settings alone, so a CUDA graph can capture it
 all. Rows that several positions pick are read from memory once, and then from the GPU's cache.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ except ImportError:
 
 MOST_VALUES, VALUES_OF_PART = 1 << 15, 1 << 12  # one program finds the largest of so many; places are written by part
 VALUES_A_WARP, MOST_WARPS = 512, 32
-EXPERTS_SCREENED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 4, 64  # in one program
+TOKENS_SCREENED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 64, 64  # in one program
 IDS_AT_ONCE, EXPERTS_SCATTERED_AT_ONCE = 128, 16
 
 
@@ -52,7 +52,7 @@ def _projected(rows: "PackedRows", hidden: Tensor) -> Tensor:
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[`kernels.largest`] in one launch, by bisection over the bits of the values.
+    """[`kernels.largest`] in one launch, by bisection over the bits of the values; of very many by torch.
 
     Args:
         values: fp32 [N, n].
@@ -123,7 +123,9 @@ def _screened(head: "TopKExpertsHead", inputs: Tensor, experts: Tensor, expert_s
     tail, (num_positions, num_picked), size = head.tail, experts.shape, head.expert_size
     screened = torch.empty(num_positions, num_picked, size, dtype=torch.float32, device=inputs.device)
     estimates = torch.empty_like(screened).flatten(1)
-    grid = (num_positions * triton.cdiv(num_picked, EXPERTS_SCREENED_AT_ONCE),)
+    block_size = triton.next_power_of_2(size)
+    block_experts = max(1, TOKENS_SCREENED_AT_ONCE // block_size)
+    grid = (num_positions * triton.cdiv(num_picked, block_experts),)
     with on_device_of(inputs):
         _screen_kernel[grid](
             screened,
@@ -138,10 +140,10 @@ def _screened(head: "TopKExpertsHead", inputs: Tensor, experts: Tensor, expert_s
             num_picked,
             inputs.stride(0),
             SIZE=size,
-            BLOCK_SIZE=triton.next_power_of_2(size),
+            BLOCK_SIZE=block_size,
             BYTES_4BIT=tail.codes_4bit.shape[-1],
             BYTES_2BIT=tail.codes_2bit.shape[-1],
-            BLOCK_EXPERTS=EXPERTS_SCREENED_AT_ONCE,
+            BLOCK_EXPERTS=block_experts,
             BLOCK_BYTES=BYTES_UNPACKED_AT_ONCE,
         )
     return screened, estimates
@@ -271,8 +273,7 @@ def logits_of(head: "TopKExpertsHead", scored: Scored) -> Tensor:
     """[`TopKExpertsHead.logits_of`] of results of [`score`], in three launches, without `later_bias`: [N, V]."""
     logits = scored.exact.new_empty(len(scored.exact), head.out_features)
     _scatter(logits, head, head.tail.log_prior, scored.scores, scored.offset, None)
-    if scored.screened is not None:
-        _scatter(logits, head, scored.screened, scored.masses, scored.offset, scored.experts)
+    _scatter(logits, head, cast(Tensor, scored.screened), scored.masses, scored.offset, scored.experts)
     return logits.scatter_(1, scored.ids, scored.exact)
 
 

@@ -123,20 +123,21 @@ def test_kernels_compile_for_cuda(
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("expert_size", "num_experts"), [(19, 5), (1, 95)])
+@pytest.mark.parametrize(("expert_size", "num_experts", "num_always_on"), [(19, 5, 6), (19, 5, 5), (1, 100, 0)])
 def test_the_head_compiles_for_cuda(
     expert_size: int,
     num_experts: int,
+    num_always_on: int,
     capability: int,
     launches: list,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All its launches; with two tokens that repeat, or without."""
+    """All its launches; with and without ids that repeat."""
     from hf_topk.model import triton_head
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = {"expert_size": expert_size, "num_experts": num_experts, "num_always_on": 6}
+    sizes = {"expert_size": expert_size, "num_experts": num_experts, "num_always_on": num_always_on}
     head = make_head(num_rescored=2, num_experts_per_tok=3, dtype=torch.bfloat16, **sizes)
     head.router.pack()
     monkeypatch.setattr(head, "exact_logits", lambda hidden, ids: kernels.gather_dot(hidden, head.weight, None, ids))
@@ -181,16 +182,46 @@ def test_cpu_tensors_never_go_to_triton(chosen: list[str]) -> None:
     assert chosen == []
 
 
-def test_the_head_goes_to_triton_with_a_packed_router(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cuda_head(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A head that believes that its tensors are on CUDA, whose Triton steps return words."""
     fakes = SimpleNamespace(score=lambda head, hidden: "scored", logits_of=lambda head, scored: "logits")
     monkeypatch.setitem(sys.modules, "hf_topk.model.triton_head", fakes)
-    head, hidden = make_head(num_rescored=20), torch.ones(1, 32)
-    scored = head.score(hidden)
-    monkeypatch.setattr("hf_topk.model.head.runs_on_triton", lambda *_: True)
-    assert head.score(hidden) != "scored"
-    head.router.pack()
-    assert head.score(hidden) == "scored"
-    assert head.logits_of(scored) == "logits"
+    head = make_head(num_rescored=20)
+
+    def runs_on_triton(*inputs: Tensor | None) -> bool:
+        return not any(some is not None and some.requires_grad for some in inputs)
+
+    monkeypatch.setattr("hf_topk.model.head.runs_on_triton", runs_on_triton)
+    monkeypatch.setattr(kernels, "HAS_TRITON", False)
+    return head
+
+
+def test_the_head_goes_to_triton_with_a_packed_router(cuda_head: Any) -> None:
+    hidden = torch.ones(1, 32).as_subclass(OnCuda)
+    assert cuda_head.score(hidden) != "scored"
+    cuda_head.router.pack()
+    assert cuda_head.score(hidden) == "scored"
+    assert cuda_head.score(torch.ones(1, 32)) != "scored"
+
+
+def test_what_is_trained_does_not_go_to_triton(cuda_head: Any) -> None:
+    """Neither the rows of a router nor, once it is packed, its biases."""
+    hidden = torch.ones(1, 32)
+    cuda_head.router.requires_grad_()
+    scored = cuda_head.score(hidden)
+    assert cuda_head.logits_of(scored).requires_grad
+    cuda_head.router.pack()
+    assert cuda_head.score(hidden.as_subclass(OnCuda)).scores.requires_grad
+    cuda_head.router.requires_grad_(False)
+    assert cuda_head.logits_of(cuda_head.score(hidden)) == "logits"
+
+
+@pytest.mark.parametrize("expert_size", [64, 65])
+def test_large_experts_do_not_go_to_triton(cuda_head: Any, expert_size: int) -> None:
+    cuda_head.router.pack()
+    cuda_head.expert_ids = torch.zeros(50, expert_size, dtype=torch.long)
+    assert cuda_head._runs_in_triton(torch.ones(1, 32).as_subclass(OnCuda)) == (expert_size == 64)
 
 
 def test_the_plain_reference_runs_where_triton_is_missing(chosen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
