@@ -63,10 +63,12 @@ class Heads:
         self.states = states
         self._sparse = models.sparse.head
         weight, bias = self._sparse.weight.detach(), self._sparse.bias
-        self._runs: dict[str, Head] = {
-            f"dense_{str(dtype).removeprefix('torch.')}": _dense(weight, bias, dtype)
-            for dtype in (torch.bfloat16, torch.float32)
-        }
+        self._runs: dict[str, Head] = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            name, dense = str(dtype).removeprefix("torch."), _dense(weight, bias, dtype)
+            self._runs[f"dense_{name}"] = dense
+            if weight.is_cpu:  # elsewhere ours is not timed with sampling
+                self._runs[f"dense_sampling_{name}"] = _sampled(dense)
         self._int8: Head | None = None
         for name in BASELINES:
             if name not in without:
@@ -114,9 +116,7 @@ class Heads:
         head = self._sparse
         if head.weight.device.type != "cpu":  # tokens are chosen from logits of the whole vocabulary there
             return {"sparse": head.sparse_logits, "auto": _auto(head)}
-        dense = {name: run for name, run in self._runs.items() if name.startswith("dense_")}
         return {
-            **{name.replace("dense", "dense_sampling"): _sampled(run) for name, run in dense.items()},
             "sparse": _next_token(head, (), does_sample=False),
             "sampling": _next_token(head, warpers(), does_sample=True),
             "sparse_all_logits": head.sparse_logits,

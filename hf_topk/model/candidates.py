@@ -41,10 +41,12 @@ class Entries(NamedTuple):
     Attributes:
         weights: in proportion to the probability, of the listed tokens; unless the rest is removed, then of the picked
             experts' tokens that are not listed, and of all M experts, 0 if they are listed; fp32 [B, n].
+        total: the sums of the weights, [B, 1].
         largest: the logit of weight 1, less the offset, [B, 1].
     """
 
     weights: Tensor
+    total: Tensor
     largest: Tensor
 
 
@@ -133,7 +135,7 @@ class Candidates:
             return
         if self._top_p < 1:
             entries = self._entries()
-            self._mass = entries.weights.sum(dim=-1, keepdim=True).log() + entries.largest
+            self._mass = entries.total.log() + entries.largest
         self._keep_above(lambda: self._logits.amax(dim=-1, keepdim=True) + math.log(share))
 
     def best(self) -> Tensor:
@@ -166,12 +168,13 @@ class Candidates:
         parts = [self._listed(self._priors), *([] if self._rest_is_removed else self._unlisted(self._priors))]
         logits = torch.cat(parts, dim=-1)
         largest = logits.amax(dim=-1, keepdim=True)
-        return Entries(logits.sub_(largest).exp_(), largest)
+        weights = logits.sub_(largest).exp_()
+        return Entries(weights, weights.sum(dim=-1, keepdim=True), largest)
 
     def _drawn_from(self, entries: Entries, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Draw a token for some rows: ids, [B], and weights, [B, 1], which have no meaning in the other rows."""
         count = self._ids.shape[1]
-        places = drawn_by(entries.weights, count)
+        places = drawn_by(entries.weights, count, entries.total)
         tokens = self._ids.gather(1, places.clamp_max(count - 1)).squeeze(1)
         weights = entries.weights.gather(1, places)
         for row in rows:
@@ -187,7 +190,7 @@ class Candidates:
             picked, within = divmod(place - self._ids.shape[1], size)
             return expert_ids[self._experts[row, picked], within], weight
         expanded = self._expanded(row, torch.tensor([expert]), entries)
-        within = int(drawn_by(expanded, size))
+        within = int(drawn_by(expanded))
         return expert_ids[expert, within], expanded[0, within]
 
     def _expanded(self, row: int, experts: Tensor, entries: Entries) -> Tensor:
@@ -200,7 +203,8 @@ class Candidates:
         are_likelier = entries.weights > weights * SAME
         if not self._rest_is_removed:
             are_likelier[:, -self._head.num_experts :] = self._have_likelier(weights, entries)
-        return entries._replace(weights=entries.weights * are_likelier)
+        likelier = entries.weights * are_likelier
+        return Entries(likelier, likelier.sum(dim=-1, keepdim=True), entries.largest)
 
     def _have_likelier(self, weights: Tensor, entries: Entries) -> Tensor:
         """Which experts would have a token that is likelier than those of some weights, [B, 1] to [B, M]."""
@@ -213,10 +217,8 @@ class Candidates:
         They are if likelier tokens have its share of the probability together. Experts with a likelier token are
         expanded only where their whole weight would decide.
         """
-        if self._mass is None:
-            limit = entries.weights.sum(dim=-1, keepdim=True) * self._top_p
-        else:
-            limit = (self._mass - entries.largest).exp() * self._top_p
+        total = entries.total if self._mass is None else (self._mass - entries.largest).exp()
+        limit = total * self._top_p
         least, num_listed = weights * SAME, self._ids.shape[1]
         if self._rest_is_removed or self._are_above_the_rest(weights, entries, rows):
             return weight_above(least, entries.weights[:, :num_listed]) >= limit

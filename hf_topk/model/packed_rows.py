@@ -116,9 +116,11 @@ class PackedRows(nn.Module):
         return expert_int8_products(self._projected(hidden, prepared), prepared.words, experts, prepared.ones)
 
     def _packed_products(self, hidden: Tensor, experts: Tensor | None) -> Tensor:
+        from .triton_kernels import int8_products as on_triton
+
         shape = self.codes_4bit.shape[:-1]
         first, others = (some.view(shape[0], -1, some.shape[-1]) for some in (self.codes_4bit, self.codes_2bit))
-        projected = int8_products(hidden, self.basis, self.basis_scales) - self.center.float()
+        projected = on_triton(hidden, self.basis, self.basis_scales, self.center)
         products = packed_products(projected, first, others, experts)
         return products if len(shape) > 1 else products.squeeze(-1)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
+from . import kernels
 from .scored import Scored
-from .triton_kernels import few_bits, int8_products, on_device_of, packed_products
+from .triton_kernels import few_bits, int8_products, on_device_of, own_block, packed_products
 
 if TYPE_CHECKING:
     from .head import TopKExpertsHead
@@ -24,7 +25,7 @@ except ImportError:
 
 MOST_VALUES, VALUES_OF_PART = 1 << 15, 1 << 12  # one program finds the largest of so many; places are written by part
 VALUES_A_WARP, MOST_WARPS = 512, 32
-TOKENS_SCREENED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 64, 64  # in one program
+TOKENS_SCREENED_AT_ONCE, BYTES_UNPACKED_AT_ONCE = 64, 64  # in one program; an expert has at most so many tokens
 IDS_AT_ONCE, EXPERTS_SCATTERED_AT_ONCE = 128, 16
 
 
@@ -62,8 +63,7 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         The largest values and their places, int64, [N, count] each.
     """
     if values.shape[1] > MOST_VALUES:
-        found, places = values.topk(count, dim=-1, sorted=False)
-        return found, places
+        return kernels.largest(values, count)
     values = values.contiguous()
     found = values.new_empty(len(values), count)
     places = torch.empty_like(found, dtype=torch.long)
@@ -124,7 +124,7 @@ def _screened(head: "TopKExpertsHead", inputs: Tensor, experts: Tensor, expert_s
     screened = torch.empty(num_positions, num_picked, size, dtype=torch.float32, device=inputs.device)
     estimates = torch.empty_like(screened).flatten(1)
     block_size = triton.next_power_of_2(size)
-    block_experts = max(1, TOKENS_SCREENED_AT_ONCE // block_size)
+    block_experts = TOKENS_SCREENED_AT_ONCE // block_size
     grid = (num_positions * triton.cdiv(num_picked, block_experts),)
     with on_device_of(inputs):
         _screen_kernel[grid](
@@ -171,10 +171,8 @@ def _screen_kernel(
 ):
     """The tokens of a block of one position's picked experts; ids are given if some repeat, and these get no mass."""
     BLOCK_ROWS: tl.constexpr = BLOCK_EXPERTS * BLOCK_SIZE
-    blocks = tl.cdiv(num_picked, BLOCK_EXPERTS)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    number = tl.arange(0, BLOCK_ROWS)
-    picked, within = tl.program_id(0) % blocks * BLOCK_EXPERTS + number // BLOCK_SIZE, number % BLOCK_SIZE
+    position, number = own_block(num_picked * BLOCK_SIZE, BLOCK_ROWS)
+    picked, within = number // BLOCK_SIZE, number % BLOCK_SIZE
     is_row = (picked < num_picked) & (within < SIZE)
     expert = tl.load(experts + position * num_picked + picked, mask=is_row, other=0)
     rows = expert * SIZE + within
@@ -185,8 +183,7 @@ def _screen_kernel(
     logits += few_bits(own, 1, codes_2bit, rows, is_row, 2, BYTES_2BIT, BLOCK_ROWS, BLOCK_BYTES)
     is_counted = is_row
     if expert_ids is not None:
-        ids = tl.load(expert_ids + rows, mask=is_row, other=0)
-        is_counted = is_row & ((within == 0) | (ids != tl.load(expert_ids + expert * SIZE, mask=is_row, other=0)))
+        _, is_counted = _ids_of(expert_ids, expert, within, is_row, SIZE)
     # The first token of each expert is counted, of those beyond the last one, too, as logarithms of 0 are no numbers.
     counted = tl.where(is_counted | (within == 0), logits, -float("inf"))
     counted = tl.reshape(counted, (BLOCK_EXPERTS, BLOCK_SIZE))
@@ -235,9 +232,7 @@ def _ids_kernel(
 ):
     """A block of one position's token ids."""
     num_ids = num_always_on + num_kept
-    blocks = tl.cdiv(num_ids, BLOCK)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    number = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    position, number = own_block(num_ids, BLOCK)
     is_always_on, is_kept = number < num_always_on, (number >= num_always_on) & (number < num_ids)
     place = tl.load(places + position * num_kept + number - num_always_on, mask=is_kept, other=0)
     expert = tl.load(experts + position * num_picked + place // SIZE, mask=is_kept, other=0)
@@ -314,17 +309,22 @@ def _scatter_kernel(
     BLOCK_EXPERTS: tl.constexpr,
 ):
     """The tokens of a block of one position's experts; of repeated ids the first."""
-    blocks = tl.cdiv(num_experts, BLOCK_EXPERTS)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    number = tl.arange(0, BLOCK_EXPERTS * BLOCK_SIZE)
-    place, column = tl.program_id(0) % blocks * BLOCK_EXPERTS + number // BLOCK_SIZE, number % BLOCK_SIZE
+    position, number = own_block(num_experts * BLOCK_SIZE, BLOCK_EXPERTS * BLOCK_SIZE)
+    place, column = number // BLOCK_SIZE, number % BLOCK_SIZE
     is_row = (place < num_experts) & (column < SIZE)
     expert, shares = place.to(tl.int64), place.to(tl.int64)
     if experts is not None:
         expert = tl.load(experts + position * num_experts + place, mask=is_row, other=0)
         shares += position * num_experts
-    ids = tl.load(expert_ids + expert * SIZE + column, mask=is_row, other=0)
-    is_row &= (column == 0) | (ids != tl.load(expert_ids + expert * SIZE, mask=is_row, other=0))
+    ids, is_row = _ids_of(expert_ids, expert, column, is_row, SIZE)
     values = tl.load(within + shares * SIZE + column, mask=is_row, other=0).to(tl.float32)
     values += tl.load(masses + position * num_experts + place, mask=is_row, other=0) + tl.load(offset + position)
     tl.store(logits + position * num_tokens + ids, values.to(logits.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _ids_of(expert_ids, expert, column, is_row, SIZE: tl.constexpr):
+    """Token ids at columns of experts, and which of these do not repeat the first one."""
+    ids = tl.load(expert_ids + expert * SIZE + column, mask=is_row, other=0)
+    first = tl.load(expert_ids + expert * SIZE, mask=is_row, other=0)
+    return ids, is_row & ((column == 0) | (ids != first))

@@ -105,9 +105,7 @@ def _rows_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     """Products of one position with a block of rows."""
-    blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    position, places = own_block(num_rows, BLOCK_ROWS)
     is_row = places < num_rows
     ids = places.to(tl.int64)
     if rows is not None:
@@ -193,9 +191,7 @@ def _packed_kernel(
     BLOCK_BYTES: tl.constexpr,
 ):
     """Products of one position with a block of packed rows; the rows of picked experts are consecutive."""
-    blocks = tl.cdiv(num_rows, BLOCK_ROWS)
-    position = (tl.program_id(0) // blocks).to(tl.int64)
-    places = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    position, places = own_block(num_rows, BLOCK_ROWS)
     is_row = places < num_rows
     rows = places.to(tl.int64)
     if experts is not None:
@@ -208,6 +204,14 @@ def _packed_kernel(
     if bias is not None:
         sums += tl.load(bias + rows, mask=is_row, other=0).to(tl.float32)
     tl.store(products + position * num_rows + places, sums, mask=is_row)
+
+
+@triton.jit
+def own_block(length, BLOCK: tl.constexpr):
+    """The position of this program, and its block of places, where each position has a number of places."""
+    blocks = tl.cdiv(length, BLOCK)
+    position = (tl.program_id(0) // blocks).to(tl.int64)
+    return position, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
