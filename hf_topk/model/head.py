@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any, cast
 
@@ -13,7 +14,15 @@ from .combiner import LearnedCombiner
 from .configuration_topk_experts import TopKExpertsConfig
 from .crossover import is_faster
 from .head_layout import LaidOutHead, check_sizes
-from .kernels import expert_dot, gather_dot_sharing, largest, linear_in_float32, runs_on_triton
+from .kernels import (
+    NARROW,
+    WIDE,
+    expert_dot,
+    gather_dot_sharing,
+    largest,
+    linear_in_float32,
+    runs_on_triton,
+)
 from .router import Router
 from .scored import Picked, Scored, lowest_of_likeliest, mass_over
 from .sharing import copy_sharing
@@ -27,8 +36,8 @@ LOGITS_AT_ONCE = 1 << 20
 MOST_TOKENS_IN_TRITON = 64  # of an expert; with more, its kernel for the screen needs too many registers
 # Positions that share one gathering of their experts' rows, and exact logits held at once.
 SCORED_AT_ONCE, EXACT_LOGITS_AT_ONCE = 64, 1 << 22
-# Positions from which on dense products in fp32 can be faster than in half precision, and for how many it is measured.
-FEWEST_IN_FLOAT32, MEASURED_IN_FLOAT32 = 4, 8
+# Positions from which on dense products in parts can be faster, for how many it is measured, and rows to measure on.
+FEWEST_IN_FLOAT32, MEASURED_IN_FLOAT32, ROWS_OF_COMPARISON = 4, 8, 4096
 
 
 class TopKExpertsHead(LaidOutHead):
@@ -140,10 +149,10 @@ class TopKExpertsHead(LaidOutHead):
         return super().forward(hidden)
 
     def fastest_dense_logits(self, hidden: Tensor) -> Tensor:
-        """As [`dense_logits`], with other rounding where a CPU multiplies several positions faster in fp32."""
+        """As [`dense_logits`], with other rounding where a CPU multiplies several positions faster part by part."""
         flat, dense = hidden.reshape(-1, self.in_features), self.dense_logits
-        is_half = self.weight.is_cpu and self.weight.itemsize < torch.float32.itemsize
-        if not is_half or len(flat) < FEWEST_IN_FLOAT32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        fits = self.weight.is_cpu and self.weight.itemsize <= torch.float32.itemsize
+        if not fits or len(flat) < FEWEST_IN_FLOAT32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return dense(hidden)
         if not is_faster(self._logits_in_float32, dense, self, MEASURED_IN_FLOAT32, "float32"):
             return dense(hidden)
@@ -151,7 +160,11 @@ class TopKExpertsHead(LaidOutHead):
 
     def _logits_in_float32(self, hidden: Tensor) -> Tensor:
         check_whole(self)
-        return linear_in_float32(hidden, self.weight, self.bias)
+        # One part of the rows tells which number of columns is faster.
+        part = self.weight[:ROWS_OF_COMPARISON]
+        narrow, wide = (partial(linear_in_float32, weight=part, bias=None, fewest_columns=n) for n in (NARROW, WIDE))
+        is_narrow = is_faster(narrow, wide, self, MEASURED_IN_FLOAT32, "columns")
+        return linear_in_float32(hidden, self.weight, self.bias, NARROW if is_narrow else WIDE)
 
     @property
     def full_bias(self) -> Tensor | None:

@@ -18,6 +18,7 @@ FEW_POSITIONS = 64
 COLUMNS_OF_KERNEL, BYTES_OF_KERNEL = 16, 64
 # Of the kernel for 4 bits: the processors that it is written for, numbers of columns with a scale, and rows of a block.
 FAST_WITH_FOUR_BITS, COLUMNS_OF_GROUPS, ROWS_OF_BLOCK = ("AVX2", "AVX512"), (256, 128, 64, 32), 64
+NARROW, WIDE = 8, 16  # columns of a product of several positions, at least
 FEWEST_FOR_NUMPY = 4096  # values from which on NumPy finds the largest in less time than torch
 HAS_TRITON = find_spec("triton") is not None
 
@@ -142,24 +143,31 @@ def _products(hidden: Tensor, rows: Tensor) -> Tensor:
     return F.linear(hidden, rows)
 
 
-def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer with products in fp32, for CPUs that emulate arithmetic in half precision.
+def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None, fewest_columns: int = WIDE) -> Tensor:
+    """A linear layer with products in fp32, of as many rows at a time as stay in the cache.
 
-    The rows are converted as many at a time as stay in the cache.
+    For several positions on CPUs: faster than one product, and than arithmetic in half precision where that is
+    emulated. A multiple of eight positions takes no longer than fewer, and on some AMD processors MKL takes a third of
+    the time for 16 that it takes for 8: zeros fill them up.
 
     Args:
         hidden: [N, d].
-        weight: [V, d].
+        weight: [V, d], fp32 or half precision.
         bias: [V], or None.
+        fewest_columns: positions to multiply at least, a multiple of 8.
 
     Returns:
         Logits in the dtype of `hidden`, [N, V].
     """
-    columns, logits = hidden.float().t().contiguous(), hidden.new_empty(hidden.shape[0], weight.shape[0])
+    num_positions = hidden.shape[0]
+    padding = max(fewest_columns - num_positions, -num_positions % NARROW)
+    columns = F.pad(hidden.float(), (0, 0, 0, padding)).t().contiguous()
+    logits = hidden.new_empty(num_positions, weight.shape[0])
     at_once = _fit_in_cache(weight.shape[1] * columns.itemsize)
-    converted = columns.new_empty(at_once, weight.shape[1])
+    converted = None if weight.dtype == columns.dtype else columns.new_empty(at_once, weight.shape[1])
     for some, place in zip(weight.split(at_once), logits.split(at_once, dim=1), strict=True):
-        place.copy_(torch.mm(converted[: len(some)].copy_(some), columns).t())
+        rows = some if converted is None else converted[: len(some)].copy_(some)
+        place.copy_(torch.mm(rows, columns)[:, :num_positions].t())
     return logits if bias is None else logits + bias
 
 

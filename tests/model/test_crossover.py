@@ -27,7 +27,7 @@ def test_sparse_is_chosen_if_it_gains_more_than_noise(
     head: TopKExpertsHead, sparse: float, is_sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crossover, "SECONDS", 1e9)
-    times = {"sparse_logits": sparse, "dense_logits": 1.0}
+    times = {"sparse_logits": sparse, "fastest_dense_logits": 1.0}
     clock = [0.0]
     for name, seconds in times.items():
         run = getattr(head, name)
@@ -72,7 +72,7 @@ def test_lossless_decoding_drafts_if_its_passes_cost_less(
         return dense(hidden)
 
     monkeypatch.setattr(head, "score", scoring)
-    monkeypatch.setattr(head, "dense_logits", all_logits)
+    monkeypatch.setattr(head, "fastest_dense_logits", all_logits)
     monkeypatch.setattr(crossover.time, "perf_counter", lambda: clock[0])
     assert drafting_pays(head, 1) == pays
     assert len(crossover._measured) == 1
@@ -89,7 +89,8 @@ def test_lossless_decoding_drafts_if_its_passes_cost_less(
         (torch.bfloat16, "auto", 8, False, False),
         (torch.bfloat16, "auto", 3, True, False),
         (torch.bfloat16, "dense", 8, True, False),
-        (torch.float32, "auto", 8, True, False),
+        (torch.float32, "auto", 8, True, True),
+        (torch.float64, "auto", 8, True, False),
     ],
 )
 @torch.no_grad()
@@ -107,10 +108,10 @@ def test_dense_products_are_in_float32_where_that_is_faster(
     head.head_mode, head.sparse_max_positions = mode, 0
     monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *_: is_faster)
     runs, in_float32 = [], kernels.linear_in_float32
-    monkeypatch.setattr("hf_topk.model.head.linear_in_float32", lambda *given: runs.append(1) or in_float32(*given))
+    monkeypatch.setattr("hf_topk.model.head.linear_in_float32", lambda *given: runs.append(given) or in_float32(*given))
     hidden = make_hidden(0, positions).to(dtype)
     logits = head(hidden)
-    assert len(runs) == uses_float32
+    assert [given[-1] for given in runs] == [kernels.NARROW] * uses_float32
     torch.testing.assert_close(logits, head.dense_logits(hidden), rtol=0.02, atol=0.02)
 
 

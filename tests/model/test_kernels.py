@@ -225,14 +225,29 @@ def test_largest_values(values: int, length: int, seed: int, data: st.DataObject
     assert found.sort(descending=True).values.equal(rows.topk(count).values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 37, 100])
-def test_linear_in_float32(bias: bool, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("num_positions", "fewest", "columns"), [(5, 8, 8), (5, 16, 16), (8, 8, 8), (9, 8, 16), (17, 16, 24), (24, 16, 24)]
+)
+def test_linear_in_float32(
+    num_positions: int,
+    fewest: int,
+    columns: int,
+    num_rows: int,
+    bias: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In parts that do not fill up."""
     monkeypatch.setattr(kernels, "CACHED_BYTES", 10 * 16 * 4)
-    hidden, weight = torch.randn(5, 16).bfloat16(), torch.randn(num_rows, 16).bfloat16()
-    added = torch.randn(num_rows).bfloat16() if bias else None
-    expected = F.linear(hidden.float(), weight.float()).bfloat16()
-    found = kernels.linear_in_float32(hidden, weight, added)
+    multiplied, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda rows, others: multiplied.append(others.shape[1]) or mm(rows, others))
+    hidden, weight = torch.randn(num_positions, 16, dtype=dtype), torch.randn(num_rows, 16, dtype=dtype)
+    added = torch.randn(num_rows, dtype=dtype) if bias else None
+    expected = F.linear(hidden.float(), weight.float()).to(dtype)
+    found = kernels.linear_in_float32(hidden, weight, added, fewest)
+    assert multiplied == [columns] * -(-num_rows // 10)
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected if added is None else expected + added)
