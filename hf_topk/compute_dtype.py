@@ -1,5 +1,6 @@
 """The dtype to compute in: a model's own, or float32 if that is faster, as on CPUs that emulate bfloat16."""
 
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -11,7 +12,7 @@ from .model.crossover import seconds_of
 # waits for memory, of which bfloat16 reads half.
 READING, DECODING = 32, 1
 ROWS = {READING: 1 << 10, DECODING: 1 << 14}  # of the weight that is timed, for one position more than caches hold
-COLUMNS, ROUNDS = 512, 5
+COLUMNS, ROUNDS = 512, 20
 MIN_SPEED_UP = 1.2  # of float32, as it takes twice the memory
 
 
@@ -26,11 +27,15 @@ def faster_dtype(own: torch.dtype, device: torch.device, positions: int = READIN
     """
     if own.itemsize >= torch.float32.itemsize:
         return own
-    seconds, in_float32 = _seconds(own, device, positions), _seconds(torch.float32, device, positions)
+    seconds, in_float32 = _least_seconds((own, torch.float32), device, positions)
     return torch.float32 if seconds > MIN_SPEED_UP * in_float32 else own
 
 
-def _seconds(dtype: torch.dtype, device: torch.device, positions: int) -> float:
-    """The shortest time of a few matrix products."""
-    states, weight = (torch.ones(n, COLUMNS, dtype=dtype, device=device) for n in (positions, ROWS[positions]))
-    return min(seconds_of(partial(F.linear, states, weight), device) for _ in range(ROUNDS))
+def _least_seconds(dtypes: Sequence[torch.dtype], device: torch.device, positions: int) -> list[float]:
+    """The shortest time of matrix products in each dtype; in turn, as other work on the machine comes and goes."""
+    runs = []
+    for dtype in dtypes:
+        states, weight = (torch.ones(n, COLUMNS, dtype=dtype, device=device) for n in (positions, ROWS[positions]))
+        runs.append(partial(F.linear, states, weight))
+    rounds = [[seconds_of(run, device) for run in runs] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]

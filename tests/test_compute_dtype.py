@@ -1,5 +1,6 @@
 """The dtype to compute in; the stored dtype stays the dense model's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ CPU = torch.device("cpu")
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
     """Sets the measured time of products in each dtype."""
     taken = {torch.float32: 1.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(compute_dtype, "_seconds", lambda dtype, device, positions: taken[dtype])
+    monkeypatch.setattr(
+        compute_dtype, "_least_seconds", lambda dtypes, device, positions: [taken[dtype] for dtype in dtypes]
+    )
     faster_dtype.cache_clear()
     yield taken
     faster_dtype.cache_clear()
@@ -49,9 +52,11 @@ def test_measures_for_real(positions: int) -> None:
 def test_decoding_can_be_faster_in_another_dtype_than_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU that emulates bfloat16, where only many positions are bound by arithmetic."""
     emulated = {(torch.bfloat16, READING): 3.0, (torch.bfloat16, DECODING): 0.6}
-    monkeypatch.setattr(
-        compute_dtype, "_seconds", lambda dtype, device, positions: emulated.get((dtype, positions), 1.0)
-    )
+
+    def seconds(dtypes: Sequence[torch.dtype], device: torch.device, positions: int) -> list[float]:
+        return [emulated.get((dtype, positions), 1.0) for dtype in dtypes]
+
+    monkeypatch.setattr(compute_dtype, "_least_seconds", seconds)
     assert faster_dtype(torch.bfloat16, CPU, READING) == torch.float32
     assert faster_dtype(torch.bfloat16, CPU, DECODING) == torch.bfloat16
 

@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
         words: the same as int32, four to a word, for copying; as they are where they do not fill words.
         four_bit: the same for torch's kernel for 4 bits; None if it does not support them.
         ones: a scale of 1 for each row, bfloat16 [rows].
-        half_scales, half_center: half of the basis' scales and of the center, bfloat16 and fp32 [r].
+        half_scales, half_center: half of the basis' scales and of the center, bfloat16 [r].
     """
 
     basis: Tensor
@@ -156,7 +156,7 @@ class PackedRows(nn.Module):
     def _unpacked(self) -> "Prepared":
         halves = unpack_halves(self.codes_4bit, self.codes_2bit)
         ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
-        half_scales, half_center = (self.basis_scales / 2).bfloat16(), self.center.float() / 2
+        half_scales, half_center = ((some / 2).bfloat16() for some in (self.basis_scales, self.center))
         words = halves.view(torch.int32) if halves.shape[-1] % 4 == 0 else halves
         return Prepared(self.basis.clone(), halves, words, None, ones, half_scales, half_center)
 
@@ -172,7 +172,7 @@ class PackedRows(nn.Module):
         scales = (basis.abs().amax(dim=-1).clamp_min(SMALLEST_SCALE) / 127.0).to(dtype).to(basis)
         self.basis.copy_((basis / scales.unsqueeze(-1)).round().clamp(-127, 127))
         self.basis_scales.copy_(scales)
-        self.center.copy_(self.float_basis() @ mean)
+        self.center.copy_((self.float_basis() @ mean).bfloat16())  # as the products subtract it
 
     def float_basis(self) -> Tensor:
         """B, fp32 [r, d]."""

@@ -98,7 +98,8 @@ class Scored:
         """
         if self.kept is None or self.known_offset is not None:  # logits may have been suppressed since
             return False
-        means = self.kept.mean(dim=-1).tolist()
+        count = self.kept.shape[1]
+        means = (total / count for total in self.kept.sum(dim=-1).tolist())  # faster than `mean`
         return all(mean > most + ROUNDING for mean, most in zip(means, self.most_left_by_row(), strict=True))
 
     def with_exact(self, exact: Tensor) -> "Scored":
