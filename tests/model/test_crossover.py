@@ -52,13 +52,13 @@ def test_sparse_is_chosen_if_it_gains_more_than_noise(
 
 
 @pytest.mark.parametrize(
-    ("draft", "block", "pays"), [(0.5, 4.0, True), (0.5, 6.0, False), (0.1, 9.0, True), (0.9, 1.0, False)]
+    ("draft", "block", "pays"), [(0.5, 3.4, True), (0.5, 4.0, False), (0.1, 6.6, True), (0.9, 1.0, False)]
 )
 @torch.no_grad()
 def test_lossless_decoding_drafts_if_its_passes_cost_less(
     draft: float, block: float, pays: bool, head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dense pass of one position takes 1 s; eleven positions share a verification pass."""
+    """A dense pass of one position takes 1 s; eight positions share a verification pass."""
     monkeypatch.setattr(crossover, "SECONDS", 1e9)
     clock = [0.0]
     score, dense = head.score, head.dense_logits
@@ -108,11 +108,24 @@ def test_dense_products_are_in_float32_where_that_is_faster(
     head.head_mode, head.sparse_max_positions = mode, 0
     monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *_: is_faster)
     runs, in_float32 = [], kernels.linear_in_float32
-    monkeypatch.setattr("hf_topk.model.head.linear_in_float32", lambda *given: runs.append(given) or in_float32(*given))
+    monkeypatch.setattr("hf_topk.model.head.linear_in_float32", lambda *given: runs.append(1) or in_float32(*given))
     hidden = make_hidden(0, positions).to(dtype)
     logits = head(hidden)
-    assert [given[-1] for given in runs] == [kernels.NARROW] * uses_float32
+    assert len(runs) == uses_float32
     torch.testing.assert_close(logits, head.dense_logits(hidden), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("is_narrow", [False, True])
+@torch.no_grad()
+def test_columns_are_filled_up_to_what_is_faster(
+    is_narrow: bool, head: TopKExpertsHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.sparse_max_positions = 0
+    monkeypatch.setattr("hf_topk.model.head.is_faster", lambda *given: is_narrow or given[-1] != "columns")
+    multiplied, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda rows, columns: multiplied.append(columns.shape[1]) or mm(rows, columns))
+    head(make_hidden(0, 5))
+    assert multiplied == [kernels.NARROW if is_narrow else kernels.WIDE]
 
 
 @torch.no_grad()
