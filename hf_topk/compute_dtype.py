@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch.nn import functional as F
 
-from .model.crossover import seconds_of
+from .model.crossover import least_seconds
 
 # Positions per forward pass: CPUs that emulate bfloat16 multiply many positions faster in float32; but one position
 # waits for memory, of which bfloat16 reads half.
@@ -32,10 +32,9 @@ def faster_dtype(own: torch.dtype, device: torch.device, positions: int = READIN
 
 
 def _least_seconds(dtypes: Sequence[torch.dtype], device: torch.device, positions: int) -> list[float]:
-    """The shortest time of matrix products in each dtype; in turn, as other work on the machine comes and goes."""
+    """The shortest time of matrix products in each dtype."""
     runs = []
     for dtype in dtypes:
         states, weight = (torch.ones(n, COLUMNS, dtype=dtype, device=device) for n in (positions, ROWS[positions]))
         runs.append(partial(F.linear, states, weight))
-    rounds = [[seconds_of(run, device) for run in runs] for _ in range(ROUNDS)]
-    return [min(times) for times in zip(*rounds, strict=True)]
+    return least_seconds(runs, device, ROUNDS)

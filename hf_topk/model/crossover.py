@@ -36,7 +36,7 @@ def is_faster(sparse: Run, dense: Run, head: nn.Linear, positions: int, *sizes: 
     """
 
     def measure(states: Tensor) -> bool:
-        of_sparse, of_dense = _least_seconds((partial(sparse, states), partial(dense, states)), states.device)
+        of_sparse, of_dense = least_seconds((partial(sparse, states), partial(dense, states)), states.device)
         return of_sparse <= WORTH_IT * of_dense
 
     return _known(measure, head, positions, *sizes)
@@ -59,7 +59,7 @@ def drafting_is_faster(draft: Run, dense: Run, head: nn.Linear, rows: int, block
 
     def measure(states: Tensor) -> bool:
         runs = (partial(draft, states), partial(dense, states), partial(dense, states.repeat(block, 1)))
-        of_draft, of_dense, of_block = _least_seconds(runs, states.device)
+        of_draft, of_dense, of_block = least_seconds(runs, states.device)
         return of_draft + of_block / block <= WORTH_IT * of_dense
 
     return _known(measure, head, rows, block, *sizes)
@@ -83,13 +83,13 @@ def _known(measure: Callable[[Tensor], bool], head: nn.Linear, positions: int, *
 
 
 @torch.no_grad()
-def _least_seconds(runs: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
-    """The shortest time of each, in turn."""
+def least_seconds(runs: Sequence[Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> list[float]:
+    """The shortest time of each, in turn, as other work on the machine comes and goes."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:  # warm-up
         run()
     started = time.perf_counter()
-    for done in range(ROUNDS):
+    for done in range(rounds):
         for run, own in zip(runs, times, strict=True):
             own.append(seconds_of(run, device))
         if done > 0 and time.perf_counter() - started > SECONDS:

@@ -143,7 +143,7 @@ def _products(hidden: Tensor, rows: Tensor) -> Tensor:
     return F.linear(hidden, rows)
 
 
-def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None, fewest_columns: int = WIDE) -> Tensor:
+def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None, fewest_columns: int) -> Tensor:
     """A linear layer with products in fp32, of as many rows at a time as stay in the cache.
 
     For several positions on CPUs: faster than one product, and than arithmetic in half precision where that is
