@@ -165,7 +165,7 @@ def filled(head: TopKExpertsHead) -> TopKExpertsHead:
         rows.basis_scales.fill_(2**-8)
         for codes in (rows.codes_4bit, rows.codes_2bit):
             codes.copy_(whole(2, 0, 256, *codes.shape))
-        rows.center.copy_(normal(3, *rows.center.shape))
+        rows.center.copy_(normal(3, *rows.center.shape).bfloat16())  # as `set_basis` rounds it
         rows.bias.copy_(normal(4, *rows.bias.shape))
     tail = head.tail
     tail.log_prior.copy_(normal(5, *tail.log_prior.shape).log_softmax(dim=-1))
