@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from ..model.certified_screen import GreedyLogits
 from ..model.crossover import MOST_POSITIONS
 from ..model.head import TopKExpertsHead
 from ..model.kernels import gather_dot_sharing
@@ -152,7 +153,7 @@ class Heads:
         """Time all heads on one position, also for lossless decoding.
 
         A lossless token takes `forward_passes_per_token` runs of the drafting head on one position and
-        `dense_passes_per_token` verification passes of the dense head. Both are timed, the latter on the mean number
+        `dense_passes_per_token` verification passes. Both are timed, the latter on the mean number
         of positions that are verified at once, and added.
 
         Args:
@@ -161,22 +162,22 @@ class Heads:
             is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
-        block = self.states[: max(1, round(1 / passes))].unsqueeze(0)
+        block, verify = self.states[: max(1, round(1 / passes))].unsqueeze(0), GreedyLogits(self._sparse)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),
-            "dense_block": lambda _: self._sparse.fastest_dense_logits(block),
+            "verification": lambda _: verify(block),
             **_parts(self._sparse, self.states),
         }
         if is_compiled:
             runs = {"dense": self._sparse.dense_logits, "sparse": self._sparse.sparse_logits}
             extra |= {f"{name}_compiled": compiled(run, self.states[:1]) for name, run in runs.items()}
         spreads = self._time(1, rounds, extra)
-        draft, dense = spreads["draft"], spreads["dense_block"]
+        draft, verification = spreads["draft"], spreads["verification"]
         steps = stats.forward_passes_per_token
         spreads["lossless"] = Spread(
-            steps * draft.median + passes * dense.median,
-            steps * draft.low + passes * dense.low,
-            steps * draft.high + passes * dense.high,
+            steps * draft.median + passes * verification.median,
+            steps * draft.low + passes * verification.low,
+            steps * draft.high + passes * verification.high,
         )
         return spreads
 

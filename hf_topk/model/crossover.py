@@ -42,15 +42,18 @@ def is_faster(sparse: Run, dense: Run, head: nn.Linear, positions: int, *sizes: 
     return _known(measure, head, positions, *sizes)
 
 
-def drafting_is_faster(draft: Run, dense: Run, head: nn.Linear, rows: int, block: int, *sizes: Any) -> bool:
+def drafting_is_faster(
+    draft: Run, dense: Run, verify: Run, head: nn.Linear, rows: int, block: int, *sizes: Any
+) -> bool:
     """Whether lossless decoding is faster than dense decoding if all draft tokens are accepted; see [`is_faster`].
 
-    A block of n positions takes n draft passes of the sparse head and one verification pass of the dense one. Without
-    the processor's help for a dtype, that pass can take as long as n passes of one position.
+    A block of n positions takes n draft passes of the sparse head and one verification pass. Without the processor's
+    help for a dtype, that pass can take as long as n passes of one position.
 
     Args:
         draft: what the sparse head computes for a draft token, a function of hidden states [B, d].
         dense: the dense head, a function of the same.
+        verify: the verification pass, a function of hidden states [n B, d].
         head: whose weight both read.
         rows: B.
         block: n, positions of each row.
@@ -58,7 +61,7 @@ def drafting_is_faster(draft: Run, dense: Run, head: nn.Linear, rows: int, block
     """
 
     def measure(states: Tensor) -> bool:
-        runs = (partial(draft, states), partial(dense, states), partial(dense, states.repeat(block, 1)))
+        runs = (partial(draft, states), partial(dense, states), partial(verify, states.repeat(block, 1)))
         of_draft, of_dense, of_block = least_seconds(runs, states.device)
         return of_draft + of_block / block <= WORTH_IT * of_dense
 

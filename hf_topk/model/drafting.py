@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_rollback import CroppableCache
+from .certified_screen import GreedyLogits
 from .crossover import drafting_is_faster
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
@@ -26,14 +27,29 @@ TYPICAL_SIZE = 8  # of the blocks of real models, whose mean lengths are 7 to 12
 DOUBT_A_PASS = 2.0
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
+Verify = Callable[[Tensor], Tensor]  # from hidden states, [..., d], to dense logits, [..., V]
 
 
-def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
+def verification(head: TopKExpertsHead, found: LogitsProcessorList, generation_config: GenerationConfig) -> Verify:
+    """What computes the logits of a verification pass: in plain greedy decoding only the largest one counts.
+
+    Args:
+        head: the sparse head.
+        found: the logits processors of the generation.
+        generation_config: of the generation.
+    """
+    asks_for_logits = generation_config.output_scores or generation_config.output_logits
+    is_plain = not (generation_config.do_sample or found or asks_for_logits)
+    return GreedyLogits(head) if is_plain else head.fastest_dense_logits
+
+
+def drafting_pays(head: TopKExpertsHead, rows: int, verify: Verify) -> bool:
     """Whether lossless decoding drafts; not in head mode "auto" if dense decoding is as fast.
 
     Args:
         head: the sparse head.
         rows: of the batch.
+        verify: runs a verification pass.
     """
     if head.head_mode != "auto" or head.sparse_max_positions is not None:
         return head.head_mode != "dense"
@@ -42,20 +58,24 @@ def drafting_pays(head: TopKExpertsHead, rows: int) -> bool:
     def draft(states: Tensor) -> Tensor:
         return head.mass_outside(head.score(states))
 
-    return drafting_is_faster(draft, head.fastest_dense_logits, head, rows, block, *head.sizes_of_sparse)
+    sizes = (type(verify).__name__, *head.sizes_of_sparse)
+    return drafting_is_faster(draft, head.fastest_dense_logits, verify, head, rows, block, *sizes)
 
 
-def passes_of_the_head(model: Any) -> float:
-    """What the dense head costs in forward passes of the decoder, by the bytes of their weights.
+def passes_of_the_head(model: Any, verify: Verify) -> float:
+    """What a verification pass costs in forward passes of the decoder, by the bytes of their weights.
 
     Args:
         model: a converted model.
+        verify: runs a verification pass.
     """
+    is_certified = isinstance(verify, GreedyLogits) and verify.is_certified
+    bytes_of_head = model.head.weight.numel() if is_certified else model.head.weight.nbytes
     decoder = (model.base.get_decoder() if model.config.is_encoder_decoder else None) or model.base
     others = [model.head, *(one for one in decoder.modules() if isinstance(one, nn.Embedding))]  # which is looked up
     ids_of_others = {id(tensor) for one in others for tensor in _tensors(one)}
     read = sum(tensor.nbytes for tensor in _tensors(decoder) if id(tensor) not in ids_of_others)
-    return float(model.head.weight.nbytes / max(1, read))
+    return float(bytes_of_head / max(1, read))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -90,18 +110,25 @@ class DraftingHead:
     """
 
     def __init__(
-        self, head: TopKExpertsHead, size: int, choose: Choose | None, does_sample: bool, doubt: float
+        self,
+        head: TopKExpertsHead,
+        verify: Verify,
+        size: int,
+        choose: Choose | None,
+        does_sample: bool,
+        doubt: float,
     ) -> None:
         """Start a block.
 
         Args:
             head: the head to replace.
+            verify: runs the verification pass.
             size: positions in the block, at most.
             choose: chooses draft tokens without logits of all tokens; None if that is not possible.
             does_sample: whether tokens are sampled.
             doubt: ratio of probabilities up to which drafting goes on; see [`DOUBT_A_PASS`].
         """
-        self._head = head
+        self._head, self._verify = head, verify
         self._choose = choose
         self._does_sample = does_sample
         self._doubt = doubt
@@ -138,16 +165,21 @@ class DraftingHead:
                     return hidden.new_empty(len(hidden), 1, self._head.out_features)
                 return self._head.logits_of(scored).view(*hidden.shape[:-1], -1)
         self.has_verified = True
-        return self._head.fastest_dense_logits(torch.cat(self._states, dim=1))
+        return self._verify(torch.cat(self._states, dim=1))
 
 
 class Drafter:
-    """Drafts blocks: chooses draft tokens as the sampling loop would, with the same noise."""
+    """Drafts blocks: chooses draft tokens as the sampling loop would, with the same noise.
+
+    Attributes:
+        verify: runs a verification pass.
+    """
 
     def __init__(
         self,
         model: Any,
         call: Any,
+        verify: Verify,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
@@ -157,11 +189,12 @@ class Drafter:
         Args:
             model: a converted model.
             call: runs it with its head in eager mode.
+            verify: runs a verification pass.
             logits_processor: of the sampling loop.
             stopping_criteria: of the sampling loop.
             generation_config: of the sampling loop.
         """
-        self._model, self._call = model, call
+        self._model, self._call, self.verify = model, call, verify
         self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
         self._does_sample = bool(generation_config.do_sample)
         self._choose: Choose | None = None
@@ -169,7 +202,7 @@ class Drafter:
             self._choose = TokenChooser(model.head, logits_processor, does_sample=False).choose
         elif not self._does_sample and not self._processor:
             self._choose = lambda _, scored: model.head.best_scored(scored)
-        self._doubt = DOUBT_A_PASS * passes_of_the_head(model)
+        self._doubt = DOUBT_A_PASS * passes_of_the_head(model, verify)
         self._max_length = stopping_criteria.max_length
         config = model.config.get_text_config()
         self._max_positions = getattr(config, "max_position_embeddings", None)
@@ -209,7 +242,8 @@ class Drafter:
             size: positions in the block, at most.
             cache: of the KV cache in `kwargs`.
         """
-        block, head = Block(), DraftingHead(self._model.head, size, self._choose, self._does_sample, self._doubt)
+        block, choices = Block(), (self._choose, self._does_sample, self._doubt)
+        head = DraftingHead(self._model.head, self.verify, size, *choices)
         kwargs = dict(kwargs)
         next_length = kwargs.pop("next_sequence_length", None)
         cache.start_block()

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.utils import logging
 
 from .cache_rollback import CroppableCache, cache_among, why_not_croppable
-from .drafting import MOST_POSITIONS, Block, Drafter
+from .drafting import MOST_POSITIONS, Block, Drafter, Verify
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +98,7 @@ def sample(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    verify: Verify,
     synced_gpus: bool = False,
     **kwargs: Any,
 ) -> tuple[Any, LosslessStats]:
@@ -109,6 +110,7 @@ def sample(
         logits_processor: of the loop.
         stopping_criteria: of the loop.
         generation_config: of the loop.
+        verify: runs a verification pass.
         synced_gpus: whether other processes wait for each forward pass.
         **kwargs: further arguments of the loop.
 
@@ -116,7 +118,7 @@ def sample(
         The loop's result, and the statistics of the generation.
     """
     call = model.call_with_own_head(kwargs, generation_config)
-    drafter = Drafter(model, call, logits_processor, stopping_criteria, generation_config)
+    drafter = Drafter(model, call, verify, logits_processor, stopping_criteria, generation_config)
     view = VerifiedModel(model, call, drafter, synced_gpus)
     try:
         result = cast(Any, GenerationMixin)._sample(
@@ -166,6 +168,22 @@ class VerifiedModel:
 
     def _valid_auto_compile_criteria(self, *_: Any) -> bool:
         return False  # the loop would call a compiled forward of the model, not this object; `call` may be compiled
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        """Prefill as the loop does, and find out whether the dense model returns the head's logits unchanged."""
+        head = self._model.head
+        given: list[Tensor] = []
+
+        def dense(hidden: Tensor) -> Tensor:
+            logits = cast(Tensor, head.fastest_dense_logits(hidden))
+            given[:] = [logits[:, -1].clone()]  # the dense model may change them in place
+            return logits
+
+        with head.replaced_by(dense):
+            output = self._model._prefill(*args, **kwargs)
+        if not (given and output.logits[:, -1].to(given[0]).equal(given[0])):
+            self._drafter.verify = head.fastest_dense_logits  # its caps may make other tokens equal to the likeliest
+        return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Find the output of the next step, with which the loop then calls this object.

@@ -29,7 +29,7 @@ from .dense_model import (
     name_of_head,
     random_dense_model,
 )
-from .drafting import drafting_pays
+from .drafting import drafting_pays, verification
 from .errors import InputError
 from .head import HEAD_MODES, TopKExpertsHead
 from .hub_card import KeepsCard
@@ -339,8 +339,9 @@ class TopKExpertsForCausalLM(
     ) -> Any:
         head, arguments = self.head, (input_ids, logits_processor, stopping_criteria, generation_config)
         if is_lossless_generation.get():
-            if drafting_pays(head, len(input_ids)):
-                result, stats = sample(self, *arguments, **kwargs)
+            verify = verification(head, logits_processor, generation_config)
+            if drafting_pays(head, len(input_ids), verify):
+                result, stats = sample(self, *arguments, verify, **kwargs)
                 self.last_generation_stats = stats + (self.last_generation_stats or LosslessStats())
                 return result
         elif head.replacement is None and can_choose(head, logits_processor, generation_config):

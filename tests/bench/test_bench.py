@@ -160,7 +160,7 @@ def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: py
 
     def fake(runs: dict[str, Any], states: Tensor, size: int, rounds: int, description: str) -> dict[str, Spread]:
         monkeypatch.setattr(models.sparse.head, "dense_logits", lambda hidden: asked.append(tuple(hidden.shape)))
-        runs["dense_block"](states[:1])
+        runs["verification"](states[:1])
         return {name: Spread(2.0, 1.0, 3.0) if name == "draft" else Spread(10.0, 8.0, 12.0) for name in runs}
 
     models = Competitors.of(tiny_converted())

@@ -74,10 +74,10 @@ def test_lossless_decoding_drafts_if_its_passes_cost_less(
     monkeypatch.setattr(head, "score", scoring)
     monkeypatch.setattr(head, "fastest_dense_logits", all_logits)
     monkeypatch.setattr(crossover.time, "perf_counter", lambda: clock[0])
-    assert drafting_pays(head, 1) == pays
+    assert drafting_pays(head, 1, head.fastest_dense_logits) == pays
     assert len(crossover._measured) == 1
-    assert drafting_pays(head, 1) == pays
-    assert not drafting_pays(head, crossover.MOST_POSITIONS + 1)
+    assert drafting_pays(head, 1, head.fastest_dense_logits) == pays
+    assert not drafting_pays(head, crossover.MOST_POSITIONS + 1, head.fastest_dense_logits)
     assert len(crossover._measured) == 1
 
 
