@@ -34,7 +34,7 @@ PACK, MULTIPLY = "linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp3
 ZERO = 64  # the kernel's code of a digit of 0
 POSITIONS_AT_ONCE = 8
 ROWS_OF_PART = 1 << 15  # of the copy; packing fewer at once is faster, and products of one part tell those of all
-MOST_CANDIDATES = 1 / 64  # of the tokens; with more the bound says too little
+MOST_CANDIDATES = 1 / 64  # of the tokens at a position; with more the dense head is faster
 SMALLEST = 1e-30
 
 
@@ -80,30 +80,35 @@ class CertifiedScreen:
         errors += 2 * weight.shape[1] * torch.finfo(torch.float32).eps * norms
         return cls(weight, _packed(rows, scales), errors, norms, float(errors.max()), float(norms.max()))
 
-    def logits(self, hidden: Tensor) -> Tensor | None:
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Exact logits of all tokens that could have the largest, -inf for the others.
 
         Args:
             hidden: hidden states, [N, d].
 
         Returns:
-            Logits in the dtype of `hidden`, [N, V]; None if the bound leaves too many tokens, or something is not
-            finite.
+            Logits in the dtype of `hidden`, [N, V]; and where they say nothing, as the bound leaves too many tokens or
+            something is not finite, [N] bool.
         """
         logits = hidden.new_full((len(hidden), len(self.weight)), -torch.inf)
-        for some, place in zip(hidden.split(POSITIONS_AT_ONCE), logits.split(POSITIONS_AT_ONCE), strict=True):
-            exact = some.float()
-            candidates = self._candidates(exact, torch.finfo(hidden.dtype))
-            if candidates is None:
-                return None
-            positions, ids = candidates
-            found = (self.weight[ids].float() * exact[positions]).sum(dim=-1).to(hidden.dtype)
-            if not found.isfinite().all():
-                return None
-            place[positions, ids] = found
-        return logits
+        is_open = torch.empty(len(hidden), dtype=torch.bool)
+        for some, *found in zip(*(each.split(POSITIONS_AT_ONCE) for each in (hidden, logits, is_open)), strict=True):
+            self._write_logits(some, *found)
+        return logits, is_open
 
-    def _candidates(self, hidden: Tensor, dtype: torch.finfo) -> tuple[Tensor, Tensor] | None:
+    def _write_logits(self, hidden: Tensor, logits: Tensor, is_open: Tensor) -> None:
+        exact = hidden.float()
+        positions, ids = self._candidates(exact, torch.finfo(hidden.dtype))
+        counts = positions.bincount(minlength=len(hidden))
+        torch.logical_or(counts == 0, counts > MOST_CANDIDATES * len(self.weight), out=is_open)
+        if is_open.any():
+            are_few = ~is_open[positions]
+            positions, ids = positions[are_few], ids[are_few]
+        found = (self.weight[ids].float() * exact[positions]).sum(dim=-1).to(hidden.dtype)
+        logits[positions, ids] = found
+        is_open[positions[~found.isfinite()]] = True
+
+    def _candidates(self, hidden: Tensor, dtype: torch.finfo) -> tuple[Tensor, Tensor]:
         """Positions and token ids that could have the largest logit, for fp32 [N, d], as a head in `dtype` rounds."""
         steps = hidden.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST) / (LARGEST_DIGIT * BASE)
         numbers = (hidden / steps).round_()
@@ -115,9 +120,6 @@ class CertifiedScreen:
         length, left = (some.norm(dim=-1, keepdim=True) for some in (numbers * steps, hidden - numbers * steps))
         least = (reached - length * self.largest_error - left * self.largest_norm) / steps
         places = torch.from_numpy((estimates >= least).numpy().ravel().nonzero()[0])
-        is_known = bool(reached.isfinite().all()) and len(places) >= len(hidden)
-        if not is_known or len(places) > MOST_CANDIDATES * estimates.numel():
-            return None
         positions, ids = places // len(self.weight), places % len(self.weight)
         # The same with each row's own bound.
         bounds = length[positions, 0] * self.errors[ids] + left[positions, 0] * self.norms[ids]
@@ -156,12 +158,13 @@ class GreedyLogits:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] to logits [..., V], in the same dtype; those of tokens that cannot win may be -inf."""
-        if self.is_certified:
-            logits = _screen_of(self._head.weight).logits(hidden.flatten(0, -2))
-            if logits is not None:
-                return logits.view(*hidden.shape[:-1], -1)
-            self.is_certified = False  # the next states are likely to be as hard
-        return self._head.fastest_dense_logits(hidden)
+        if not self.is_certified:
+            return self._head.fastest_dense_logits(hidden)
+        flat = hidden.flatten(0, -2)
+        logits, is_open = _screen_of(self._head.weight).logits(flat)
+        if is_open.any():
+            logits[is_open] = self._head.fastest_dense_logits(flat[is_open])
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 def can_certify(head: TopKExpertsHead) -> bool:
@@ -186,7 +189,7 @@ def _is_faster(head: TopKExpertsHead) -> bool:
     rows = head.weight[:ROWS_OF_PART].detach()
     screens: list[CertifiedScreen] = []
 
-    def screened(hidden: Tensor) -> Tensor | None:
+    def screened(hidden: Tensor) -> tuple[Tensor, Tensor]:
         if not screens:
             screens.append(CertifiedScreen.of(rows))
         return screens[0].logits(hidden)
