@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..model.certified_screen import GreedyLogits
+from ..model.certified_screen import greedy_logits_of
 from ..model.crossover import MOST_POSITIONS
 from ..model.head import TopKExpertsHead
 from ..model.kernels import gather_dot_sharing
@@ -162,7 +162,7 @@ class Heads:
             is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
-        block, verify = self.states[: max(1, round(1 / passes))].unsqueeze(0), GreedyLogits(self._sparse)
+        block, verify = self.states[: max(1, round(1 / passes))].unsqueeze(0), greedy_logits_of(self._sparse)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),
             "verification": lambda _: verify(block),

@@ -10,7 +10,7 @@ in float32 or emulated bfloat16, and read half of the bytes or a quarter.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,31 +140,25 @@ class CertifiedScreen:
 _screens: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight: its version, and its screen
 
 
-class GreedyLogits:
-    """Dense logits of which only the largest of each position counts, for one generation.
+def greedy_logits_of(head: TopKExpertsHead) -> Callable[[Tensor], Tensor]:
+    """What computes dense logits fastest if only the largest at each position counts.
 
-    Attributes:
-        is_certified: whether they come from a certified screen.
+    Args:
+        head: the head; its weight is quantised at first use.
+
+    Returns:
+        A function from hidden states [..., d] to logits [..., V], in the same dtype; those of tokens that cannot have
+        the largest may be -inf.
     """
+    return partial(_certified_logits, head) if can_certify(head) and _is_faster(head) else head.fastest_dense_logits
 
-    def __init__(self, head: TopKExpertsHead) -> None:
-        """Choose between a certified screen and the dense head.
 
-        Args:
-            head: the head; its weight is quantised at first use.
-        """
-        self._head = head
-        self.is_certified = can_certify(head) and _is_faster(head)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., d] to logits [..., V], in the same dtype; those of tokens that cannot win may be -inf."""
-        if not self.is_certified:
-            return self._head.fastest_dense_logits(hidden)
-        flat = hidden.flatten(0, -2)
-        logits, is_open = _screen_of(self._head.weight).logits(flat)
-        if is_open.any():
-            logits[is_open] = self._head.fastest_dense_logits(flat[is_open])
-        return logits.view(*hidden.shape[:-1], -1)
+def _certified_logits(head: TopKExpertsHead, hidden: Tensor) -> Tensor:
+    flat = hidden.flatten(0, -2)
+    logits, is_open = _screen_of(head.weight).logits(flat)
+    if is_open.any():
+        logits[is_open] = head.fastest_dense_logits(flat[is_open])
+    return logits.view(*hidden.shape[:-1], -1)
 
 
 def can_certify(head: TopKExpertsHead) -> bool:

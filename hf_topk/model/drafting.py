@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .cache_rollback import CroppableCache
-from .certified_screen import GreedyLogits
+from .certified_screen import greedy_logits_of
 from .crossover import drafting_is_faster
 from .head import TopKExpertsHead
 from .logits_processors import SHARED_PROCESSORS
@@ -40,7 +40,7 @@ def verification(head: TopKExpertsHead, found: LogitsProcessorList, generation_c
     """
     asks_for_logits = generation_config.output_scores or generation_config.output_logits
     is_plain = not (generation_config.do_sample or found or asks_for_logits)
-    return GreedyLogits(head) if is_plain else head.fastest_dense_logits
+    return greedy_logits_of(head) if is_plain else head.fastest_dense_logits
 
 
 def drafting_pays(head: TopKExpertsHead, rows: int, verify: Verify) -> bool:
@@ -58,24 +58,21 @@ def drafting_pays(head: TopKExpertsHead, rows: int, verify: Verify) -> bool:
     def draft(states: Tensor) -> Tensor:
         return head.mass_outside(head.score(states))
 
-    sizes = (type(verify).__name__, *head.sizes_of_sparse)
+    sizes = (verify == head.fastest_dense_logits, *head.sizes_of_sparse)
     return drafting_is_faster(draft, head.fastest_dense_logits, verify, head, rows, block, *sizes)
 
 
-def passes_of_the_head(model: Any, verify: Verify) -> float:
-    """What a verification pass costs in forward passes of the decoder, by the bytes of their weights.
+def passes_of_the_head(model: Any) -> float:
+    """What the dense head costs in forward passes of the decoder, by the bytes of their weights.
 
     Args:
         model: a converted model.
-        verify: runs a verification pass.
     """
-    is_certified = isinstance(verify, GreedyLogits) and verify.is_certified
-    bytes_of_head = model.head.weight.numel() if is_certified else model.head.weight.nbytes
     decoder = (model.base.get_decoder() if model.config.is_encoder_decoder else None) or model.base
     others = [model.head, *(one for one in decoder.modules() if isinstance(one, nn.Embedding))]  # which is looked up
     ids_of_others = {id(tensor) for one in others for tensor in _tensors(one)}
     read = sum(tensor.nbytes for tensor in _tensors(decoder) if id(tensor) not in ids_of_others)
-    return float(bytes_of_head / max(1, read))
+    return float(model.head.weight.nbytes / max(1, read))
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -202,7 +199,7 @@ class Drafter:
             self._choose = TokenChooser(model.head, logits_processor, does_sample=False).choose
         elif not self._does_sample and not self._processor:
             self._choose = lambda _, scored: model.head.best_scored(scored)
-        self._doubt = DOUBT_A_PASS * passes_of_the_head(model, verify)
+        self._doubt = DOUBT_A_PASS * passes_of_the_head(model)
         self._max_length = stopping_criteria.max_length
         config = model.config.get_text_config()
         self._max_positions = getattr(config, "max_position_embeddings", None)

@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.model import certified_screen
-from hf_topk.model.certified_screen import CertifiedScreen, GreedyLogits, can_certify
-from hf_topk.model.drafting import passes_of_the_head
+from hf_topk.model.certified_screen import CertifiedScreen, can_certify, greedy_logits_of
 
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has no FBGEMM on this machine"
@@ -154,7 +153,7 @@ def test_dense_logits_where_nothing_can_be_proven(
     head = plain_head(rows)
     weight, hidden = head.weight.detach(), hidden[:, : head.in_features].clone()
     change(weight, hidden)
-    dense, found = head.fastest_dense_logits(hidden), GreedyLogits(head)(hidden)
+    dense, found = head.fastest_dense_logits(hidden), greedy_logits_of(head)(hidden)
     is_dense = found.isclose(dense, equal_nan=True).all(dim=-1)
     assert is_dense.any()
     assert found[~is_dense].argmax(dim=-1).equal(dense[~is_dense].argmax(dim=-1))
@@ -163,7 +162,7 @@ def test_dense_logits_where_nothing_can_be_proven(
 def test_a_changed_weight_gets_a_new_screen() -> None:
     head = plain_head(torch.randn(2000, 64))
     hidden = torch.randn(2, head.in_features)
-    compute = GreedyLogits(head)
+    compute = greedy_logits_of(head)
     for _ in range(3):
         expected = F.linear(hidden, head.weight).argmax(dim=-1)
         found = compute(hidden)
@@ -179,7 +178,7 @@ def test_a_screen_goes_with_its_weight() -> None:
     head = plain_head(torch.randn(2000, 64))
     gc.collect()
     count = len(certified_screen._screens)
-    GreedyLogits(head)(torch.randn(2, head.in_features))
+    greedy_logits_of(head)(torch.randn(2, head.in_features))
     assert len(certified_screen._screens) == count + 1
     del head
     gc.collect()
@@ -248,9 +247,3 @@ def test_not_without_a_cache(used: list[int]) -> None:
     dense, choices = tiny_dense(tied=False), {"use_cache": False}
     assert generate(convert(dense), **choices, lossless=True).equal(generate(dense, **choices))
     assert not used
-
-
-def test_its_cost_is_counted_in_bytes_of_int8() -> None:
-    model = convert(tiny_dense(tied=False))
-    dense = passes_of_the_head(model, model.head.fastest_dense_logits)
-    assert passes_of_the_head(model, GreedyLogits(model.head)) == pytest.approx(dense / model.head.weight.itemsize)
