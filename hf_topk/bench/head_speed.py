@@ -162,7 +162,8 @@ class Heads:
             is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
-        block, verify = self.states[: max(1, round(1 / passes))].unsqueeze(0), greedy_logits_of(self._sparse)
+        # The first states are those of random prompts.
+        block, verify = self.states[-max(1, round(1 / passes)) :].unsqueeze(0), greedy_logits_of(self._sparse)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),
             "verification": lambda _: verify(block),

@@ -169,14 +169,13 @@ class Drafter:
     """Drafts blocks: chooses draft tokens as the sampling loop would, with the same noise.
 
     Attributes:
-        verify: runs a verification pass.
+        verify: runs a verification pass; the dense head unless set.
     """
 
     def __init__(
         self,
         model: Any,
         call: Any,
-        verify: Verify,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
@@ -186,12 +185,12 @@ class Drafter:
         Args:
             model: a converted model.
             call: runs it with its head in eager mode.
-            verify: runs a verification pass.
             logits_processor: of the sampling loop.
             stopping_criteria: of the sampling loop.
             generation_config: of the sampling loop.
         """
-        self._model, self._call, self.verify = model, call, verify
+        self._model, self._call = model, call
+        self.verify: Verify = model.head.fastest_dense_logits
         self._processor = LogitsProcessorList(one for one in logits_processor if type(one) in SHARED_PROCESSORS)
         self._does_sample = bool(generation_config.do_sample)
         self._choose: Choose | None = None

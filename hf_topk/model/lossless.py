@@ -110,7 +110,7 @@ def sample(
         logits_processor: of the loop.
         stopping_criteria: of the loop.
         generation_config: of the loop.
-        verify: runs a verification pass.
+        verify: runs a verification pass if the dense model returns the head's logits unchanged.
         synced_gpus: whether other processes wait for each forward pass.
         **kwargs: further arguments of the loop.
 
@@ -118,8 +118,8 @@ def sample(
         The loop's result, and the statistics of the generation.
     """
     call = model.call_with_own_head(kwargs, generation_config)
-    drafter = Drafter(model, call, verify, logits_processor, stopping_criteria, generation_config)
-    view = VerifiedModel(model, call, drafter, synced_gpus)
+    drafter = Drafter(model, call, logits_processor, stopping_criteria, generation_config)
+    view = VerifiedModel(model, call, drafter, verify, synced_gpus)
     try:
         result = cast(Any, GenerationMixin)._sample(
             view,
@@ -145,17 +145,18 @@ class VerifiedModel:
         stats: the statistics so far.
     """
 
-    def __init__(self, model: Any, call: Any, drafter: Drafter, synced_gpus: bool) -> None:
+    def __init__(self, model: Any, call: Any, drafter: Drafter, verify: Verify, synced_gpus: bool) -> None:
         """Wrap a model for one generation.
 
         Args:
             model: a converted model.
             call: runs it.
             drafter: drafts and verifies blocks.
+            verify: runs a verification pass if the dense model returns the head's logits unchanged.
             synced_gpus: whether other processes wait for each forward pass.
         """
         self._model, self._call = model, call
-        self._drafter = drafter
+        self._drafter, self._verify = drafter, verify
         self._synced_gpus = synced_gpus
         self._cache: CroppableCache | None = None
         self._has_started = False
@@ -181,8 +182,9 @@ class VerifiedModel:
 
         with head.replaced_by(dense):
             output = self._model._prefill(*args, **kwargs)
-        if not (given and output.logits[:, -1].to(given[0]).equal(given[0])):
-            self._drafter.verify = head.fastest_dense_logits  # its caps may make other tokens equal to the likeliest
+        # Caps may make other tokens equal to the likeliest.
+        if given and output.logits[:, -1].to(given[0]).equal(given[0]):
+            self._drafter.verify = self._verify
         return output
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
