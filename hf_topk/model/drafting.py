@@ -27,11 +27,11 @@ TYPICAL_SIZE = 8  # of the blocks of real models, whose mean lengths are 7 to 12
 DOUBT_A_PASS = 2.0
 
 Choose = Callable[[Tensor, Scored], Tensor]  # from a prefix, [B, T], and the scored next position to token ids, [B]
-Verify = Callable[[Tensor], Tensor]  # from hidden states, [..., d], to dense logits, [..., V]
+Verify = Callable[[Tensor], Tensor]  # from hidden states, [..., d], to logits to choose from, [..., V]
 
 
 def verification(head: TopKExpertsHead, found: LogitsProcessorList, generation_config: GenerationConfig) -> Verify:
-    """What computes the logits of a verification pass: in plain greedy decoding only the largest one counts.
+    """What computes the logits of a verification pass: in greedy decoding without processors only the largest counts.
 
     Args:
         head: the sparse head.
@@ -39,8 +39,8 @@ def verification(head: TopKExpertsHead, found: LogitsProcessorList, generation_c
         generation_config: of the generation.
     """
     asks_for_logits = generation_config.output_scores or generation_config.output_logits
-    is_plain = not (generation_config.do_sample or found or asks_for_logits)
-    return greedy_logits_of(head) if is_plain else head.fastest_dense_logits
+    only_largest = not (generation_config.do_sample or found or asks_for_logits or head.logits_are_changed)
+    return greedy_logits_of(head) if only_largest and head.head_mode != "dense" else head.fastest_dense_logits
 
 
 def drafting_pays(head: TopKExpertsHead, rows: int, verify: Verify) -> bool:
@@ -87,7 +87,7 @@ class Block:
     Attributes:
         outputs: the model's output at each position.
         draft_tokens: the draft tokens after each position but the last, [B] each.
-        dense: the dense logits as the model returned them, [B, n, V].
+        dense: the dense logits as the model returned them, [B, n, V]; in greedy decoding those of some tokens may be -inf.
     """
 
     outputs: list[Any] = field(default_factory=list)

@@ -52,6 +52,7 @@ class TopKExpertsHead(LaidOutHead):
         expert_ids: token ids of each expert, [M, S] int64; a short expert repeats its first id.
         router: hidden states [N, d] to scores, fp32 [N, M].
         tail: the estimate for tokens without an exact logit.
+        logits_are_changed: whether the dense model, when it was last run to verify drafts, changed the head's logits.
         later_bias: the bias that the dense model adds to the logits after the head, [1, V], as in Marian; or None.
         config: the model's; settings that can change are read from it in each call.
         stored_type: the dtype on disk, for counting bytes; it may compute in a wider one.
@@ -72,6 +73,7 @@ class TopKExpertsHead(LaidOutHead):
         super().__init__(hidden_size, vocab_size, bias=False, device="meta")
         self.weight, self.bias = dense.weight, dense.bias
         self.later_bias: Tensor | None = None
+        self.logits_are_changed = False
         self.config, self.combine = config, config.combine
         num_experts, expert_size = config.num_experts, config.expert_size
         self.register_buffer("always_on_ids", torch.empty(config.num_always_on, dtype=torch.long))

@@ -3,8 +3,8 @@
 Transformers' own sampling loop runs unchanged on the dense logits of every step; the forward call hides that these are
 computed a block at a time. A block of n positions takes n forward passes of the decoder. The head keeps the hidden
 states that enter it. For the first n - 1 it returns sparse logits, from which a draft token is chosen as the loop would
-choose it. The last pass is the verification pass: it computes the dense logits of all n states in one product, and the
-loop chooses its tokens from these. While they equal the draft tokens, no model runs. At the first rejected draft token
+choose it. The last pass is the verification pass: it computes the dense logits of all n states in one product, or of the
+tokens alone that could be the likeliest ([`certified_screen`]), and the loop chooses its tokens from these. While they equal the draft tokens, no model runs. At the first rejected draft token
 the KV cache is cropped and the next block starts. So logits processors, stopping criteria, streamers and scores see
 exactly what they see in dense decoding, whatever was drafted.
 
@@ -171,8 +171,13 @@ class VerifiedModel:
         return False  # the loop would call a compiled forward of the model, not this object; `call` may be compiled
 
     def _prefill(self, *args: Any, **kwargs: Any) -> Any:
-        """Prefill as the loop does, and find out whether the dense model returns the head's logits unchanged."""
+        """Prefill as the loop does, and find out whether the dense model returns the head's logits unchanged.
+
+        It may cap them, so that other tokens become equal to the likeliest, and the first of them is chosen.
+        """
         head = self._model.head
+        if self._verify == head.fastest_dense_logits:
+            return self._model._prefill(*args, **kwargs)
         given: list[Tensor] = []
 
         def dense(hidden: Tensor) -> Tensor:
@@ -182,8 +187,9 @@ class VerifiedModel:
 
         with head.replaced_by(dense):
             output = self._model._prefill(*args, **kwargs)
-        # Caps may make other tokens equal to the likeliest.
-        if given and output.logits[:, -1].to(given[0]).equal(given[0]):
+        returned = output.logits[:, -1]
+        head.logits_are_changed = not (given and returned.equal(given[0].to(returned)))
+        if not head.logits_are_changed:
             self._drafter.verify = self._verify
         return output
 

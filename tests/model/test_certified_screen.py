@@ -15,11 +15,14 @@ from support.lossless import NEW_TOKENS, SAMPLED, convert, draft_everywhere, gen
 from support.tiny_models import tiny_dense
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import GenerationConfig, LogitsProcessorList
 
 from hf_topk import TopKExpertsForCausalLM, TopKExpertsHead
 from hf_topk.model import certified_screen
 from hf_topk.model.certified_screen import CertifiedScreen, can_certify, greedy_logits_of
+from hf_topk.model.drafting import verification
 
+is_faster = certified_screen._is_faster
 pytestmark = pytest.mark.skipif(
     "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has no FBGEMM on this machine"
 )
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the screen however small the head is."""
-    monkeypatch.setattr(certified_screen, "_is_faster", lambda _: True)
+    monkeypatch.setattr(certified_screen, "_is_faster", lambda *_: True)
     monkeypatch.setattr(certified_screen, "MOST_CANDIDATES", 1.0)
 
 
@@ -64,9 +67,9 @@ def test_every_token_that_could_be_the_likeliest_has_its_exact_logit(
     rows, hidden = rows_and_states(seed, tokens, size, positions, spread, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certified_screen, "MOST_CANDIDATES", 1.0)
-        logits, is_open = CertifiedScreen.of(rows).logits(hidden)
+        logits, is_unproven = CertifiedScreen.of(rows).logits(hidden)
     expected = products(hidden, rows)
-    assert not is_open.any()
+    assert not is_unproven.any()
     assert logits.dtype == dtype
     ruled_out, type_ = logits.isneginf(), torch.finfo(dtype)
     lengths = hidden.float().norm(dim=-1, keepdim=True) * rows.float().norm(dim=-1)
@@ -79,8 +82,8 @@ def test_every_token_that_could_be_the_likeliest_has_its_exact_logit(
 
 def test_most_tokens_are_ruled_out() -> None:
     rows, hidden = rows_and_states(0, 5000, 128, 16, 0.3, torch.bfloat16)
-    logits, is_open = CertifiedScreen.of(rows).logits(hidden)
-    assert not is_open.any()
+    logits, is_unproven = CertifiedScreen.of(rows).logits(hidden)
+    assert not is_unproven.any()
     assert logits.isfinite().sum(dim=-1).float().mean() < 100
 
 
@@ -96,7 +99,7 @@ def test_the_bound_is_needed(broken: str) -> None:
     without = CertifiedScreen(**{**vars(screen), broken: torch.zeros(400), f"largest_{broken[:-1]}": 0.0})
     expected = products(hidden, rows).argmax(dim=-1)
     found = [one.logits(hidden) for one in (screen, without)]
-    is_right, is_right_without = ((logits.argmax(dim=-1) == expected) | is_open for logits, is_open in found)
+    is_right, is_right_without = ((logits.argmax(dim=-1) == expected) | is_unproven for logits, is_unproven in found)
     assert is_right.all()
     assert not is_right_without.all()
 
@@ -121,9 +124,13 @@ def test_the_dense_rows_are_left_as_they_are(dtype: torch.dtype) -> None:
 
 def test_packing_warns_of_nothing_and_leaves_the_engine() -> None:
     before = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        CertifiedScreen.of(torch.randn(5, 8))
+    torch.set_warn_always(True)  # not once a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            CertifiedScreen.of(torch.randn(5, 8))
+    finally:
+        torch.set_warn_always(False)
     assert torch.backends.quantized.engine == before
 
 
@@ -159,19 +166,38 @@ def test_dense_logits_where_nothing_can_be_proven(
     assert found[~is_dense].argmax(dim=-1).equal(dense[~is_dense].argmax(dim=-1))
 
 
-def test_a_changed_weight_gets_a_new_screen() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.detach().neg_(),
+        lambda weight: weight.data.neg_(),  # which torch does not count as a change
+        lambda weight: weight.data[3:5].copy_(weight.data[[4, 3]]),
+        lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+    ],
+)
+def test_a_changed_weight_gets_a_new_screen(change: Callable[[Tensor], Any]) -> None:
     head = plain_head(torch.randn(2000, 64))
-    hidden = torch.randn(2, head.in_features)
-    compute = greedy_logits_of(head)
-    for _ in range(3):
-        expected = F.linear(hidden, head.weight).argmax(dim=-1)
-        found = compute(hidden)
-        assert found.argmax(dim=-1).equal(expected)
+    hidden = head.weight[3:5] * 3  # both are the likeliest at one position
+    for _ in range(2):
+        found = greedy_logits_of(head)(hidden)
+        assert found.argmax(dim=-1).equal(F.linear(hidden, head.weight).argmax(dim=-1))
         assert found.isneginf().any()
-        with torch.no_grad():
-            head.weight.neg_()
-    head.weight.data = torch.randn_like(head.weight)
-    assert compute(hidden).argmax(dim=-1).equal(F.linear(hidden, head.weight).argmax(dim=-1))
+        change(head.weight)
+
+
+def test_an_unchanged_weight_keeps_its_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = plain_head(torch.randn(2000, 64))
+    greedy_logits_of(head)(head.weight[:2])
+    monkeypatch.setattr(CertifiedScreen, "of", None)
+    greedy_logits_of(head)(head.weight[:2])
+
+
+def test_a_weight_that_cannot_be_certified_any_more_loses_its_screen() -> None:
+    head = plain_head(torch.randn(2000, 64))
+    greedy_logits_of(head)(head.weight[:2])
+    head.double()
+    greedy_logits_of(head)
+    assert certified_screen._screens.get(head.weight) is None
 
 
 def test_a_screen_goes_with_its_weight() -> None:
@@ -190,6 +216,33 @@ def test_heads_without_a_screen() -> None:
     assert not can_certify(make_head(bias=True))
     assert not can_certify(copy.deepcopy(make_head()).double())
     assert not can_certify(copy.deepcopy(make_head()).to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not can_certify(make_head())
+
+
+def test_head_mode_dense_has_no_screen() -> None:
+    head = make_head(head_mode="dense")
+    assert verification(head, LogitsProcessorList(), GenerationConfig()) == head.fastest_dense_logits
+
+
+@pytest.mark.parametrize("positions", [1, 8, 9, 64, 65])
+@pytest.mark.parametrize("slower", [(), (8,), (32,)])
+def test_where_it_is_measured_to_be_faster(
+    positions: int, slower: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(certified_screen, "_is_faster", is_faster)
+    asked = []
+
+    def measured(*arguments: Any) -> bool:
+        asked.append(arguments[3])
+        return arguments[3] not in slower
+
+    monkeypatch.setattr(certified_screen, "is_faster", measured)
+    head = plain_head(torch.randn(2000, 64))
+    found = greedy_logits_of(head)(torch.randn(positions, head.in_features))
+    size = 8 if positions <= 8 else 32
+    assert found.isneginf().any() == (positions <= 64 and 8 not in slower and size not in slower)
+    assert set(asked) <= {8, 32}
 
 
 @pytest.fixture
@@ -208,11 +261,12 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_greedy_tokens_are_the_dense_ones(dtype: torch.dtype, used: list[int]) -> None:
+@pytest.mark.parametrize("choices", [{}, {"prefill_chunk_size": 2}, {"cache_implementation": "static"}])
+def test_greedy_tokens_are_the_dense_ones(dtype: torch.dtype, choices: dict[str, Any], used: list[int]) -> None:
     dense = tiny_dense(tied=False).to(dtype)
     model = convert(dense)
-    expected = generate(dense)
-    assert generate(model, lossless=True).equal(expected)
+    expected = generate(dense, **choices)
+    assert generate(model, **choices, lossless=True).equal(expected)
     assert sum(used) == 2 * (stats_of(model).forward_passes - 1)  # two rows, and prefill by the dense head
     assert stats_of(model).accepted > 0
 
@@ -241,6 +295,7 @@ def test_not_where_the_model_caps_its_logits(used: list[int]) -> None:
     assert generate(model, lossless=True).equal(generate(dense))
     assert stats_of(model).tokens == NEW_TOKENS
     assert not used
+    assert verification(model.head, LogitsProcessorList(), model.generation_config) == model.head.fastest_dense_logits
 
 
 def test_not_without_a_cache(used: list[int]) -> None:
