@@ -87,7 +87,7 @@ class Block:
     Attributes:
         outputs: the model's output at each position.
         draft_tokens: the draft tokens after each position but the last, [B] each.
-        dense: the dense logits as the model returned them, [B, n, V]; in greedy decoding those of some tokens may be -inf.
+        dense: the dense logits as the model returned them, [B, n, V]; -inf for tokens that were ruled out.
     """
 
     outputs: list[Any] = field(default_factory=list)

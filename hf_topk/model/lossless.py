@@ -3,10 +3,11 @@
 Transformers' own sampling loop runs unchanged on the dense logits of every step; the forward call hides that these are
 computed a block at a time. A block of n positions takes n forward passes of the decoder. The head keeps the hidden
 states that enter it. For the first n - 1 it returns sparse logits, from which a draft token is chosen as the loop would
-choose it. The last pass is the verification pass: it computes the dense logits of all n states in one product, or of the
-tokens alone that could be the likeliest ([`certified_screen`]), and the loop chooses its tokens from these. While they equal the draft tokens, no model runs. At the first rejected draft token
-the KV cache is cropped and the next block starts. So logits processors, stopping criteria, streamers and scores see
-exactly what they see in dense decoding, whatever was drafted.
+choose it. The last pass is the verification pass: it computes the dense logits of all n states in one product, or of
+those tokens alone that could be the likeliest ([`certified_screen`]), and the loop chooses its tokens from these. While
+they equal the draft tokens, no model runs. At the first rejected draft token the KV cache is cropped and the next block
+starts. So logits processors, stopping criteria, streamers and scores see exactly what they see in dense decoding,
+whatever was drafted.
 
 This holds for sampling, too. Speculative decoding usually accepts a draft token with probability min(1, p / q). Here
 drafter and loop draw with the same noise: both take the token of largest p(v) / noise(v), which is usually the same
