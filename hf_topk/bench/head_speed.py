@@ -162,11 +162,11 @@ class Heads:
             is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
-        # The first states are those of random prompts.
-        block, verify = self.states[-max(1, round(1 / passes)) :].unsqueeze(0), greedy_logits_of(self._sparse)
+        blocks = itertools.cycle(self.states[PICKS:].split(max(1, round(1 / passes))))
+        verify = greedy_logits_of(self._sparse)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),
-            "verification": lambda _: verify(block),
+            "verification": lambda _: verify(next(blocks)),
             **_parts(self._sparse, self.states),
         }
         if is_compiled:

@@ -159,17 +159,17 @@ def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: py
     asked: list[tuple[int, ...]] = []
 
     def fake(runs: dict[str, Any], states: Tensor, size: int, rounds: int, description: str) -> dict[str, Spread]:
-        monkeypatch.setattr(models.sparse.head, "dense_logits", lambda hidden: asked.append(tuple(hidden.shape)))
         runs["verification"](states[:1])
         return {name: Spread(2.0, 1.0, 3.0) if name == "draft" else Spread(10.0, 8.0, 12.0) for name in runs}
 
     models = Competitors.of(tiny_converted())
     monkeypatch.setattr(bench_head, "head_seconds", fake)
+    monkeypatch.setattr(bench_head, "greedy_logits_of", lambda _: lambda hidden: asked.append(tuple(hidden.shape)))
     heads = bench_head.Heads(models, random_states(models), ("int8", "flashhead", "hnsw"))
     stats = bench_head.LosslessStats(tokens=100, forward_passes=110, dense_passes=20)
     lossless = heads.one_position(stats, 1, False)["lossless"]
     assert lossless.median == pytest.approx(1.1 * 2 + 0.2 * 10)
-    assert asked == [(1, 5, 32)]
+    assert asked == [(5, 32)]
 
 
 @pytest.mark.parametrize(("num_rescored", "rows"), [(20, 8 + 20), (32, 8 + 2 * 16)])
