@@ -153,8 +153,8 @@ class Heads:
         """Time all heads on one position, also for lossless decoding.
 
         A lossless token takes `forward_passes_per_token` runs of the drafting head on one position and
-        `dense_passes_per_token` verification passes. Both are timed, the latter on the mean number
-        of positions that are verified at once, and added.
+        `dense_passes_per_token` verification passes. Both are timed, the latter on the mean number of positions
+        that are verified at once, and added.
 
         Args:
             stats: of lossless decoding.

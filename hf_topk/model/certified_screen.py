@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .crossover import MOST_POSITIONS, is_faster
 from .head import TopKExpertsHead
-from .kernels import CACHED_BYTES, NARROW, WIDE, linear_in_float32
+from .kernels import NARROW, WIDE, fit_in_cache, linear_in_float32
 
 LARGEST_WEIGHT = 127
 # FBGEMM's kernel for processors without int8 instructions adds two products in 16 bits, so that hidden states have
@@ -73,7 +73,7 @@ class CertifiedScreen:
         """
         codes = torch.empty(weight.shape, dtype=torch.int8)
         scales, errors, norms = torch.empty(3, len(weight))
-        at_once = max(1, CACHED_BYTES // (4 * weight.shape[1]))
+        at_once = fit_in_cache(torch.float32.itemsize * weight.shape[1])
         for start in range(0, len(weight), at_once):
             some = slice(start, start + at_once)
             exact = weight[some].float()

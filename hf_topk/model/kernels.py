@@ -126,7 +126,7 @@ def shared_rows_dot(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: T
 
 def _copied_rows_dot(hidden: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """As [`shared_rows_dot`], of as many rows at a time as stay in the cache, without the bias."""
-    at_once = _fit_in_cache(weight.shape[1] * weight.itemsize)
+    at_once = fit_in_cache(weight.shape[1] * weight.itemsize)
     if rows.shape[0] <= at_once or torch.compiler.is_compiling():
         return _products(hidden, weight.index_select(0, rows))
     return torch.cat([_products(hidden, weight.index_select(0, some)) for some in rows.split(at_once)], dim=-1)
@@ -163,7 +163,7 @@ def linear_in_float32(hidden: Tensor, weight: Tensor, bias: Tensor | None, fewes
     padding = max(fewest_columns - num_positions, -num_positions % NARROW)
     columns = F.pad(hidden.float(), (0, 0, 0, padding)).t().contiguous()
     logits = hidden.new_empty(num_positions, weight.shape[0])
-    at_once = _fit_in_cache(weight.shape[1] * columns.itemsize)
+    at_once = fit_in_cache(weight.shape[1] * columns.itemsize)
     converted = None if weight.dtype == columns.dtype else columns.new_empty(at_once, weight.shape[1])
     for some, place in zip(weight.split(at_once), logits.split(at_once, dim=1), strict=True):
         rows = some if converted is None else converted[: len(some)].copy_(some)
@@ -207,12 +207,12 @@ def int8_products(inputs: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     inputs = inputs.float()
     if torch.compiler.is_compiling():
         return _products_in_one_loop(inputs.unsqueeze(1), rows) * scales
-    at_once = _fit_in_cache(rows.shape[1] * inputs.itemsize)
+    at_once = fit_in_cache(rows.shape[1] * inputs.itemsize)
     parts = [F.linear(inputs, some.float()) for some in rows.split(at_once)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)) * scales
 
 
-def _fit_in_cache(size: int) -> int:
+def fit_in_cache(size: int) -> int:
     """How many copies of a size in bytes stay in the CPU's cache, at least one."""
     return max(1, CACHED_BYTES // max(1, size))
 
