@@ -1,5 +1,7 @@
 """The models that are timed end to end: they share all weights and differ only in their heads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +12,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
 from ..model.sharing import copy_sharing
 from ..progress import progress
-from .prompts import Prompts, random_prompts
+from .prompts import PROMPT_LENGTH, Prompts, beginnings, random_prompts
+
+START_TOKENS = ("bos_token_id", "decoder_start_token_id")
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class Competitors:
         linear.weight, linear.bias = head.weight, head.bias
         dense = _with_head(own.base, own.head_name, linear)
         no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype).to(own.device))
-        start = getattr(own.generation_config, "decoder_start_token_id", None)
+        starts = {name: getattr(own.generation_config, name, None) for name in START_TOKENS}
         for model in (dense, own, no_head):
             model.generation_config = GenerationConfig(
-                do_sample=False, pad_token_id=0, decoder_start_token_id=start, _from_model_config=False
+                do_sample=False, pad_token_id=0, **starts, _from_model_config=False
             )
         return cls(dense, own, no_head, random_prompts(dense, head.out_features, extractor))
 
@@ -90,30 +94,49 @@ def _with_head(base: PreTrainedModel, name: str, head: nn.Module) -> PreTrainedM
 
 
 @torch.inference_mode()
-def recorded_states(model: PreTrainedModel, prompts: Prompts, positions: int, batch: int) -> Tensor:
-    """Record the inputs of the head while a dense model samples text from random prompts.
+def sampled_text(models: Competitors, positions: int, batch: int) -> tuple[Tensor, Prompts]:
+    """Let the dense model write texts, and record the inputs of its head.
+
+    A text starts with the token that its tokenizer starts texts with, if any, or with a random one.
 
     Args:
-        model: a dense model.
-        prompts: what it decodes from.
+        models: the competitors.
         positions: states to record, rounded up to whole steps.
-        batch: batch size.
+        batch: number of texts.
 
     Returns:
-        States, [P, d].
+        States, [P, d], and as prompts the beginnings of these texts, before the recorded positions. With an encoder
+        texts continue `models.prompts`, which stay the prompts.
     """
-    head = cast(nn.Linear, model.get_output_embeddings())
-    steps = -(-positions // batch)
+    model = cast(Any, models.dense)
+    has_encoder, steps = model.config.is_encoder_decoder, -(-positions // batch)
+    begun = 0 if has_encoder else PROMPT_LENGTH - 1
+    inputs = models.prompts(batch).inputs if has_encoder else {"input_ids": _first_tokens(models, batch)}
+    with _recorded(model, begun + steps) as states:
+        texts = model.generate(**inputs, do_sample=True, max_new_tokens=begun + steps)
+    return torch.cat(states[begun:]), models.prompts if has_encoder else beginnings(texts)
+
+
+def _first_tokens(models: Competitors, batch: int) -> Tensor:
+    """Token ids, [B, 1]."""
+    first = models.dense.generation_config.bos_token_id
+    if first is None:
+        return cast(Tensor, models.prompts(batch).inputs["input_ids"])[:, :1]
+    return torch.full((batch, 1), first, device=models.dense.device)
+
+
+@contextmanager
+def _recorded(model: PreTrainedModel, steps: int) -> Iterator[list[Tensor]]:
+    """Inside the context, list what enters the head at the last position of each step, [B, d]."""
     states: list[Tensor] = []
-    with progress("Recording hidden states", steps, "steps") as advance:
+    with progress("Sampling text", steps, "steps") as advance:
 
         def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             states.append(arguments[0][:, -1].clone())
             advance()
 
-        hook = head.register_forward_pre_hook(record)
+        hook = cast(nn.Linear, model.get_output_embeddings()).register_forward_pre_hook(record)
         try:
-            cast(Any, model).generate(**prompts(batch).inputs, do_sample=True, max_new_tokens=steps)
+            yield states
         finally:
             hook.remove()
-    return torch.cat(states)

@@ -162,8 +162,7 @@ class Heads:
             is_compiled: whether to time the dense and the sparse head compiled as well.
         """
         passes = stats.dense_passes_per_token
-        # The last ones first, as the first are those of random prompts.
-        blocks = itertools.cycle(self.states.flip(0).split(max(1, round(1 / passes))))
+        blocks = itertools.cycle(self.states.split(max(1, round(1 / passes))))
         verify = greedy_logits_of(self._sparse)
         extra: dict[str, Head] = {
             "draft": lambda hidden: _draft(self._sparse, hidden),

@@ -1,4 +1,4 @@
-"""What the benchmark decodes from: random prompts, or for an encoder-decoder random sources, already encoded."""
+"""What the benchmark decodes from: beginnings of texts, random tokens, or for an encoder-decoder encoded sources."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +61,16 @@ def random_prompts(model: PreTrainedModel, vocab_size: int, extractor: Any = Non
         return Prompt(rows, {"encoder_outputs": BaseModelOutput(last_hidden_state=cast(Any, chosen))})
 
     return sources
+
+
+def beginnings(texts: Tensor) -> Prompts:
+    """Make batches of the beginnings of texts, [T, n] token ids, chosen at random."""
+
+    def some(rows: int) -> Prompt:
+        ids = texts[torch.randint(len(texts), (rows,), device=texts.device), :PROMPT_LENGTH]
+        return Prompt(rows, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    return some
 
 
 def _random_speech(model: PreTrainedModel, extractor: Any) -> dict[str, Tensor]:

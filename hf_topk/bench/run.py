@@ -11,14 +11,15 @@ from ..examples import is_speech_model
 from ..loading import DTYPES, find_device, load_converted
 from ..model.errors import InputError
 from ..model.modeling_topk_experts import TopKExpertsForCausalLM
-from .competitors import Competitors, recorded_states
+from .competitors import Competitors, sampled_text
 from .plot import check_plot, write_plot
+from .prompts import Prompts
 from .quantised_decoder import check_decoder_format, quantise_decoder
-from .random_experts import STATES, convert_at_random, random_states
+from .random_experts import convert_at_random, random_states
 from .shapes import random_model, shape_config
 from .suite import Choices, bench
 
-RECORDING_BATCH = 32
+TEXTS, POSITIONS = 32, 512
 
 
 def run_bench(
@@ -34,8 +35,8 @@ def run_bench(
 ) -> dict[str, Any]:
     """Measure a converted model, or a published shape with random weights.
 
-    The head is timed on hidden states of text that the model generates, or with random weights on random states of the
-    same scale.
+    The head is timed on hidden states of text that the dense model writes, and decoding continues beginnings of such
+    texts. With random weights both are random.
 
     Args:
         directory: a converted model; None with a shape.
@@ -74,7 +75,7 @@ def run_bench(
         extractor = getattr(tokenizer, "feature_extractor", None)
     if decoder_format is not None:
         quantise_decoder(own, decoder_format)
-    metrics = bench(own, _own_states if shape is None else _random_states, choices, extractor)
+    metrics = bench(own, _own_text if shape is None else _random_text, choices, extractor)
     metrics = {"shape": shape or directory, "body": decoder_format, **metrics}
     if plot is not None:
         write_plot(metrics, plot)
@@ -86,9 +87,9 @@ def _random_model(shape: str, dtype: torch.dtype) -> TopKExpertsForCausalLM:
     return convert_at_random(random_model(shape, dtype))
 
 
-def _random_states(models: Competitors) -> Tensor:
-    return random_states(models.sparse.head)
+def _random_text(models: Competitors) -> tuple[Tensor, Prompts]:
+    return random_states(models.sparse.head), models.prompts
 
 
-def _own_states(models: Competitors) -> Tensor:
-    return recorded_states(models.dense, models.prompts, STATES, RECORDING_BATCH)
+def _own_text(models: Competitors) -> tuple[Tensor, Prompts]:
+    return sampled_text(models, POSITIONS, TEXTS)

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .baselines import BASELINES, has_compiler
 from .competitors import Competitors
 from .decode_speed import Decoding, step_overheads
 from .head_speed import Heads
+from .prompts import Prompts
 from .timing import Spread
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -68,7 +69,7 @@ class Choices:
 @torch.inference_mode()
 def bench(
     own: TopKExpertsForCausalLM,
-    states_of: Callable[[Competitors], Tensor],
+    text_of: Callable[[Competitors], tuple[Tensor, Prompts]],
     choices: Choices | None = None,
     extractor: Any = None,
 ) -> Metrics:
@@ -76,7 +77,7 @@ def bench(
 
     Args:
         own: a converted model; its head mode and generation config are changed.
-        states_of: returns hidden states to time the head on, [P, d].
+        text_of: returns hidden states to time the head on, [P, d], and what to decode from.
         choices: what to measure.
         extractor: the feature extractor of a speech model.
 
@@ -91,7 +92,8 @@ def bench(
     if choices.compile and own.config.is_encoder_decoder:
         raise InputError("--compile is only for models without an encoder: leave it out")
     models = Competitors.of(own, extractor)
-    states = states_of(models)
+    states, prompts = text_of(models)
+    models = replace(models, prompts=prompts)
     decoding = Decoding(models, choices.rounds)
     timed = {"e2e": _rates(decoding.greedy()), "sampling": _rates(decoding.sampling())}
     for name, does_sample in (("e2e_compiled", False), ("sampling_compiled", True)):

@@ -18,8 +18,9 @@ from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from hf_topk.bench import head_speed as bench_head
 from hf_topk.bench.baselines import HnswHead, MissingPackageError, int8_head, random_flashhead
-from hf_topk.bench.competitors import Competitors, NoHead, recorded_states
+from hf_topk.bench.competitors import Competitors, NoHead, sampled_text
 from hf_topk.bench.decode_speed import Decoding
+from hf_topk.bench.prompts import PROMPT_LENGTH, Prompts
 from hf_topk.bench.random_experts import convert_at_random
 from hf_topk.bench.shapes import SHAPES, random_model
 from hf_topk.bench.suite import Choices, bench
@@ -53,15 +54,15 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def random_states(models: Competitors) -> Tensor:
+def random_text(models: Competitors) -> tuple[Tensor, Prompts]:
     head = models.sparse.head
-    return torch.randn(40, head.in_features).to(head.weight.dtype)
+    return torch.randn(40, head.in_features).to(head.weight.dtype), models.prompts
 
 
 @pytest.fixture(scope="module")
 def metrics() -> dict[str, Any]:
     own = tiny_converted(num_rescored=20)
-    return bench(own, random_states, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
+    return bench(own, random_text, Choices(batches=(1, 3, 32), without=("int8", "hnsw"), rounds=2))
 
 
 def test_the_report_reads_what_is_printed(metrics: dict[str, Any], tmp_path: Path) -> None:
@@ -103,12 +104,28 @@ def test_competitors_share_all_tensors_and_differ_in_the_head(model_type: str) -
     assert ready.shape == (1, 1, own.head.out_features)
 
 
-def test_recorded_states_are_those_that_enter_the_head() -> None:
+def test_text_of_the_dense_model_starts_with_its_first_token() -> None:
+    torch.manual_seed(0)
+    models = Competitors.of(tiny_converted())
+    entered: list[Tensor] = []
+    models.dense.get_output_embeddings().register_forward_pre_hook(lambda _, given: entered.append(given[0][:, -1]))
+    states, prompts = sampled_text(models, positions=30, batch=8)
+    assert len(entered) == PROMPT_LENGTH - 1 + 4
+    torch.testing.assert_close(states, torch.cat(entered[-4:]))
+    ids = prompts(5).inputs["input_ids"]
+    assert ids.shape == (5, PROMPT_LENGTH)
+    assert ids[:, 0].eq(0).all()
+    with torch.inference_mode():
+        last = models.dense.model(input_ids=ids[:1]).last_hidden_state[:, -1]
+    assert (states[:8] - last).abs().amax(dim=-1).min() < 1e-4  # the first recorded state follows the prompt
+
+
+def test_text_of_a_model_without_a_first_token_starts_at_random() -> None:
+    torch.manual_seed(0)
     models = Competitors.of(tiny_converted())
     models.dense.generation_config = GenerationConfig(pad_token_id=0)
-    states = recorded_states(models.dense, models.prompts, positions=30, batch=8)
-    assert states.shape == (32, 32)
-    assert len(states.unique(dim=0)) > 16
+    _, prompts = sampled_text(models, positions=8, batch=8)
+    assert len(prompts(64).inputs["input_ids"][:, 0].unique()) > 1
 
 
 def test_constant_logits_have_a_row_for_each_sequence() -> None:
@@ -144,7 +161,7 @@ def test_missing_packages_are_named(without_packages: None, tmp_path: Path) -> N
 
 
 def test_a_baseline_without_its_package_is_skipped(without_packages: None, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = bench(tiny_converted(), random_states, Choices(batches=(), rounds=1))
+    metrics = bench(tiny_converted(), random_text, Choices(batches=(), rounds=1))
     assert metrics["head"]["int8_ms"] is metrics["head"]["hnsw_ms"] is None
     assert metrics["head"]["flashhead_ms"] > 0
     assert not any("int8" in name or "hnsw" in name for name in metrics["ratios"]["head"])
@@ -165,7 +182,7 @@ def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: py
     models = Competitors.of(tiny_converted())
     monkeypatch.setattr(bench_head, "head_seconds", fake)
     monkeypatch.setattr(bench_head, "greedy_logits_of", lambda _: lambda hidden: asked.append(tuple(hidden.shape)))
-    heads = bench_head.Heads(models, random_states(models), ("int8", "flashhead", "hnsw"))
+    heads = bench_head.Heads(models, random_text(models)[0], ("int8", "flashhead", "hnsw"))
     stats = bench_head.LosslessStats(tokens=100, forward_passes=110, dense_passes=20)
     lossless = heads.one_position(stats, 1, False)["lossless"]
     assert lossless.median == pytest.approx(1.1 * 2 + 0.2 * 10)
@@ -175,7 +192,7 @@ def test_lossless_time_is_that_of_drafts_and_verification_passes(monkeypatch: py
 @pytest.mark.parametrize(("num_rescored", "rows"), [(20, 8 + 20), (32, 8 + 2 * 16)])
 def test_parts_are_those_of_the_sparse_head(num_rescored: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     models = Competitors.of(tiny_converted(num_rescored=num_rescored))
-    head, states, seen = models.sparse.head, random_states(models), {}
+    head, states, seen = models.sparse.head, random_text(models)[0], {}
 
     def fake(runs: dict[str, Any], *_: object) -> dict[str, Spread]:
         seen.update(runs)
@@ -271,12 +288,14 @@ def test_an_encoder_reads_once(model_type: str) -> None:
     own, encoded = tiny_converted(dense, num_rescored=20), []
     own.get_encoder().register_forward_hook(lambda *_: encoded.append(1))
     extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1) if model_type == "whisper" else None
-    metrics = bench(own, random_states, Choices(batches=(2,), without=("int8", "hnsw"), rounds=1), extractor=extractor)
+    metrics = bench(own, random_text, Choices(batches=(2,), without=("int8", "hnsw"), rounds=1), extractor=extractor)
     assert set(metrics["e2e"]) == E2E_KEYS
     assert metrics["ratios"]["e2e"]["sparse_share_of_ceiling"] > 0
     assert metrics["lossless"]["forward_passes_per_token"] >= 1
     assert encoded == [1]
-    states = recorded_states(own.base, Competitors.of(own, extractor).prompts, positions=30, batch=8)
+    models = Competitors.of(own, extractor)
+    states, prompts = sampled_text(models, positions=30, batch=8)
+    assert prompts is models.prompts
     assert len(states.unique(dim=0)) > 8
 
 
@@ -298,7 +317,7 @@ def test_measures_a_converted_model(tmp_path: Path) -> None:
     assert set(metrics["head"]) > HEAD_KEYS
     assert set(metrics["e2e"]) == E2E_KEYS
     assert "<svg" in (tmp_path / "plot.svg").read_text()
-    assert "Recording hidden states" in done.stderr
+    assert "Sampling text" in done.stderr
 
 
 def test_prints_tables_of_a_shape(
@@ -368,7 +387,7 @@ def test_int8_is_the_better_of_eager_and_compiled(monkeypatch: pytest.MonkeyPatc
     for is_there in (True, False):
         monkeypatch.setattr(bench_head, "has_compiler", lambda is_there=is_there: is_there)
         models = Competitors.of(tiny_converted())
-        spreads = bench_head.Heads(models, random_states(models), ("flashhead", "hnsw")).batch(2, rounds=3)
+        spreads = bench_head.Heads(models, random_text(models)[0], ("flashhead", "hnsw")).batch(2, rounds=3)
         ways = ["int8_eager", "int8_compiled"][: 1 + is_there]
         assert [name for name in spreads if name.startswith("int8_")] == ways
         assert spreads["int8"].median == min(spreads[way].median for way in ways)
