@@ -48,7 +48,7 @@ class CertifiedScreen:
     Attributes:
         weight: the rows W, [V, d].
         parts: their int8 copy in the kernel's layout, some rows at a time.
-        sums: of each row, fp32 [V]; they show whether the rows have changed.
+        sums: of each row, see [`_row_sums`], [V]; they show whether the rows have changed.
         errors: ||w - w'|| of each row, and what products in fp32 may round, fp32 [V].
         norms: ||w|| of each row, fp32 [V].
         largest_error: the largest of `errors`.
@@ -156,7 +156,11 @@ def _rounding(weight: Tensor) -> float:
 
 
 def _row_sums(weight: Tensor) -> Tensor:
-    return weight.detach().sum(dim=-1, dtype=torch.float32)
+    """Sums of each row's bytes in words, [V]: every change of a number changes one, and memory limits their speed."""
+    rows = weight.detach().contiguous()
+    size = rows.shape[1] * rows.itemsize
+    word = next(word for word in (torch.int64, torch.int32, torch.int16) if size % word.itemsize == 0)
+    return rows.view(word).sum(dim=-1, dtype=word)
 
 
 _screens: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by weight
