@@ -238,10 +238,6 @@ def _next_token(head: TopKExpertsHead, found: Sequence[LogitsProcessor], does_sa
 
 
 def _auto(head: TopKExpertsHead) -> Head:
-    """The head as the model calls it, in head mode "auto"."""
-
-    def run(hidden: Tensor) -> Tensor:
-        head.head_mode = "auto"
-        return head(hidden.unsqueeze(1))
-
-    return run
+    """The head as the model calls it, in head mode "auto", which is set here."""
+    head.head_mode = "auto"
+    return lambda hidden: head(hidden.unsqueeze(1))
