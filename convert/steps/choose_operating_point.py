@@ -127,7 +127,7 @@ def rank_argmax(head: TopKExpertsHead, dense: DenseArgmax, k: int = 1) -> Argmax
 def _ranks(head: TopKExpertsHead, states: Tensor, slots: Tensor, tried: Tensor) -> Tensor:
     """Ranks of the tokens in the given slots of the experts, -1 for always-on ones: int64 [n] to [n, tried]."""
     scores = head.router(states)
-    within = head.tail.products(states) + head.tail.bias.float()
+    within = head.tail.products(states)
     within = head.mask_padding(within, head.expert_ids)
     estimates = within - within.logsumexp(dim=-1, keepdim=True) + scores.unsqueeze(-1)  # (n, M, S)
     own = estimates.flatten(1).gather(1, slots.clamp_min(0).unsqueeze(-1)).unsqueeze(-1)

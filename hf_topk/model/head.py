@@ -229,6 +229,8 @@ class TopKExpertsHead(LaidOutHead):
             from .triton_head import score
 
             return score(self, hidden)
+        if len(hidden) == 1 and self.router.rows is None and not self.has_short_experts:
+            return self._score_one(hidden)
         scores, top, top_scores = self.pick(hidden, with_level=False)
         screened = self.tail.screen(hidden, top)  # (N, k, S)
         token_ids = F.embedding(top, self.expert_ids)
@@ -247,6 +249,23 @@ class TopKExpertsHead(LaidOutHead):
         if has_short:
             offset = mass_over(exact[:, always.shape[1] :].masked_fill(kept.isneginf(), -torch.inf), kept)
         return Scored(exact, ids, top, scores, top_scores, offset, screened, places, kept)
+
+    def _score_one(self, hidden: Tensor) -> Scored:
+        """As [`_score_screened`], for one position, in fewer operations.
+
+        Between two tokens the decoder's weights displace all else from the cache, also the code of operations: one that
+        runs for the first time since takes some ten microseconds.
+        """
+        router, tail = self.router, self.tail
+        scores = router.products(hidden)
+        top_scores, top = largest(scores, self.num_experts_per_tok)
+        picked = top[0]
+        screened = tail.screen(hidden, top).log_softmax(dim=-1)
+        kept, places = largest((screened + top_scores.unsqueeze(-1)).flatten(1), self.num_rescored)
+        routed = self.expert_ids.index_select(0, picked).view(-1).index_select(0, places[0])
+        ids = torch.cat([self.always_on_ids, routed]).unsqueeze(0)
+        exact = self.exact_logits(hidden, ids)
+        return Scored(exact, ids, top, scores, top_scores, None, screened, places, kept)
 
     def _runs_in_triton(self, hidden: Tensor) -> bool:
         """Whether all steps with a screen have kernels; a router of floats and its training have none."""

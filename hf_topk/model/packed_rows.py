@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from .kernels import (
@@ -21,7 +22,7 @@ from .kernels import (
 )
 
 SMALLEST_SCALE = 1e-30
-PREPARED_FROM = ("basis", "basis_scales", "center", "codes_4bit", "codes_2bit")
+PREPARED_FROM = ("basis", "basis_scales", "center", "codes_4bit", "codes_2bit", "bias")
 
 
 class Prepared(NamedTuple):
@@ -34,6 +35,7 @@ class Prepared(NamedTuple):
         four_bit: the same for torch's kernel for 4 bits; None if it does not support them.
         ones: a scale of 1 for each row, bfloat16 [rows].
         half_scales, half_center: half of the basis' scales and of the center, bfloat16 [r].
+        bias: fp32 [*shape].
     """
 
     basis: Tensor
@@ -43,6 +45,7 @@ class Prepared(NamedTuple):
     ones: Tensor
     half_scales: Tensor
     half_center: Tensor
+    bias: Tensor
 
 
 class PackedRows(nn.Module):
@@ -98,22 +101,28 @@ class PackedRows(nn.Module):
             init.zeros_(tensor)
 
     def products(self, hidden: Tensor) -> Tensor:
-        """Products with all rows, without the bias: [N, d] of any float dtype to [N, *shape], bfloat16 or fp32."""
+        """Products with all rows, and the bias: [N, d] of any float dtype to fp32 [N, *shape]."""
         if runs_on_triton(hidden, self.codes_4bit):
-            return self._packed_products(hidden, None)
+            return self._packed_products(hidden, None) + self.bias.float()
         prepared = self._prepared()
-        projected = self._projected(hidden, prepared)
+        projected, bias = self._projected(hidden, prepared), self._float_bias(prepared)
         if prepared.four_bit is not None and suits_int_kernels(projected):
-            return four_bit_products(projected, prepared.four_bit)
+            return four_bit_products(projected, prepared.four_bit) + bias
         products = int8_products(projected, prepared.halves.flatten(0, -2), prepared.ones)
-        return products.unflatten(-1, prepared.halves.shape[:-1])
+        return products.unflatten(-1, prepared.halves.shape[:-1]) + bias
 
     def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Products with the rows of picked experts, without the bias: [N, d] and [N, k] to [N, k, S]."""
+        """Products with the rows of picked experts, and the bias: [N, d] and [N, k] to fp32 [N, k, S]."""
         if runs_on_triton(hidden, self.codes_4bit):
-            return self._packed_products(hidden, experts)
+            return self._packed_products(hidden, experts) + F.embedding(experts, self.bias).float()
         prepared = self._prepared()
-        return expert_int8_products(self._projected(hidden, prepared), prepared.words, experts, prepared.ones)
+        projected, bias = self._projected(hidden, prepared), self._float_bias(prepared)
+        products = expert_int8_products(projected, prepared.words, experts, prepared.ones)
+        # For one position a copy of rows takes half of the time.
+        return products + (bias.index_select(0, experts[0]) if len(experts) == 1 else F.embedding(experts, bias))
+
+    def _float_bias(self, prepared: "Prepared") -> Tensor:
+        return self.bias.float() if torch.is_grad_enabled() else prepared.bias
 
     def _packed_products(self, hidden: Tensor, experts: Tensor | None) -> Tensor:
         from .triton_kernels import int8_products as on_triton
@@ -140,8 +149,8 @@ class PackedRows(nn.Module):
             return made._replace(basis=made.basis.float(), halves=halves, words=halves)
         if torch.compiler.is_compiling():
             return cast(Prepared, self._kept)
-        buffers = self._buffers  # a lookup here costs a tenth of one through the module
-        source = tuple(cast(Tensor, buffers[name]) for name in PREPARED_FROM)
+        tensors = {**self._buffers, **self._parameters}  # a lookup here costs a tenth of one through the module
+        source = tuple(cast(Tensor, tensors[name]) for name in PREPARED_FROM)
         versions = [0 if some.is_inference() else some._version for some in source]
         if self._kept is None or self._versions != versions or any(map(operator.is_not, self._kept_of, source)):
             with torch.inference_mode(False), torch.no_grad():  # so that autograd can use them later
@@ -158,7 +167,8 @@ class PackedRows(nn.Module):
         ones = torch.ones(halves.shape[:-1].numel(), dtype=torch.bfloat16, device=halves.device)
         half_scales, half_center = ((some / 2).bfloat16() for some in (self.basis_scales, self.center))
         words = halves.view(torch.int32) if halves.shape[-1] % 4 == 0 else halves
-        return Prepared(self.basis.clone(), halves, words, None, ones, half_scales, half_center)
+        bias = self.bias.float()
+        return Prepared(self.basis.clone(), halves, words, None, ones, half_scales, half_center, bias)
 
     @torch.no_grad()
     def set_basis(self, basis: Tensor, mean: Tensor, dtype: torch.dtype) -> None:

@@ -50,7 +50,7 @@ class Router(PackedRows):
         """
         if self.rows is not None:
             return F.linear(hidden.float(), self.rows.float()) + self.bias
-        scores = self.products(hidden) + self.bias.float()
+        scores = self.products(hidden)
         return scores + F.linear(hidden.float(), self.level.float().unsqueeze(0)) if with_level else scores
 
     @property

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from .packed_rows import PackedRows
@@ -56,7 +55,7 @@ class Tail(PackedRows):
 
     def screen(self, hidden: Tensor, experts: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of the tokens of picked experts: [N, d] and [N, k] to fp32 [N, k, S]."""
-        return self.products_of(hidden, experts) + F.embedding(experts, self.bias).float()
+        return self.products_of(hidden, experts)
 
     def read_by_expert(self) -> tuple[Tensor, ...]:
         """Tensors [M, ...] of which only the rows of the picked experts are read."""

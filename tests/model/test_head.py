@@ -320,6 +320,9 @@ def test_of_equal_logits_the_lowest_id_wins_as_in_the_dense_head(dtype: torch.dt
     chosen = Candidates(head, scored, Priors(head)).best() if all_candidates else likeliest(head, scored)
     assert ((logits == logits.amax(-1, keepdim=True)).sum(-1) > 1).float().mean() > 0.1
     assert chosen.equal(logits.argmax(-1))
+    assert torch.cat([head.best_scored(one) for one in map(head.score, hidden.split(1))]).equal(
+        head.best_scored(scored)
+    )
 
 
 def test_the_tail_is_computed_only_where_it_may_win(monkeypatch: pytest.MonkeyPatch) -> None:

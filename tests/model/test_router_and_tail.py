@@ -113,12 +113,12 @@ def test_basis_is_approximated_and_coordinates_are_zero_at_the_mean(
 
 
 def exact_products(packed: PackedRows, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Products in floats, [N, rows], and the tolerance of four roundings to bfloat16."""
+    """Products in floats with the bias, [N, rows], and the tolerance of four roundings to bfloat16."""
     basis, hidden = packed.float_basis(), hidden.float()
     codes = packed.coordinates().flatten(0, -2)
     projected = hidden @ basis.T - packed.center.float()
     first = 2.0**-7 * hidden.abs() @ basis.abs().T  # (N, r)
-    return projected @ codes.T, (first + 2.0**-7 * (projected.abs() + first)) @ codes.abs().T
+    return projected @ codes.T + packed.bias.flatten(), (first + 2.0**-7 * (projected.abs() + first)) @ codes.abs().T
 
 
 @settings(max_examples=40, deadline=None)
@@ -129,13 +129,34 @@ def test_products_are_those_of_the_factors(seed: int, dtype: torch.dtype, positi
     hidden = normal(seed, positions, 8).to(dtype)
     products = tail.products(hidden)
     exact, bound = exact_products(tail, hidden)
-    assert products.dtype == (torch.float32 if len(tail.basis) % 16 else torch.bfloat16)  # with torch's kernel
     assert products.shape == (positions, 3, 4)
     assert ((products.flatten(1) - exact).abs() <= 1.01 * bound + 1e-4).all()
     experts = torch.rand(positions, 3, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)[:, :2]
     picked = products.gather(1, experts.unsqueeze(-1).expand(-1, -1, 4))
-    torch.testing.assert_close(tail.products_of(hidden, experts), picked)
-    torch.testing.assert_close(tail.screen(hidden, experts), picked.float() + tail.bias[experts])
+    torch.testing.assert_close(tail.screen(hidden, experts), picked)
+
+
+@pytest.mark.parametrize("kind", ["router", "tail"])
+@torch.inference_mode()
+def test_a_changed_bias_counts(kind: str) -> None:
+    """Without gradients a copy of it is kept."""
+    with torch.inference_mode(False):
+        module = random_router(0, is_packed=True) if kind == "router" else Tail(16, 5, 4, 12)
+        randomise(module, 1)
+
+    def scores() -> Tensor:
+        return module(hidden) if kind == "router" else module.screen(hidden, torch.arange(5).unsqueeze(0))
+
+    hidden = normal(1, 1, 16)
+    before = scores()
+    torch.testing.assert_close(scores(), before)
+    module.bias.add_(1.0)
+    torch.testing.assert_close(scores(), before + 1)
+    module.bias.zero_()
+    module.to(torch.bfloat16)
+    without = scores()
+    module.bias = module.bias.detach() + 2.0 if kind == "tail" else torch.nn.Parameter(module.bias + 2.0)
+    torch.testing.assert_close(scores(), without + 2)
 
 
 # The router

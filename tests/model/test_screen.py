@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.heads import CLOSE, dense_logits, make_head, make_hidden, picked_experts, seeds, sizes, unique_ids
+from support.tiny_models import VOCAB_SIZE
 from torch import Tensor
 
 from hf_topk import TopKExpertsHead
@@ -140,6 +141,26 @@ def test_positions_do_not_depend_on_one_another(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(sparse(hidden), one_by_one, **CLOSE[torch.bfloat16])  # which few are rounded to
         torch.testing.assert_close(sparse(hidden), together, **CLOSE[torch.float32])
         monkeypatch.setattr(head, "LOGITS_AT_ONCE", 5 * sparse.out_features)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=seeds, bias=st.booleans(), num_always_on=st.sampled_from([0, 4, 20]), num_rescored=st.integers(1, 20))
+def test_one_position_is_scored_as_several_are(seed: int, bias: bool, num_always_on: int, num_rescored: int) -> None:
+    """A single position has steps of its own, if no expert is short and the router is packed."""
+    layout = {"expert_size": 8, "num_experts": -(-(VOCAB_SIZE - num_always_on) // 8), "num_always_on": num_always_on}
+    sparse = make_head(bias=bias, router_packed=True, num_experts_per_tok=3, num_rescored=num_rescored, **layout)
+    assert sparse.screens
+    assert sparse.has_short_experts == (num_always_on == 0)
+    hidden = make_hidden(seed, 3)
+    together, alone = sparse.score(hidden), sparse.score(hidden[:1])
+    for name in ("scores", "masses", "screened", "offset"):
+        few = CLOSE[torch.bfloat16]
+        torch.testing.assert_close(getattr(alone, name), getattr(together.part(slice(1)), name), **few)
+    exact = dict(zip(alone.ids[0].tolist(), alone.exact[0].tolist(), strict=True))
+    dense = dense_logits(sparse, hidden)[0]
+    assert exact == pytest.approx({token: float(dense[token]) for token in exact}, abs=1e-4)
+    routed = alone.screened.flatten()[alone.places[0]] + alone.masses[0, alone.places[0] // 8]
+    torch.testing.assert_close(routed, alone.kept[0])
 
 
 def test_masses_of_the_picked_experts_and_of_the_others() -> None:
