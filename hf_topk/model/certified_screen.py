@@ -35,7 +35,8 @@ LARGEST_DIGIT, BASE = 63, 64
 QUANTISE, PACK = "_make_per_channel_quantized_tensor", "linear_prepack"
 MULTIPLY = "linear_with_input_q_dq_qweight_dq_output_fp32"
 ZERO = 64  # the kernel's code of a digit of 0
-POSITIONS_AT_ONCE, MANY_POSITIONS = 8, 32  # it is measured for both whether the screen is faster
+POSITIONS_AT_ONCE = 24  # as many as the longest block has, so that each block reads the copy once
+FEWEST_MEASURED, MOST_MEASURED = 8, 32  # positions for which it is measured whether the screen is faster
 ROWS_OF_PART = 1 << 15  # of the copy; packing fewer at once is faster, and products of one part tell those of all
 MOST_CANDIDATES = 1 / 64  # of the tokens at a position; with more the dense head is faster
 SMALLEST = 1e-30  # for rows and states of zeros
@@ -220,7 +221,7 @@ def _is_faster(head: TopKExpertsHead, positions: int) -> bool:
     """Whether a certified screen is faster than each dense product, measured on some of the rows."""
     if positions > MOST_POSITIONS:
         return False
-    measured = POSITIONS_AT_ONCE if positions <= POSITIONS_AT_ONCE else MANY_POSITIONS
+    measured = min(MOST_MEASURED, max(FEWEST_MEASURED, positions))  # rounded up to a power of two
     rows = head.weight[:ROWS_OF_PART].detach()
     screens: list[CertifiedScreen] = []
 
