@@ -48,8 +48,7 @@ def random_prompts(model: PreTrainedModel, vocab_size: int, extractor: Any = Non
     """
 
     def tokens(rows: int) -> Prompt:
-        ids = torch.randint(vocab_size, (rows, PROMPT_LENGTH)).to(model.device)
-        return Prompt(rows, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return _of_tokens(torch.randint(vocab_size, (rows, PROMPT_LENGTH)).to(model.device))
 
     if not model.config.is_encoder_decoder:
         return tokens
@@ -67,10 +66,13 @@ def beginnings(texts: Tensor) -> Prompts:
     """Make batches of the beginnings of texts, [T, n] token ids, chosen at random."""
 
     def some(rows: int) -> Prompt:
-        ids = texts[torch.randint(len(texts), (rows,), device=texts.device), :PROMPT_LENGTH]
-        return Prompt(rows, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return _of_tokens(texts[torch.randint(len(texts), (rows,), device=texts.device), :PROMPT_LENGTH])
 
     return some
+
+
+def _of_tokens(ids: Tensor) -> Prompt:
+    return Prompt(len(ids), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def _random_speech(model: PreTrainedModel, extractor: Any) -> dict[str, Tensor]:

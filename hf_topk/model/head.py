@@ -256,13 +256,11 @@ class TopKExpertsHead(LaidOutHead):
         Between two tokens the decoder's weights displace all else from the cache, also the code of operations: one that
         runs for the first time since takes some ten microseconds.
         """
-        router, tail = self.router, self.tail
-        scores = router.products(hidden)
+        scores = self.router.products(hidden)
         top_scores, top = largest(scores, self.num_experts_per_tok)
-        picked = top[0]
-        screened = tail.screen(hidden, top).log_softmax(dim=-1)
+        screened = self.tail.screen(hidden, top).log_softmax(dim=-1)
         kept, places = largest((screened + top_scores.unsqueeze(-1)).flatten(1), self.num_rescored)
-        routed = self.expert_ids.index_select(0, picked).view(-1).index_select(0, places[0])
+        routed = self.expert_ids.index_select(0, top[0]).view(-1).index_select(0, places[0])
         ids = torch.cat([self.always_on_ids, routed]).unsqueeze(0)
         exact = self.exact_logits(hidden, ids)
         return Scored(exact, ids, top, scores, top_scores, None, screened, places, kept)

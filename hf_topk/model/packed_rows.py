@@ -5,12 +5,10 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from .kernels import (
     FourBitRows,
-    expert_int8_products,
     four_bit_products,
     four_bit_rows,
     int8_products,
@@ -110,16 +108,6 @@ class PackedRows(nn.Module):
             return four_bit_products(projected, prepared.four_bit) + bias
         products = int8_products(projected, prepared.halves.flatten(0, -2), prepared.ones)
         return products.unflatten(-1, prepared.halves.shape[:-1]) + bias
-
-    def products_of(self, hidden: Tensor, experts: Tensor) -> Tensor:
-        """Products with the rows of picked experts, and the bias: [N, d] and [N, k] to fp32 [N, k, S]."""
-        if runs_on_triton(hidden, self.codes_4bit):
-            return self._packed_products(hidden, experts) + F.embedding(experts, self.bias).float()
-        prepared = self._prepared()
-        projected, bias = self._projected(hidden, prepared), self._float_bias(prepared)
-        products = expert_int8_products(projected, prepared.words, experts, prepared.ones)
-        # For one position a copy of rows takes half of the time.
-        return products + (bias.index_select(0, experts[0]) if len(experts) == 1 else F.embedding(experts, bias))
 
     def _float_bias(self, prepared: "Prepared") -> Tensor:
         return self.bias.float() if torch.is_grad_enabled() else prepared.bias

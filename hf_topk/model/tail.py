@@ -4,8 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import initialization as init
 
+from .kernels import expert_int8_products, runs_on_triton
 from .packed_rows import PackedRows
 
 
@@ -55,7 +57,13 @@ class Tail(PackedRows):
 
     def screen(self, hidden: Tensor, experts: Tensor) -> Tensor:
         """Unnormalised log p(v | e, h) of the tokens of picked experts: [N, d] and [N, k] to fp32 [N, k, S]."""
-        return self.products_of(hidden, experts)
+        if runs_on_triton(hidden, self.codes_4bit):
+            return self._packed_products(hidden, experts) + F.embedding(experts, self.bias).float()
+        prepared = self._prepared()
+        projected, bias = self._projected(hidden, prepared), self._float_bias(prepared)
+        products = expert_int8_products(projected, prepared.words, experts, prepared.ones)
+        # For one position a copy of rows takes half of the time.
+        return products + (bias.index_select(0, experts[0]) if len(experts) == 1 else F.embedding(experts, bias))
 
     def read_by_expert(self) -> tuple[Tensor, ...]:
         """Tensors [M, ...] of which only the rows of the picked experts are read."""

@@ -129,6 +129,7 @@ def test_products_are_those_of_the_factors(seed: int, dtype: torch.dtype, positi
     hidden = normal(seed, positions, 8).to(dtype)
     products = tail.products(hidden)
     exact, bound = exact_products(tail, hidden)
+    assert products.dtype == torch.float32
     assert products.shape == (positions, 3, 4)
     assert ((products.flatten(1) - exact).abs() <= 1.01 * bound + 1e-4).all()
     experts = torch.rand(positions, 3, generator=torch.Generator().manual_seed(seed)).argsort(dim=-1)[:, :2]
