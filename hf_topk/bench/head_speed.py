@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..model.certified_screen import greedy_logits_of
@@ -184,13 +183,12 @@ class Heads:
 
 
 def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
-    """The dense head of Transformers in a given dtype, which the states are cast to first."""
-    weight, bias = weight.to(dtype), None if bias is None else bias.detach().to(dtype)
-
-    def run(hidden: Tensor) -> Tensor:
-        return F.linear(hidden.to(dtype), weight, bias)
-
-    return run
+    """The dense head of Transformers, a linear layer, in a given dtype, which the states are cast to first."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, device="meta")
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return lambda hidden: layer(hidden.to(dtype))
 
 
 def _sampled(dense: Head) -> Head:

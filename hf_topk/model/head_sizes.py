@@ -35,6 +35,7 @@ class SizedHead(nn.Linear):
     num_experts_per_tok = setting("num_experts_per_tok")
     num_rescored = setting("num_rescored")
     sparse_max_positions = setting("sparse_max_positions")
+    _router_rank, _tail_rank = setting("router_rank"), setting("tail_rank")
     _stored_type: torch.dtype | None = None
 
     @property
@@ -63,8 +64,8 @@ class SizedHead(nn.Linear):
     @property
     def sizes_of_sparse(self) -> tuple[int | str, ...]:
         """The sizes that the time of the sparse head depends on, without those of the weight."""
-        ranks = self.config.router_rank, self.config.tail_rank
-        return self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine, *ranks
+        picked, ranks = (self.num_experts_per_tok, self.num_rescored), (self._router_rank, self._tail_rank)
+        return self.num_experts, *picked, self.combine, *ranks
 
     @property
     def stored_type(self) -> torch.dtype:

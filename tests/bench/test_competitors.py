@@ -1,5 +1,7 @@
 """The models that the benchmark times, and the text that they decode from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.tiny_models import tiny_converted, tiny_dense
@@ -7,7 +9,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from hf_topk.bench.competitors import Competitors, NoHead, sampled_text
-from hf_topk.bench.prompts import PROMPT_LENGTH
+from hf_topk.bench.decode_speed import Decoding
+from hf_topk.bench.prompts import PROMPT_LENGTH, Prompt
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +57,22 @@ def test_text_of_a_model_without_a_first_token_starts_at_random() -> None:
     models.dense.generation_config = GenerationConfig(pad_token_id=0)
     _, prompts = sampled_text(models, positions=8, batch=8)
     assert len(prompts(64).inputs["input_ids"][:, 0].unique()) > 1
+
+
+def test_every_comparison_decodes_from_the_same_prompts() -> None:
+    models, given = Competitors.of(tiny_converted(num_rescored=20)), list[Tensor]()
+
+    def recorded(rows: int) -> Prompt:
+        prompt = models.prompts(rows)
+        given.append(prompt.inputs["input_ids"])
+        return prompt
+
+    decoding = Decoding(replace(models, prompts=recorded), rounds=2)
+    decoding.greedy()
+    decoding.sampling()
+    first, second = given[:3], given[3:]  # one round warms up
+    assert all(one.equal(same) for one, same in zip(first, second, strict=True))
+    assert not first[1].equal(first[2])
 
 
 def test_constant_logits_have_a_row_for_each_sequence() -> None:
