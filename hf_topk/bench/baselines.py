@@ -32,6 +32,15 @@ class MissingPackageError(InputError):
     """A baseline needs an optional package that is not installed."""
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer that shares a weight, [V, d], and a bias, [V] or None."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
 def int8_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A copy of the dense head with torchao's int8 weights, one scale per row.
 
@@ -46,11 +55,7 @@ def int8_head(weight: Tensor, bias: Tensor | None) -> nn.Module:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise MissingPackageError(f"the int8 head needs torchao: {INSTALL}") from error
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    holder = nn.Sequential(linear)  # torchao quantises only children of a module
+    holder = nn.Sequential(linear_of(weight.clone(), bias))  # torchao quantises only children of a module
     quantize_(holder, Int8WeightOnlyConfig())
     return holder
 

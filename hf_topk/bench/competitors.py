@@ -45,9 +45,7 @@ class Competitors:
             InputError: when a speech model has none.
         """
         head = own.head
-        linear = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = head.weight, head.bias
-        dense = _with_head(own.base, own.head_name, linear)
+        dense = _with_head(own.base, own.head_name, head.as_plain())
         no_head = _with_head(own.base, own.head_name, NoHead(head.out_features, head.weight.dtype).to(own.device))
         starts = {name: getattr(own.generation_config, name, None) for name in START_TOKENS}
         for model in (dense, own, no_head):

@@ -1,5 +1,6 @@
 """Speed of decoding end to end, with `generate`."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -92,10 +93,14 @@ class Decoding:
         return {name: _decoder(getattr(self._models, name), **choices) for name in names}
 
     def _measure(self, decoders: dict[str, Decoder], description: str, batch: int = 1) -> dict[str, Spread]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # lossless decoding is faster on some texts: every comparison decodes from the same
-            prompts = iter([self._models.prompts(batch) for _ in range(1 + self._rounds)])
-        return interleaved(decoders, lambda: next(prompts), self._rounds, description, warm_up_rounds=1)
+        seeds = itertools.count()
+
+        def fresh() -> Prompt:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(next(seeds))  # the same prompts in every comparison: lossless speed depends on them
+                return self._models.prompts(batch)
+
+        return interleaved(decoders, fresh, self._rounds, description, warm_up_rounds=1)
 
     def _counted(self, decoder: Decoder) -> Decoder:
         def run(prompt: Prompt) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..model.certified_screen import greedy_logits_of
@@ -23,6 +23,7 @@ from .baselines import (
     compiled,
     has_compiler,
     int8_head,
+    linear_of,
     random_flashhead,
 )
 from .competitors import Competitors
@@ -184,10 +185,7 @@ class Heads:
 
 def _dense(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Head:
     """The dense head of Transformers, a linear layer, in a given dtype, which the states are cast to first."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype, device="meta")
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    layer = linear_of(weight.to(dtype), None if bias is None else bias.to(dtype))
     return lambda hidden: layer(hidden.to(dtype))
 
 

@@ -64,8 +64,8 @@ class SizedHead(nn.Linear):
     @property
     def sizes_of_sparse(self) -> tuple[int | str, ...]:
         """The sizes that the time of the sparse head depends on, without those of the weight."""
-        picked, ranks = (self.num_experts_per_tok, self.num_rescored), (self._router_rank, self._tail_rank)
-        return self.num_experts, *picked, self.combine, *ranks
+        ranks = self._router_rank, self._tail_rank
+        return self.num_experts, self.num_experts_per_tok, self.num_rescored, self.combine, *ranks
 
     @property
     def stored_type(self) -> torch.dtype:
